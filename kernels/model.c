@@ -1,0 +1,31 @@
+/* Sizes of tensors in compute layout. */
+#include "kernels/model.h"
+
+static const struct {
+    uint32_t quant_bytes; /* per tile */
+    uint32_t scale_bytes;
+} tiles[CM_TENSOR_KIND_COUNT] = {
+    [CM_TENSOR_U4A] = {256, 64},
+    [CM_TENSOR_U4S] = {256, 32},
+    [CM_TENSOR_U8S] = {512, 32},
+    [CM_TENSOR_BF16] = {1024, 0},
+};
+
+bool cm_tensor_layout(uint32_t kind, uint64_t rows, uint64_t columns, uint64_t *ret_quant_bytes,
+                      uint64_t *ret_scale_bytes)
+{
+    if (kind == CM_TENSOR_NONE || kind >= CM_TENSOR_KIND_COUNT || rows == 0 || columns == 0 ||
+        rows > (1u << 24) || columns > (1u << 20)) {
+        return false;
+    }
+    if (kind == CM_TENSOR_F32) {
+        *ret_quant_bytes = rows * columns * 4;
+        *ret_scale_bytes = 0;
+        return columns == 1;
+    }
+    uint64_t row_tiles = (rows + CM_ROWS_PAD - 1) / CM_ROWS_PAD * (CM_ROWS_PAD / CM_TILE_ROWS);
+    uint64_t blocks = (columns + CM_COLUMNS_PAD - 1) / CM_COLUMNS_PAD;
+    *ret_quant_bytes = row_tiles * blocks * tiles[kind].quant_bytes;
+    *ret_scale_bytes = row_tiles * blocks * tiles[kind].scale_bytes;
+    return true;
+}

@@ -1,0 +1,262 @@
+/* Control frames: what roles say to the supervisor over descriptor 3, and the descriptor table.
+ *
+ * One SOCK_SEQPACKET socketpair per child; one frame a packet: header, fixed payload, descriptors
+ * by SCM_RIGHTS. cm_frames below is the whole protocol: type, sender, receiver, phase, once or
+ * many, least and greatest payload, descriptors. A frame that is not in the table, comes from the
+ * wrong side, in the wrong phase, with the wrong size or a second time is a protocol violation:
+ * the receiver fails with CM-FRAME-… and the supervisor ends the child. docs/wire.md is generated
+ * from this table. All processes are of one build on one machine: payloads are plain structs. */
+#ifndef CASEMATE_RUNTIME_BASE_FRAME_H
+#define CASEMATE_RUNTIME_BASE_FRAME_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "runtime/base/error.h"
+#include "runtime/base/secret.h"
+
+/* Descriptors at fixed numbers in every role (design section 3). */
+enum cm_fd {
+    CM_FD_CONTROL = 3,
+    CM_FD_LOG = 4,
+    CM_FD_INPUT = 5, /* gateway: listener; worker: package; keeper: head memfd; devtpm: state file */
+    CM_FD_REQUEST_DATA = 6,    /* ring gateway -> worker: producer's memfd */
+    CM_FD_REQUEST_CURSOR = 7,  /* its consumer's cursor memfd */
+    CM_FD_RESPONSE_DATA = 8,   /* ring worker -> gateway */
+    CM_FD_RESPONSE_CURSOR = 9,
+    CM_FD_REQUEST_EVENT = 10,  /* eventfd: the worker has requests, or room for responses */
+    CM_FD_RESPONSE_EVENT = 11, /* eventfd: the gateway has responses, or room for requests */
+    CM_FD_KEY_PAGE = 12,       /* worker: package key; gateway: TLS key; keeper: none */
+    CM_FD_TPM = 13,            /* keeper: TPM; devtpm: its end of the keeper's socketpair */
+    CM_FD_COUNT
+};
+
+#define CM_RING_FD_COUNT 6 /* CM_FD_REQUEST_DATA .. CM_FD_RESPONSE_EVENT, in this order */
+
+enum cm_role {
+    CM_ROLE_SUPERVISOR = 1,
+    CM_ROLE_GATEWAY = 2,
+    CM_ROLE_KEEPER = 4,
+    CM_ROLE_WORKER = 8,
+    CM_ROLE_DEVTPM = 16,
+    CM_ROLE_ANY_CHILD = 2 | 4 | 8 | 16,
+};
+
+enum cm_phase { CM_PHASE_START = 1, CM_PHASE_SERVE = 2, CM_PHASE_DRAIN = 4, CM_PHASE_ALL = 7 };
+
+enum cm_frame_type {
+    CM_FRAME_CONFIG = 1,   /* S -> child: the role's configuration; first frame of all */
+    CM_FRAME_READY,        /* child -> S: the role serves; phase becomes SERVE on both sides */
+    CM_FRAME_FAILED,       /* child -> S: struct cm_error; the child exits after it */
+    CM_FRAME_PROGRESS,     /* worker -> S: load progress */
+    CM_FRAME_STATE,        /* S -> gateway: what the probes answer */
+    CM_FRAME_RINGS,        /* S -> gateway, worker: six descriptors of a fresh pair of rings */
+    CM_FRAME_KEY_REQUEST,  /* S -> keeper: package key page for a worker generation */
+    CM_FRAME_KEY_PAGE,     /* keeper -> S: its descriptor */
+    CM_FRAME_TLS_REQUEST,  /* S -> keeper: TLS key page for a gateway generation */
+    CM_FRAME_TLS_PAGE,     /* keeper -> S: its descriptor, and the certificate (public) */
+    CM_FRAME_LOADED,       /* worker -> S -> keeper: key page wiped; the keeper checks that */
+    CM_FRAME_KEYS,         /* S -> gateway: sealed memfd with the table of API keys */
+    CM_FRAME_HEARTBEAT,    /* child -> S, once a second: alive, with figures */
+    CM_FRAME_DRAIN,        /* S -> gateway, worker: finish by the deadline */
+    CM_FRAME_DRAINED,      /* gateway, worker -> S: nothing is left in flight */
+    CM_FRAME_STOP,         /* S -> child: exit now with 0 */
+    CM_FRAME_TYPE_COUNT
+};
+
+#define CM_FRAME_PAYLOAD_BYTES 8192
+#define CM_FRAME_FDS           CM_RING_FD_COUNT
+
+struct cm_frame_row {
+    const char *name;
+    uint32_t senders;   /* enum cm_role bits */
+    uint32_t receivers; /* enum cm_role bits */
+    uint32_t phases;    /* enum cm_phase bits: when the receiver permits it */
+    bool once;          /* at most one per connection and direction */
+    uint32_t bytes_min; /* payload */
+    uint32_t bytes_max;
+    uint32_t fds;       /* exact number of descriptors */
+    const char *reason; /* for docs/wire.md */
+};
+
+/* Indexed by enum cm_frame_type; row 0 is empty. */
+extern const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT];
+
+/* One end of a control channel. */
+struct cm_channel {
+    int fd;
+    enum cm_role self;
+    enum cm_role peer;
+    enum cm_phase phase;
+    uint32_t sent_once;     /* bits by type */
+    uint32_t received_once; /* bits by type */
+};
+
+struct cm_frame {
+    uint16_t type;
+    uint32_t bytes;
+    uint32_t fd_count;
+    int fds[CM_FRAME_FDS]; /* received descriptors are O_CLOEXEC and owned by the receiver */
+    uint8_t payload[CM_FRAME_PAYLOAD_BYTES] __attribute__((aligned(8)));
+};
+
+void cm_channel_init(struct cm_channel *channel, int fd, enum cm_role self, enum cm_role peer);
+
+/* Send one frame; fds are borrowed. Fails: SYSTEM (EPIPE: the peer is gone), BUSY (socket full),
+ * BUG (the table does not permit it). */
+CM_MUST_USE enum cm_status cm_channel_send(struct cm_channel *channel, enum cm_frame_type type,
+                                           const void *payload, size_t bytes, const int *fds,
+                                           size_t fd_count, struct cm_error *err);
+
+/* Receive one frame without blocking. CM_E_BUSY: nothing there. CM_E_SYSTEM with subcode EPIPE: the
+ * peer has closed. CM_E_INPUT: protocol violation (all received descriptors are closed). */
+CM_MUST_USE enum cm_status cm_channel_receive(struct cm_channel *channel, struct cm_frame *frame,
+                                              struct cm_error *err);
+
+/* As receive, but waits up to timeout_ms (-1: for ever). CM_E_BUSY on timeout. */
+CM_MUST_USE enum cm_status cm_channel_wait(struct cm_channel *channel, struct cm_frame *frame,
+                                           int timeout_ms, struct cm_error *err);
+
+void cm_frame_close_fds(struct cm_frame *frame);
+
+/* ------------------------------------------------------------------ payloads */
+
+#define CM_NAME_BYTES      64  /* terminated: model name, node name */
+#define CM_PUBLIC_KEY_BYTES 65 /* uncompressed P-256 point */
+#define CM_DIGEST_BYTES    32
+
+struct cm_config_gateway { /* CM_FRAME_CONFIG to the gateway */
+    uint32_t header_bytes_max;
+    uint32_t body_bytes_max;
+    uint32_t connections_max;
+    uint32_t requests_max;          /* in flight and queued in the worker, together */
+    uint32_t requests_per_key_max;
+    uint32_t header_timeout_ms;     /* from accept or previous reply to the full head */
+    uint32_t body_timeout_ms;
+    uint32_t write_timeout_ms;      /* no progress on a blocked write */
+    uint32_t request_timeout_ms;    /* whole generation; 0 = none */
+    uint32_t max_tokens_default;    /* when the client names none; 0 = up to the context */
+    uint32_t unauthenticated_metrics; /* 1: GET /metrics needs no key */
+    uint32_t ring_data_bytes;
+    char model_name[CM_NAME_BYTES]; /* served name; the worker's HELLO must agree */
+    char version[CM_NAME_BYTES];
+};
+
+struct cm_config_worker {
+    uint32_t threads;              /* 0: from cpu.max and affinity */
+    uint32_t sequences_max;        /* running at once: slots */
+    uint32_t queue_max;            /* waiting requests */
+    uint32_t kv_pages;             /* pages of 32 positions; 0: from kv_bytes */
+    uint64_t kv_bytes;
+    uint32_t context_max;          /* 0: the model's */
+    uint32_t step_tokens_max;      /* prompt tokens and decodes in one mixed step */
+    uint32_t ring_data_bytes;
+    char device[CM_NAME_BYTES];    /* "cpu" */
+    char model_name[CM_NAME_BYTES]; /* "" : the package's own */
+    uint8_t owner_key[CM_PUBLIC_KEY_BYTES]; /* package owner, pinned in `sealed:` */
+};
+
+#define CM_ENROLMENT_BYTES_MAX 4096
+
+struct cm_config_keeper {
+    uint8_t owner_key[CM_PUBLIC_KEY_BYTES];
+    uint8_t policy_key[CM_PUBLIC_KEY_BYTES]; /* policy authority, pinned in `sealed:` */
+    uint32_t development_tpm;                /* 1: descriptor 13 is casemate-devtpm */
+    uint32_t head_bytes;      /* of the memfd at CM_FD_INPUT: [package head][policy list] … */
+    uint32_t policy_bytes;    /* … the policy list follows the head; 0: none */
+    uint32_t enrolment_bytes;
+    uint8_t enrolment[CM_ENROLMENT_BYTES_MAX];
+    uint32_t tls_name_count;  /* subject alternative names of the certificate */
+    char tls_names[8][CM_NAME_BYTES];
+};
+
+struct cm_config_devtpm {
+    uint32_t reserved;
+};
+
+struct cm_progress {
+    uint32_t stage; /* enum cm_load_stage */
+    uint32_t reserved;
+    uint64_t bytes_done;
+    uint64_t bytes_total;
+    uint64_t elapsed_us;
+};
+
+enum cm_load_stage {
+    CM_LOAD_START = 0, /* no worker, or not configured */
+    CM_LOAD_UNSEAL,
+    CM_LOAD_HEAD,    /* header, signature, manifest, table */
+    CM_LOAD_RESERVE, /* arena */
+    CM_LOAD_WEIGHTS, /* read, verify, decrypt */
+    CM_LOAD_BIND,
+    CM_LOAD_READY,
+    CM_LOAD_STAGE_COUNT
+};
+
+/* What /livez, /readyz, /startupz and /metrics answer of the other roles. */
+struct cm_state {
+    struct cm_progress load;
+    uint32_t ready;          /* 1: requests are accepted */
+    uint32_t draining;
+    uint32_t worker_generation;
+    uint32_t worker_restarts;
+    uint32_t gateway_restarts;
+    uint32_t development_tpm;
+    char reason[CM_NAME_BYTES]; /* why not ready: "loading", "worker_gone", "draining", … */
+    uint64_t resident_bytes[5]; /* supervisor, gateway, keeper, worker, devtpm; 0 unknown */
+};
+
+struct cm_key_request {
+    uint32_t generation;
+    uint32_t reserved;
+};
+
+#define CM_CERTIFICATE_BYTES_MAX 4096
+struct cm_tls_page { /* key page: u32 size, PKCS#8 DER private key */
+    uint32_t generation;
+    uint32_t certificate_bytes;
+    uint8_t certificate[CM_CERTIFICATE_BYTES_MAX]; /* DER */
+};
+
+struct cm_key_page_info { /* CM_FRAME_KEY_PAGE; the page: CM_KEY_BYTES of package key at offset 0 */
+    uint32_t generation;
+    uint32_t secret_memory; /* 1: memfd_secret */
+};
+
+struct cm_loaded {
+    uint32_t generation;
+    uint32_t arena_locked;
+    uint64_t bytes;
+    uint64_t read_us, verify_us, decrypt_us, total_us;
+};
+
+struct cm_keys_info {
+    uint64_t generation;
+    uint32_t count;
+    uint32_t reserved;
+};
+
+/* One row of the sealed memfd of CM_FRAME_KEYS. A key reads cm-<16 hex id>-<43 base64url secret>;
+ * hash = SHA-256 of the whole text. Rows are sorted by id. */
+struct cm_api_key {
+    uint8_t id[8];
+    uint8_t hash[CM_DIGEST_BYTES];
+    uint64_t expires_unix_s; /* 0: never */
+    char name[40];           /* terminated; the tenant in logs and metrics */
+};
+#define CM_API_KEYS_MAX 4096
+
+struct cm_heartbeat {
+    uint64_t counter;
+    uint64_t last_step_us; /* CLOCK_MONOTONIC of the last finished step; worker only */
+    uint32_t running;
+    uint32_t waiting;
+};
+
+struct cm_drain {
+    uint32_t deadline_ms;
+    uint32_t reserved;
+};
+
+#endif
