@@ -22,28 +22,29 @@
 #include "runtime/base/error.h"
 #include "runtime/base/wire.h"
 
-#define CM_KV_PAGE_POSITIONS   32u
-#define CM_STEP_ENTRIES_MAX    64u
-#define CM_STEP_BYTES_MAX      1024u /* released bytes of one entry in one step */
-#define CM_DEVICE_TAG_BYTES    16u
+#define CM_KV_PAGE_POSITIONS 32u
+#define CM_STEP_ENTRIES_MAX  64u
+#define CM_STEP_BYTES_MAX    1024u /* released bytes of one entry in one step */
+#define CM_DEVICE_TAG_BYTES  16u
 
 struct cm_device;
 
 struct cm_device_options {
-    uint32_t threads;   /* 0: from cpu.max and affinity */
-    const char *path;   /* NULL: best that CPUID allows; else "avx2", "avx512vnni" (tests) */
+    uint32_t threads; /* 0: from cpu.max and affinity */
+    const char *path; /* NULL: best that CPUID allows; else "avx2", "avx512vnni" (tests) */
 };
 
 struct cm_device_facts {
-    char name[64];      /* "cpu: …" */
-    char path[32];      /* instruction path in use */
+    char name[64]; /* "cpu: …" */
+    char path[32]; /* instruction path in use */
     uint32_t threads;
     uint32_t arena_locked; /* 1: arena is mlocked, or there is no swap to go to */
     uint64_t arena_bytes;
     uint64_t kv_page_bytes;
 };
 
-/* backend "cpu" or NULL (best there is). Fails: CONFIG unknown backend, DEVICE missing instructions. */
+/* backend "cpu" or NULL (best there is). Fails: CONFIG unknown backend, DEVICE missing
+ * instructions. */
 CM_MUST_USE enum cm_status cm_device_open(const char *backend,
                                           const struct cm_device_options *options,
                                           struct cm_device **ret_device, struct cm_error *err);
@@ -57,8 +58,8 @@ struct cm_device_reserve {
     uint32_t segment_bytes;       /* of every segment but the last */
     uint32_t slots;               /* sequences at once, <= CM_STEP_ENTRIES_MAX */
     uint32_t kv_pages;
-    uint32_t context_max;         /* positions of one sequence */
-    uint32_t step_tokens_max;     /* tokens of one mixed step */
+    uint32_t context_max;     /* positions of one sequence */
+    uint32_t step_tokens_max; /* tokens of one mixed step */
 };
 
 /* Bytes that `reserve` would take, and of one KV page; for the scheduler's budget. */
@@ -72,7 +73,8 @@ CM_MUST_USE enum cm_status cm_device_reserve(struct cm_device *device,
                                              struct cm_error *err);
 
 /* How a host-side device opens one segment: check the SHA-256, then the tag, then write plaintext.
- * Given by loader/stream; kernels/ know no cipher library. Must be callable from several threads. */
+ * Given by loader/stream; kernels/ know no cipher library. Must be callable from several threads.
+ */
 struct cm_device_cipher {
     enum cm_status (*open)(void *context, uint64_t index, const uint8_t *ciphertext, size_t bytes,
                            uint8_t *plaintext, struct cm_error *err);
@@ -80,12 +82,14 @@ struct cm_device_cipher {
 };
 
 /* Decrypt segment `index` (bytes = segment_bytes but for the last) into its place. Any order, each
- * once. On failure the device is poisoned: the arena is wiped and every later call but close fails. */
+ * once. On failure the device is poisoned: the arena is wiped and every later call but close fails.
+ */
 CM_MUST_USE enum cm_status cm_device_segment_submit(struct cm_device *device,
                                                     const struct cm_device_cipher *cipher,
                                                     uint64_t index, const uint8_t *ciphertext,
                                                     size_t bytes, struct cm_error *err);
-/* All segments passed? Then the payload becomes usable. Fails: PACKAGE with the first one missing. */
+/* All segments passed? Then the payload becomes usable. Fails: PACKAGE with the first one missing.
+ */
 CM_MUST_USE enum cm_status cm_device_load_finish(struct cm_device *device, struct cm_error *err);
 /* Check every tensor against its shape and the payload's size, refuse NaN and infinite scales and
  * norms by the tensor's name, and bind. `model` and what it points to is copied. */
@@ -102,7 +106,8 @@ struct cm_slot_params {
     uint32_t stop_bytes[CM_STOPS_MAX]; /* 1 .. CM_STOP_BYTES_MAX */
 };
 
-/* Take a free slot. BUSY: none. Prompt tokens count for the repetition penalty as they are stepped. */
+/* Take a free slot. BUSY: none. Prompt tokens count for the repetition penalty as they are stepped.
+ */
 CM_MUST_USE enum cm_status cm_device_slot_open(struct cm_device *device,
                                                const struct cm_slot_params *params,
                                                uint32_t *ret_slot, struct cm_error *err);
@@ -112,27 +117,28 @@ void cm_device_slot_close(struct cm_device *device, uint32_t slot);
 /* One sequence's part of a mixed step. */
 struct cm_step_entry {
     uint32_t slot;
-    uint32_t position;       /* of tokens[0] */
-    uint32_t token_count;    /* prefill chunk, or 1 */
-    const uint32_t *tokens;  /* [token_count] */
-    const uint32_t *pages;   /* [page_count] KV pages of positions 0 .. position+token_count-1 */
+    uint32_t position;      /* of tokens[0] */
+    uint32_t token_count;   /* prefill chunk, or 1 */
+    const uint32_t *tokens; /* [token_count] */
+    const uint32_t *pages;  /* [page_count] KV pages of positions 0 .. position+token_count-1 */
     uint32_t page_count;
-    bool replay;             /* after preemption: these tokens were counted before */
-    bool sample;             /* draw a token after the last one */
+    bool replay; /* after preemption: these tokens were counted before */
+    bool sample; /* draw a token after the last one */
 };
 
 struct cm_step_result {
     uint32_t slot;
     bool sampled;
-    uint32_t token;           /* drawn; the next step's input */
-    enum cm_finish finish;    /* NONE: goes on; STOP, LENGTH: over, all held bytes released */
+    uint32_t token;        /* drawn; the next step's input */
+    enum cm_finish finish; /* NONE: goes on; STOP, LENGTH: over, all held bytes released */
     uint32_t completion_tokens;
-    uint32_t bytes;           /* released UTF-8, whole characters, never part of a stop string */
+    uint32_t bytes; /* released UTF-8, whole characters, never part of a stop string */
     uint8_t text[CM_STEP_BYTES_MAX];
 };
 
-/* Start a step over `count` entries (<= CM_STEP_ENTRIES_MAX, tokens <= step_tokens_max, each slot at
- * most once). Arguments are checked against what was reserved; inputs may be reused on return. */
+/* Start a step over `count` entries (<= CM_STEP_ENTRIES_MAX, tokens <= step_tokens_max, each slot
+ * at most once). Arguments are checked against what was reserved; inputs may be reused on return.
+ */
 CM_MUST_USE enum cm_status cm_device_step_submit(struct cm_device *device,
                                                  const struct cm_step_entry *entries,
                                                  uint32_t count, struct cm_error *err);

@@ -9,9 +9,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define CM_LAYERS_MAX      256u
-#define CM_VOCABULARY_MAX  (1u << 20)
-#define CM_END_TOKENS_MAX  8u
+#define CM_LAYERS_MAX        256u
+#define CM_VOCABULARY_MAX    (1u << 20)
+#define CM_END_TOKENS_MAX    8u
 #define CM_TENSOR_NAME_BYTES 64u
 
 #define CM_TILE_ROWS    16u
@@ -23,33 +23,35 @@
 /* Stored kinds; the numbers are part of the package format. */
 enum cm_tensor_kind {
     CM_TENSOR_NONE = 0,
-    CM_TENSOR_F32 = 1,   /* plain vector [rows], little-endian, cols = 1 (norms) */
-    CM_TENSOR_U4A = 2,   /* u4 affine: w = d*q + m, q 0..15; fp16 d[16], m[16] per tile */
-    CM_TENSOR_U4S = 3,   /* u4 symmetric: w = d*(q-8); fp16 d[16] per tile */
-    CM_TENSOR_U8S = 4,   /* u8 symmetric: w = d*(q-128); fp16 d[16] per tile */
-    CM_TENSOR_BF16 = 5,  /* bf16 tile: row-major [16][32] u16 per tile, no scale plane */
+    CM_TENSOR_F32 = 1,  /* plain vector [rows], little-endian, cols = 1 (norms) */
+    CM_TENSOR_U4A = 2,  /* u4 affine: w = d*q + m, q 0..15; fp16 d[16], m[16] per tile */
+    CM_TENSOR_U4S = 3,  /* u4 symmetric: w = d*(q-8); fp16 d[16] per tile */
+    CM_TENSOR_U8S = 4,  /* u8 symmetric: w = d*(q-128); fp16 d[16] per tile */
+    CM_TENSOR_BF16 = 5, /* bf16 tile: row-major [16][32] u16 per tile, no scale plane */
     CM_TENSOR_KIND_COUNT
 };
 
 struct cm_tensor {
     char name[CM_TENSOR_NAME_BYTES]; /* terminated; for errors and `inspect` */
-    uint32_t kind;           /* enum cm_tensor_kind; NONE: absent */
-    uint32_t rows;           /* logical; stored padded to CM_ROWS_PAD with zero rows */
-    uint32_t columns;        /* logical; stored padded to CM_COLUMNS_PAD */
+    uint32_t kind;                   /* enum cm_tensor_kind; NONE: absent */
+    uint32_t rows;                   /* logical; stored padded to CM_ROWS_PAD with zero rows */
+    uint32_t columns;                /* logical; stored padded to CM_COLUMNS_PAD */
     uint32_t reserved;
-    uint64_t offset;         /* of the quant plane (or the vector) in the payload, 4 KiB-aligned */
-    uint64_t scale_offset;   /* of the scale plane; 0 where the kind has none */
-    uint64_t bytes;          /* from offset to the end of the last plane */
+    uint64_t offset;       /* of the quant plane (or the vector) in the payload, 4 KiB-aligned */
+    uint64_t scale_offset; /* of the scale plane; 0 where the kind has none */
+    uint64_t bytes;        /* from offset to the end of the last plane */
 };
 
 enum cm_tensor_role { /* of one layer; numbers are part of the package format */
-    CM_LAYER_ATTENTION_NORM = 0, /* F32 [width] */
-    CM_LAYER_QKV = 1,            /* [(heads + 2*kv_heads) * head_width, width]; Q, K, V rows in turn */
-    CM_LAYER_ATTENTION_OUT = 2,  /* [width, heads * head_width] */
-    CM_LAYER_FFN_NORM = 3,       /* F32 [width] */
-    CM_LAYER_GATE_UP = 4,        /* [2 * ffn_width, width]; gate and up alternate by row tile of 16 */
-    CM_LAYER_DOWN = 5,           /* [width, ffn_width] */
-    CM_LAYER_ROLE_COUNT
+                      CM_LAYER_ATTENTION_NORM = 0, /* F32 [width] */
+                      CM_LAYER_QKV =
+                          1, /* [(heads + 2*kv_heads) * head_width, width]; Q, K, V rows in turn */
+                      CM_LAYER_ATTENTION_OUT = 2, /* [width, heads * head_width] */
+                      CM_LAYER_FFN_NORM = 3,      /* F32 [width] */
+                      CM_LAYER_GATE_UP =
+                          4, /* [2 * ffn_width, width]; gate and up alternate by row tile of 16 */
+                      CM_LAYER_DOWN = 5, /* [width, ffn_width] */
+                      CM_LAYER_ROLE_COUNT
 };
 
 struct cm_layer {
@@ -58,31 +60,32 @@ struct cm_layer {
 
 struct cm_model {
     uint32_t vocabulary;
-    uint32_t width;       /* residual stream */
+    uint32_t width; /* residual stream */
     uint32_t layers;
     uint32_t heads;
-    uint32_t kv_heads;    /* divides heads */
-    uint32_t head_width;  /* multiple of 2; rope pairs (2i, 2i+1) are adjacent */
-    uint32_t rope_width;  /* dimensions rotated, <= head_width */
+    uint32_t kv_heads;   /* divides heads */
+    uint32_t head_width; /* multiple of 2; rope pairs (2i, 2i+1) are adjacent */
+    uint32_t rope_width; /* dimensions rotated, <= head_width */
     uint32_t ffn_width;
     uint32_t context_max;
     float rope_base;
     float norm_epsilon;
-    bool tied_head;       /* head is absent: the embedding serves */
-    struct cm_tensor embedding; /* [vocabulary, width] */
-    struct cm_tensor head;      /* [vocabulary, width] or NONE */
-    struct cm_tensor out_norm;  /* F32 [width] */
+    bool tied_head;               /* head is absent: the embedding serves */
+    struct cm_tensor embedding;   /* [vocabulary, width] */
+    struct cm_tensor head;        /* [vocabulary, width] or NONE */
+    struct cm_tensor out_norm;    /* F32 [width] */
     const struct cm_layer *layer; /* [layers], borrowed */
     /* token id → bytes: token i is token_bytes[token_offsets[i] .. token_offsets[i+1]) */
     const uint32_t *token_offsets; /* [vocabulary + 1], borrowed */
     const uint8_t *token_bytes;
-    const uint8_t *token_control;  /* [vocabulary]; 1: never shown (control, unused) */
+    const uint8_t *token_control; /* [vocabulary]; 1: never shown (control, unused) */
     uint32_t end_tokens[CM_END_TOKENS_MAX];
     uint32_t end_token_count;
 };
 
 /* Bytes of a tensor in compute layout: quant plane and scale plane, before alignment of the next.
- * False if the shape is out of bounds or the kind unknown. Both the packer and the device use it. */
+ * False if the shape is out of bounds or the kind unknown. Both the packer and the device use it.
+ */
 bool cm_tensor_layout(uint32_t kind, uint64_t rows, uint64_t columns, uint64_t *ret_quant_bytes,
                       uint64_t *ret_scale_bytes);
 

@@ -12,25 +12,25 @@
 
 #include "runtime/base/error.h"
 
-#define CM_MANIFEST_LAYERS_MAX     256u
-#define CM_MANIFEST_TENSORS_MAX    4096u
-#define CM_MANIFEST_VOCABULARY_MAX (1u << 20)
-#define CM_MANIFEST_MERGES_MAX     (1u << 20)
+#define CM_MANIFEST_LAYERS_MAX      256u
+#define CM_MANIFEST_TENSORS_MAX     4096u
+#define CM_MANIFEST_VOCABULARY_MAX  (1u << 20)
+#define CM_MANIFEST_MERGES_MAX      (1u << 20)
 #define CM_MANIFEST_TOKEN_BYTES_MAX 1024u /* one token */
-#define CM_MANIFEST_TEXT_BYTES_MAX (64u << 10)
-#define CM_MANIFEST_END_TOKENS_MAX 8u
+#define CM_MANIFEST_TEXT_BYTES_MAX  (64u << 10)
+#define CM_MANIFEST_END_TOKENS_MAX  8u
 
 enum cm_manifest_architecture { CM_ARCH_LLAMA = 1 };
 enum cm_manifest_tokenizer { CM_TOKENIZER_BYTE_BPE = 1 };
 enum cm_manifest_split { CM_SPLIT_SMOLLM = 1, CM_SPLIT_GPT2 = 2 }; /* pre-tokenizer */
 enum cm_manifest_chat { CM_CHAT_NONE = 0, CM_CHAT_CHATML = 1 };
 enum cm_manifest_token_type { /* as in GGUF, renumbered */
-    CM_TOKEN_NORMAL = 1,
-    CM_TOKEN_UNKNOWN = 2,
-    CM_TOKEN_CONTROL = 3,
-    CM_TOKEN_USER = 4, /* user-defined: matched whole in text, shown */
-    CM_TOKEN_UNUSED = 5,
-    CM_TOKEN_BYTE = 6,
+                              CM_TOKEN_NORMAL = 1,
+                              CM_TOKEN_UNKNOWN = 2,
+                              CM_TOKEN_CONTROL = 3,
+                              CM_TOKEN_USER = 4, /* user-defined: matched whole in text, shown */
+                              CM_TOKEN_UNUSED = 5,
+                              CM_TOKEN_BYTE = 6,
 };
 
 struct cm_manifest_text { /* UTF-8, not terminated */
@@ -58,40 +58,42 @@ struct cm_manifest_tensor {
 struct cm_manifest {
     struct cm_manifest_text model_name; /* [a-zA-Z0-9._-]{1,63} */
     struct cm_manifest_text license;
-    struct cm_manifest_text origin;     /* free text: source file's name and SHA-256 */
+    struct cm_manifest_text origin; /* free text: source file's name and SHA-256 */
     uint32_t architecture;
     uint32_t vocabulary, width, layers, heads, kv_heads, head_width, rope_width, ffn_width;
     uint32_t context_max;
     float rope_base, norm_epsilon;
     bool tied_head;
     /* tokenizer */
-    uint32_t tokenizer;                 /* enum cm_manifest_tokenizer */
-    uint32_t split;                     /* enum cm_manifest_split */
-    bool add_begin;                     /* put begin_token before every prompt */
+    uint32_t tokenizer; /* enum cm_manifest_tokenizer */
+    uint32_t split;     /* enum cm_manifest_split */
+    bool add_begin;     /* put begin_token before every prompt */
     uint32_t begin_token;
     uint32_t end_tokens[CM_MANIFEST_END_TOKENS_MAX];
     uint32_t end_token_count;
-    const uint32_t *token_offsets;      /* [vocabulary + 1] into token_bytes; allocated */
-    const uint8_t *token_bytes;         /* raw bytes (byte-level alphabet already undone) */
-    const uint8_t *token_types;         /* [vocabulary] enum cm_manifest_token_type */
-    const uint32_t *merges;             /* [merge_count][2] token ids in order of rank; allocated */
+    const uint32_t *token_offsets; /* [vocabulary + 1] into token_bytes; allocated */
+    const uint8_t *token_bytes;    /* raw bytes (byte-level alphabet already undone) */
+    const uint8_t *token_types;    /* [vocabulary] enum cm_manifest_token_type */
+    const uint32_t *merges;        /* [merge_count][2] token ids in order of rank; allocated */
     uint32_t merge_count;
     /* chat */
-    uint32_t chat;                      /* enum cm_manifest_chat */
+    uint32_t chat;                          /* enum cm_manifest_chat */
     struct cm_manifest_text default_system; /* size 0: none is added */
     /* weights, in payload order */
     const struct cm_manifest_tensor *tensors; /* allocated */
     uint32_t tensor_count;
 };
 
-/* Parse and check a manifest against payload_bytes: every count, id, name, shape, offset, overlap and
- * alignment. On failure nothing is left allocated. Fails: PACKAGE with tag and offset. */
+/* Parse and check a manifest against payload_bytes: every count, id, name, shape, offset, overlap
+ * and alignment. On failure nothing is left allocated. Fails: PACKAGE with tag and offset. */
 CM_MUST_USE enum cm_status cm_manifest_parse(const uint8_t *bytes, size_t size,
-                                             uint64_t payload_bytes, struct cm_manifest *ret_manifest,
+                                             uint64_t payload_bytes,
+                                             struct cm_manifest *ret_manifest,
                                              struct cm_error *err);
 void cm_manifest_done(struct cm_manifest *manifest);
 
-/* Encode (packer and tests). *ret_bytes is malloc'd, the caller frees. What it writes, parse reads. */
+/* Encode (packer and tests). *ret_bytes is malloc'd, the caller frees. What it writes, parse reads.
+ */
 CM_MUST_USE enum cm_status cm_manifest_encode(const struct cm_manifest *manifest,
                                               uint8_t **ret_bytes, size_t *ret_size,
                                               struct cm_error *err);

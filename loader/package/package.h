@@ -17,22 +17,22 @@
 #include "runtime/base/error.h"
 #include "runtime/base/frame.h" /* key and digest sizes */
 
-#define CM_PACKAGE_PROLOGUE_BYTES 4096u
-#define CM_PACKAGE_CORE_BYTES     4096u
-#define CM_PACKAGE_SLOTS_BYTES    32768u /* one copy of the slot region */
-#define CM_PACKAGE_CORE_OFFSET    4096u
-#define CM_PACKAGE_SLOTS_A_OFFSET 8192u
-#define CM_PACKAGE_SLOTS_B_OFFSET 40960u
-#define CM_PACKAGE_HEAD_BYTES     73728u
-#define CM_PACKAGE_ALIGN          4096u
-#define CM_PACKAGE_SEGMENT_BYTES  (256u << 10)
-#define CM_PACKAGE_TABLE_ENTRY_BYTES 48u /* tag[16] ‖ SHA-256(ciphertext)[32] */
+#define CM_PACKAGE_PROLOGUE_BYTES     4096u
+#define CM_PACKAGE_CORE_BYTES         4096u
+#define CM_PACKAGE_SLOTS_BYTES        32768u /* one copy of the slot region */
+#define CM_PACKAGE_CORE_OFFSET        4096u
+#define CM_PACKAGE_SLOTS_A_OFFSET     8192u
+#define CM_PACKAGE_SLOTS_B_OFFSET     40960u
+#define CM_PACKAGE_HEAD_BYTES         73728u
+#define CM_PACKAGE_ALIGN              4096u
+#define CM_PACKAGE_SEGMENT_BYTES      (256u << 10)
+#define CM_PACKAGE_TABLE_ENTRY_BYTES  48u /* tag[16] ‖ SHA-256(ciphertext)[32] */
 #define CM_PACKAGE_MANIFEST_BYTES_MAX (64u << 20)
-#define CM_PACKAGE_SEGMENTS_MAX   (1u << 24)
-#define CM_PACKAGE_SLOTS_MAX      8u
-#define CM_PACKAGE_SLOT_PAYLOAD_MAX 3072u
-#define CM_PACKAGE_SALT_BYTES     32u
-#define CM_PACKAGE_SIGNATURE_BYTES 64u /* ECDSA P-256, r ‖ s, big-endian */
+#define CM_PACKAGE_SEGMENTS_MAX       (1u << 24)
+#define CM_PACKAGE_SLOTS_MAX          8u
+#define CM_PACKAGE_SLOT_PAYLOAD_MAX   3072u
+#define CM_PACKAGE_SALT_BYTES         32u
+#define CM_PACKAGE_SIGNATURE_BYTES    64u /* ECDSA P-256, r ‖ s, big-endian */
 
 enum cm_suite { CM_SUITE_AES_256_GCM = 1, CM_SUITE_CHACHA20_POLY1305 = 2 };
 enum cm_slot_kind { CM_SLOT_TPM = 1, CM_SLOT_BROKER = 2 };
@@ -43,38 +43,38 @@ struct cm_package_core {
     uint32_t suite;
     uint32_t segment_bytes;
     uint32_t shard_count;
-    uint64_t revision;          /* monotonic per model, by the owner */
-    uint32_t host_version_min;  /* major << 16 | minor */
+    uint64_t revision;         /* monotonic per model, by the owner */
+    uint32_t host_version_min; /* major << 16 | minor */
     uint8_t salt[CM_PACKAGE_SALT_BYTES];
     uint64_t manifest_offset, manifest_bytes; /* sealed, with its tag */
     uint64_t table_offset, segment_count;
-    uint64_t payload_offset, payload_bytes;   /* plaintext bytes = ciphertext bytes */
+    uint64_t payload_offset, payload_bytes; /* plaintext bytes = ciphertext bytes */
     uint64_t file_bytes;
-    uint8_t manifest_digest[CM_DIGEST_BYTES]; /* SHA-256 of the sealed manifest */
-    uint8_t table_digest[CM_DIGEST_BYTES];    /* SHA-256 of the tag table */
-    uint8_t owner_key[CM_PUBLIC_KEY_BYTES];   /* who signed; must equal the pinned one */
+    uint8_t manifest_digest[CM_DIGEST_BYTES];      /* SHA-256 of the sealed manifest */
+    uint8_t table_digest[CM_DIGEST_BYTES];         /* SHA-256 of the tag table */
+    uint8_t owner_key[CM_PUBLIC_KEY_BYTES];        /* who signed; must equal the pinned one */
     uint8_t signature[CM_PACKAGE_SIGNATURE_BYTES]; /* over the core digest */
-    uint8_t header_mac[CM_DIGEST_BYTES];      /* over the core digest, by the package key */
-    uint8_t core_digest[CM_DIGEST_BYTES];     /* computed: SHA-256 of the signed part */
+    uint8_t header_mac[CM_DIGEST_BYTES];           /* over the core digest, by the package key */
+    uint8_t core_digest[CM_DIGEST_BYTES];          /* computed: SHA-256 of the signed part */
 };
 
 struct cm_package_slot {
     uint32_t kind;
-    char label[CM_NAME_BYTES];                /* node name, terminated */
-    uint8_t node[CM_DIGEST_BYTES];            /* digest of the enrolment's EK public; finds "mine" */
+    char label[CM_NAME_BYTES];     /* node name, terminated */
+    uint8_t node[CM_DIGEST_BYTES]; /* digest of the enrolment's EK public; finds "mine" */
     uint32_t payload_bytes;
     uint8_t payload[CM_PACKAGE_SLOT_PAYLOAD_MAX];
 };
 
 struct cm_package_head {
     struct cm_package_core core;
-    uint32_t slots_copy;       /* 0: A, 1: B — the one in use */
-    bool slots_torn;           /* the other copy is damaged or older */
+    uint32_t slots_copy; /* 0: A, 1: B — the one in use */
+    bool slots_torn;     /* the other copy is damaged or older */
     uint64_t slots_generation;
     uint32_t slot_count;
     struct cm_package_slot slots[CM_PACKAGE_SLOTS_MAX];
     uint8_t slots_mac[CM_DIGEST_BYTES];
-    uint8_t slots_digest[CM_DIGEST_BYTES];    /* what slots_mac covers */
+    uint8_t slots_digest[CM_DIGEST_BYTES]; /* what slots_mac covers */
 };
 
 /* Parse the first CM_PACKAGE_HEAD_BYTES of a package. Authenticates nothing. Chooses the newer slot
@@ -106,7 +106,8 @@ const struct cm_package_head *cm_package_head_of(const struct cm_package *packag
 const uint8_t *cm_package_manifest(const struct cm_package *package, size_t *ret_bytes);
 
 /* Open one segment: SHA-256 of the ciphertext against the table, then decrypt, then the tag. Thread
- * safe. On failure `plaintext` is wiped. Fails: PACKAGE with the segment's index and file offset. */
+ * safe. On failure `plaintext` is wiped. Fails: PACKAGE with the segment's index and file offset.
+ */
 CM_MUST_USE enum cm_status cm_package_segment_open(const struct cm_package *package, uint64_t index,
                                                    const uint8_t *ciphertext, size_t bytes,
                                                    uint8_t *plaintext, struct cm_error *err);

@@ -41,14 +41,14 @@ CM_MUST_USE enum cm_status cm_package_write_finish(struct cm_package_writer *wri
                                                    struct cm_error *err);
 void cm_package_write_abort(struct cm_package_writer *writer);
 
-/* Replace the slots of an existing package: write the older copy, fsync, then mirror, fsync. A crash
- * at any point leaves one good copy. The key authenticates the new slots. */
+/* Replace the slots of an existing package: write the older copy, fsync, then mirror, fsync. A
+ * crash at any point leaves one good copy. The key authenticates the new slots. */
 CM_MUST_USE enum cm_status cm_package_slots_replace(int fd, const uint8_t key[static CM_KEY_BYTES],
                                                     const struct cm_package_slot *slots,
                                                     uint32_t slot_count, struct cm_error *err);
 
-/* Detached recovery file: the package key under a passphrase (scrypt with bounded N, r, p). Bound to
- * the core digest of one package. Atomic like the package. */
+/* Detached recovery file: the package key under a passphrase (scrypt with bounded N, r, p). Bound
+ * to the core digest of one package. Atomic like the package. */
 CM_MUST_USE enum cm_status cm_recovery_write(const char *path, const char *passphrase,
                                              const uint8_t core_digest[static CM_DIGEST_BYTES],
                                              const uint8_t key[static CM_KEY_BYTES],

@@ -1,8 +1,8 @@
 /* Enrolment record and sealing: the software half of loader/tpm. No tss2 here; the packer links it.
  *
- * The record is what a node tells the outside of itself: made and signed (by its attestation key) in
- * `casemate-keeper --provision`; binary, fixed order, cursor-read. Sealing makes a duplicate blob
- * under the node's EK that only this TPM can import, with the policy of design section 8:
+ * The record is what a node tells the outside of itself: made and signed (by its attestation key)
+ * in `casemate-keeper --provision`; binary, fixed order, cursor-read. Sealing makes a duplicate
+ * blob under the node's EK that only this TPM can import, with the policy of design section 8:
  *   authPolicy = PolicyAuthorize(policy authority, policy_ref)
  *   signed     = PolicyPCR(pcrs) ∧ PolicyNV(counter ≤ N, unsigned) ∧ PolicyCommandCode(Unseal)
  * Methods: TPM 2.0 Library, Part 1 (duplication, KDFe, KDFa), Part 3 (policy commands). */
@@ -23,20 +23,20 @@
 
 struct cm_enrolment {
     char node_name[CM_NAME_BYTES];
-    bool development;                /* made by casemate-devtpm */
-    uint8_t node[CM_DIGEST_BYTES];   /* SHA-256 of the EK's TPMT_PUBLIC: the slot's `node` */
-    uint8_t ek_public[CM_ENROLMENT_PUBLIC_MAX];  /* TPM2B_PUBLIC */
+    bool development;              /* made by casemate-devtpm */
+    uint8_t node[CM_DIGEST_BYTES]; /* SHA-256 of the EK's TPMT_PUBLIC: the slot's `node` */
+    uint8_t ek_public[CM_ENROLMENT_PUBLIC_MAX]; /* TPM2B_PUBLIC */
     uint32_t ek_public_bytes;
     uint8_t srk_public[CM_ENROLMENT_PUBLIC_MAX];
     uint32_t srk_public_bytes;
     uint8_t ak_public[CM_ENROLMENT_PUBLIC_MAX];
     uint32_t ak_public_bytes;
-    uint8_t counter_name[34];        /* nameAlg ‖ digest of the NV index, WRITTEN set */
+    uint8_t counter_name[34]; /* nameAlg ‖ digest of the NV index, WRITTEN set */
     uint32_t counter_handle;
-    uint64_t counter_value;          /* at enrolment */
-    uint32_t pcr;                    /* ours: 14 */
+    uint64_t counter_value;             /* at enrolment */
+    uint32_t pcr;                       /* ours: 14 */
     uint8_t pcr_value[CM_DIGEST_BYTES]; /* its value before any of our events */
-    uint8_t signature[64];           /* r ‖ s by the AK over SHA-256 of all bytes before it */
+    uint8_t signature[64];              /* r ‖ s by the AK over SHA-256 of all bytes before it */
 };
 
 CM_MUST_USE enum cm_status cm_enrolment_encode(const struct cm_enrolment *enrolment,
@@ -53,13 +53,13 @@ CM_MUST_USE enum cm_status cm_enrolment_digest(const struct cm_enrolment *enrolm
 
 /* One allowed state, signed by the policy authority. */
 struct cm_policy_state {
-    uint32_t pcr_count;                     /* ascending, SHA-256 bank */
+    uint32_t pcr_count; /* ascending, SHA-256 bank */
     uint32_t pcrs[CM_POLICY_PCRS_MAX];
     uint8_t pcr_values[CM_POLICY_PCRS_MAX][CM_DIGEST_BYTES];
-    uint64_t counter_max;                   /* N */
+    uint64_t counter_max; /* N */
     uint8_t counter_name[34];
     char policy_ref[CM_POLICY_REF_BYTES_MAX];
-    uint8_t signature[64];                  /* over H(approvedPolicy ‖ policyRef), r ‖ s */
+    uint8_t signature[64]; /* over H(approvedPolicy ‖ policyRef), r ‖ s */
 };
 
 struct cm_policy_list { /* the file beside the package: <package>.policy */
@@ -68,9 +68,10 @@ struct cm_policy_list { /* the file beside the package: <package>.policy */
 };
 
 /* authPolicy of the sealed object for an authority's P-256 public key and a policy_ref. */
-CM_MUST_USE enum cm_status cm_policy_authorize_digest(
-    const uint8_t policy_key[static CM_PUBLIC_KEY_BYTES], const char *policy_ref,
-    uint8_t ret_digest[static CM_DIGEST_BYTES], struct cm_error *err);
+CM_MUST_USE enum cm_status
+cm_policy_authorize_digest(const uint8_t policy_key[static CM_PUBLIC_KEY_BYTES],
+                           const char *policy_ref, uint8_t ret_digest[static CM_DIGEST_BYTES],
+                           struct cm_error *err);
 /* Digest of the inner policy of a state. */
 CM_MUST_USE enum cm_status cm_policy_state_digest(const struct cm_policy_state *state,
                                                   uint8_t ret_digest[static CM_DIGEST_BYTES],

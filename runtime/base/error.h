@@ -12,9 +12,9 @@
 #define CM_ERROR_TEXT_BYTES 472
 
 struct cm_error {
-    int32_t status;               /* enum cm_status */
-    int32_t subcode;              /* errno, TPM response code or 0 */
-    char id[CM_ERROR_ID_BYTES];   /* stable cause: CM-<AREA>-<CAUSE>, upper case */
+    int32_t status;                 /* enum cm_status */
+    int32_t subcode;                /* errno, TPM response code or 0 */
+    char id[CM_ERROR_ID_BYTES];     /* stable cause: CM-<AREA>-<CAUSE>, upper case */
     char text[CM_ERROR_TEXT_BYTES]; /* what, on what (name, offset, expected, found), what next */
 };
 

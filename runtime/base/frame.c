@@ -16,8 +16,7 @@
 #define P1 CM_PHASE_SERVE
 #define P2 CM_PHASE_DRAIN
 
-#define EXACT(type)                                                                                \
-    sizeof(type), sizeof(type)
+#define EXACT(type) sizeof(type), sizeof(type)
 
 const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
     [CM_FRAME_CONFIG] = {"config", S, C, P0, true, sizeof(struct cm_config_devtpm),
@@ -102,8 +101,9 @@ enum cm_status cm_channel_send(struct cm_channel *channel, enum cm_frame_type ty
                                const void *payload, size_t bytes, const int *fds, size_t fd_count,
                                struct cm_error *err)
 {
-    const char *refusal = frame_refusal(channel, (uint16_t)type, (uint32_t)channel->self,
-                                        (uint32_t)channel->peer, channel->sent_once, bytes, fd_count);
+    const char *refusal =
+        frame_refusal(channel, (uint16_t)type, (uint32_t)channel->self, (uint32_t)channel->peer,
+                      channel->sent_once, bytes, fd_count);
     if (refusal != NULL) {
         return cm_error_set(err, CM_E_BUG, "CM-FRAME-SEND", "frame %d not permitted: %s", (int)type,
                             refusal);
@@ -201,9 +201,9 @@ enum cm_status cm_channel_receive(struct cm_channel *channel, struct cm_frame *f
         header.bytes != (size_t)size - sizeof(header) || header.fd_count != frame->fd_count) {
         refusal = "broken header";
     } else {
-        refusal = frame_refusal(channel, header.type, (uint32_t)channel->peer,
-                                (uint32_t)channel->self, channel->received_once, header.bytes,
-                                frame->fd_count);
+        refusal =
+            frame_refusal(channel, header.type, (uint32_t)channel->peer, (uint32_t)channel->self,
+                          channel->received_once, header.bytes, frame->fd_count);
     }
     if (refusal != NULL) {
         cm_frame_close_fds(frame);

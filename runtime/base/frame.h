@@ -20,10 +20,11 @@
 enum cm_fd {
     CM_FD_CONTROL = 3,
     CM_FD_LOG = 4,
-    CM_FD_INPUT = 5, /* gateway: listener; worker: package; keeper: head memfd; devtpm: state file */
-    CM_FD_REQUEST_DATA = 6,    /* ring gateway -> worker: producer's memfd */
-    CM_FD_REQUEST_CURSOR = 7,  /* its consumer's cursor memfd */
-    CM_FD_RESPONSE_DATA = 8,   /* ring worker -> gateway */
+    CM_FD_INPUT =
+        5, /* gateway: listener; worker: package; keeper: head memfd; devtpm: state file */
+    CM_FD_REQUEST_DATA = 6,   /* ring gateway -> worker: producer's memfd */
+    CM_FD_REQUEST_CURSOR = 7, /* its consumer's cursor memfd */
+    CM_FD_RESPONSE_DATA = 8,  /* ring worker -> gateway */
     CM_FD_RESPONSE_CURSOR = 9,
     CM_FD_REQUEST_EVENT = 10,  /* eventfd: the worker has requests, or room for responses */
     CM_FD_RESPONSE_EVENT = 11, /* eventfd: the gateway has responses, or room for requests */
@@ -46,22 +47,22 @@ enum cm_role {
 enum cm_phase { CM_PHASE_START = 1, CM_PHASE_SERVE = 2, CM_PHASE_DRAIN = 4, CM_PHASE_ALL = 7 };
 
 enum cm_frame_type {
-    CM_FRAME_CONFIG = 1,   /* S -> child: the role's configuration; first frame of all */
-    CM_FRAME_READY,        /* child -> S: the role serves; phase becomes SERVE on both sides */
-    CM_FRAME_FAILED,       /* child -> S: struct cm_error; the child exits after it */
-    CM_FRAME_PROGRESS,     /* worker -> S: load progress */
-    CM_FRAME_STATE,        /* S -> gateway: what the probes answer */
-    CM_FRAME_RINGS,        /* S -> gateway, worker: six descriptors of a fresh pair of rings */
-    CM_FRAME_KEY_REQUEST,  /* S -> keeper: package key page for a worker generation */
-    CM_FRAME_KEY_PAGE,     /* keeper -> S: its descriptor */
-    CM_FRAME_TLS_REQUEST,  /* S -> keeper: TLS key page for a gateway generation */
-    CM_FRAME_TLS_PAGE,     /* keeper -> S: its descriptor, and the certificate (public) */
-    CM_FRAME_LOADED,       /* worker -> S -> keeper: key page wiped; the keeper checks that */
-    CM_FRAME_KEYS,         /* S -> gateway: sealed memfd with the table of API keys */
-    CM_FRAME_HEARTBEAT,    /* child -> S, once a second: alive, with figures */
-    CM_FRAME_DRAIN,        /* S -> gateway, worker: finish by the deadline */
-    CM_FRAME_DRAINED,      /* gateway, worker -> S: nothing is left in flight */
-    CM_FRAME_STOP,         /* S -> child: exit now with 0 */
+    CM_FRAME_CONFIG = 1,  /* S -> child: the role's configuration; first frame of all */
+    CM_FRAME_READY,       /* child -> S: the role serves; phase becomes SERVE on both sides */
+    CM_FRAME_FAILED,      /* child -> S: struct cm_error; the child exits after it */
+    CM_FRAME_PROGRESS,    /* worker -> S: load progress */
+    CM_FRAME_STATE,       /* S -> gateway: what the probes answer */
+    CM_FRAME_RINGS,       /* S -> gateway, worker: six descriptors of a fresh pair of rings */
+    CM_FRAME_KEY_REQUEST, /* S -> keeper: package key page for a worker generation */
+    CM_FRAME_KEY_PAGE,    /* keeper -> S: its descriptor */
+    CM_FRAME_TLS_REQUEST, /* S -> keeper: TLS key page for a gateway generation */
+    CM_FRAME_TLS_PAGE,    /* keeper -> S: its descriptor, and the certificate (public) */
+    CM_FRAME_LOADED,      /* worker -> S -> keeper: key page wiped; the keeper checks that */
+    CM_FRAME_KEYS,        /* S -> gateway: sealed memfd with the table of API keys */
+    CM_FRAME_HEARTBEAT,   /* child -> S, once a second: alive, with figures */
+    CM_FRAME_DRAIN,       /* S -> gateway, worker: finish by the deadline */
+    CM_FRAME_DRAINED,     /* gateway, worker -> S: nothing is left in flight */
+    CM_FRAME_STOP,        /* S -> child: exit now with 0 */
     CM_FRAME_TYPE_COUNT
 };
 
@@ -122,21 +123,21 @@ void cm_frame_close_fds(struct cm_frame *frame);
 
 /* ------------------------------------------------------------------ payloads */
 
-#define CM_NAME_BYTES      64  /* terminated: model name, node name */
+#define CM_NAME_BYTES       64 /* terminated: model name, node name */
 #define CM_PUBLIC_KEY_BYTES 65 /* uncompressed P-256 point */
-#define CM_DIGEST_BYTES    32
+#define CM_DIGEST_BYTES     32
 
 struct cm_config_gateway { /* CM_FRAME_CONFIG to the gateway */
     uint32_t header_bytes_max;
     uint32_t body_bytes_max;
     uint32_t connections_max;
-    uint32_t requests_max;          /* in flight and queued in the worker, together */
+    uint32_t requests_max; /* in flight and queued in the worker, together */
     uint32_t requests_per_key_max;
-    uint32_t header_timeout_ms;     /* from accept or previous reply to the full head */
+    uint32_t header_timeout_ms; /* from accept or previous reply to the full head */
     uint32_t body_timeout_ms;
-    uint32_t write_timeout_ms;      /* no progress on a blocked write */
-    uint32_t request_timeout_ms;    /* whole generation; 0 = none */
-    uint32_t max_tokens_default;    /* when the client names none; 0 = up to the context */
+    uint32_t write_timeout_ms;        /* no progress on a blocked write */
+    uint32_t request_timeout_ms;      /* whole generation; 0 = none */
+    uint32_t max_tokens_default;      /* when the client names none; 0 = up to the context */
     uint32_t unauthenticated_metrics; /* 1: GET /metrics needs no key */
     uint32_t ring_data_bytes;
     char model_name[CM_NAME_BYTES]; /* served name; the worker's HELLO must agree */
@@ -144,16 +145,16 @@ struct cm_config_gateway { /* CM_FRAME_CONFIG to the gateway */
 };
 
 struct cm_config_worker {
-    uint32_t threads;              /* 0: from cpu.max and affinity */
-    uint32_t sequences_max;        /* running at once: slots */
-    uint32_t queue_max;            /* waiting requests */
-    uint32_t kv_pages;             /* pages of 32 positions; 0: from kv_bytes */
+    uint32_t threads;       /* 0: from cpu.max and affinity */
+    uint32_t sequences_max; /* running at once: slots */
+    uint32_t queue_max;     /* waiting requests */
+    uint32_t kv_pages;      /* pages of 32 positions; 0: from kv_bytes */
     uint64_t kv_bytes;
-    uint32_t context_max;          /* 0: the model's */
-    uint32_t step_tokens_max;      /* prompt tokens and decodes in one mixed step */
+    uint32_t context_max;     /* 0: the model's */
+    uint32_t step_tokens_max; /* prompt tokens and decodes in one mixed step */
     uint32_t ring_data_bytes;
-    char device[CM_NAME_BYTES];    /* "cpu" */
-    char model_name[CM_NAME_BYTES]; /* "" : the package's own */
+    char device[CM_NAME_BYTES];             /* "cpu" */
+    char model_name[CM_NAME_BYTES];         /* "" : the package's own */
     uint8_t owner_key[CM_PUBLIC_KEY_BYTES]; /* package owner, pinned in `sealed:` */
 };
 
@@ -163,11 +164,11 @@ struct cm_config_keeper {
     uint8_t owner_key[CM_PUBLIC_KEY_BYTES];
     uint8_t policy_key[CM_PUBLIC_KEY_BYTES]; /* policy authority, pinned in `sealed:` */
     uint32_t development_tpm;                /* 1: descriptor 13 is casemate-devtpm */
-    uint32_t head_bytes;      /* of the memfd at CM_FD_INPUT: [package head][policy list] … */
-    uint32_t policy_bytes;    /* … the policy list follows the head; 0: none */
+    uint32_t head_bytes;   /* of the memfd at CM_FD_INPUT: [package head][policy list] … */
+    uint32_t policy_bytes; /* … the policy list follows the head; 0: none */
     uint32_t enrolment_bytes;
     uint8_t enrolment[CM_ENROLMENT_BYTES_MAX];
-    uint32_t tls_name_count;  /* subject alternative names of the certificate */
+    uint32_t tls_name_count; /* subject alternative names of the certificate */
     char tls_names[8][CM_NAME_BYTES];
 };
 
@@ -197,7 +198,7 @@ enum cm_load_stage {
 /* What /livez, /readyz, /startupz and /metrics answer of the other roles. */
 struct cm_state {
     struct cm_progress load;
-    uint32_t ready;          /* 1: requests are accepted */
+    uint32_t ready; /* 1: requests are accepted */
     uint32_t draining;
     uint32_t worker_generation;
     uint32_t worker_restarts;

@@ -77,13 +77,13 @@ void cm_log_write(const struct cm_log *log, enum cm_log_level level, const char 
     char time_text[64];
     clock_gettime(CLOCK_REALTIME, &now);
     gmtime_r(&now.tv_sec, &day);
-    int size = snprintf(time_text, sizeof(time_text),
-                        "{\"time\":\"%04d-%02d-%02dT%02d:%02d:%02d.%03ldZ\"", day.tm_year + 1900,
-                        day.tm_mon + 1, day.tm_mday, day.tm_hour, day.tm_min, day.tm_sec,
-                        now.tv_nsec / 1000000);
+    int size =
+        snprintf(time_text, sizeof(time_text), "{\"time\":\"%04d-%02d-%02dT%02d:%02d:%02d.%03ldZ\"",
+                 day.tm_year + 1900, day.tm_mon + 1, day.tm_mday, day.tm_hour, day.tm_min,
+                 day.tm_sec, now.tv_nsec / 1000000);
     line_put(&line, time_text, (size_t)size);
-    const struct cm_log_field head[] = {CM_LOG_S("level", names[level]), CM_LOG_S("role", log->role),
-                                        CM_LOG_S("event", event)};
+    const struct cm_log_field head[] = {CM_LOG_S("level", names[level]),
+                                        CM_LOG_S("role", log->role), CM_LOG_S("event", event)};
     for (size_t i = 0; i < sizeof(head) / sizeof(head[0]); i++) {
         line_field(&line, &head[i]);
     }

@@ -21,10 +21,18 @@ struct cm_log_field {
     double real;
 };
 
-#define CM_LOG_S(field_name, value) {.kind = CM_LOG_TEXT, .name = (field_name), .text = (value)}
+#define CM_LOG_S(field_name, value)                                                                \
+    {                                                                                              \
+        .kind = CM_LOG_TEXT, .name = (field_name), .text = (value)                                 \
+    }
 #define CM_LOG_I(field_name, value)                                                                \
-    {.kind = CM_LOG_NUMBER, .name = (field_name), .number = (int64_t)(value)}
-#define CM_LOG_F(field_name, value) {.kind = CM_LOG_REAL, .name = (field_name), .real = (value)}
+    {                                                                                              \
+        .kind = CM_LOG_NUMBER, .name = (field_name), .number = (int64_t)(value)                    \
+    }
+#define CM_LOG_F(field_name, value)                                                                \
+    {                                                                                              \
+        .kind = CM_LOG_REAL, .name = (field_name), .real = (value)                                 \
+    }
 
 struct cm_log {
     int fd;

@@ -43,7 +43,8 @@ static enum cm_status memfd_make(const char *name, uint64_t size, int *ret_fd, i
         (read_fd = open(path, O_RDONLY | O_CLOEXEC)) < 0) {
         int error_number = errno;
         close(fd);
-        return cm_error_errno(err, error_number, "CM-RING-MAKE", "cannot size and seal ring memory");
+        return cm_error_errno(err, error_number, "CM-RING-MAKE",
+                              "cannot size and seal ring memory");
     }
     *ret_fd = fd;
     *ret_read = read_fd;
@@ -177,7 +178,8 @@ enum cm_status cm_ring_put(struct cm_ring *ring, uint32_t type, uint64_t request
         return cm_error_set(err, CM_E_BUSY, "CM-RING-FULL", "ring is full");
     }
     if (pad > 0) {
-        struct cm_record filler = {.bytes = (uint32_t)(pad - sizeof(filler)), .type = CM_RECORD_PAD};
+        struct cm_record filler = {.bytes = (uint32_t)(pad - sizeof(filler)),
+                                   .type = CM_RECORD_PAD};
         record_write(ring, ring->mine, &filler, NULL, 0, NULL, 0);
     }
     struct cm_record record = {(uint32_t)(bytes1 + bytes2), type, request};
@@ -199,14 +201,15 @@ enum cm_status cm_ring_get(struct cm_ring *ring, struct cm_record *ret_record, v
         uint64_t limit = there < ring->capacity - at ? there : ring->capacity - at;
         struct cm_record record;
         if (there > ring->capacity || there % ALIGN != 0 || limit < sizeof(record)) {
-            return cm_error_set(err, CM_E_INPUT, "CM-RING-CURSOR", "producer's cursor is impossible");
+            return cm_error_set(err, CM_E_INPUT, "CM-RING-CURSOR",
+                                "producer's cursor is impossible");
         }
         const uint8_t *from = ring->data + CM_RING_CURSOR_BYTES + at;
         memcpy(&record, from, sizeof(record)); /* once: the producer may change it under us */
         uint64_t size = record_bytes(record.bytes);
         if (size > limit || (record.type != CM_RECORD_PAD && record.bytes > payload_size)) {
-            return cm_error_set(err, CM_E_INPUT, "CM-RING-RECORD", "record of %u bytes is malformed",
-                                record.bytes);
+            return cm_error_set(err, CM_E_INPUT, "CM-RING-RECORD",
+                                "record of %u bytes is malformed", record.bytes);
         }
         if (record.type != CM_RECORD_PAD && record.bytes > 0) {
             memcpy(payload, from + sizeof(record), record.bytes);

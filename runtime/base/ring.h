@@ -25,10 +25,10 @@ struct cm_record {
     uint64_t request;
 };
 
-#define CM_RECORD_PAD         0u
-#define CM_RING_CURSOR_BYTES  4096u
-#define CM_RING_CAPACITY_MIN  (64u << 10)
-#define CM_RING_CAPACITY_MAX  (64u << 20)
+#define CM_RECORD_PAD        0u
+#define CM_RING_CURSOR_BYTES 4096u
+#define CM_RING_CAPACITY_MIN (64u << 10)
+#define CM_RING_CAPACITY_MAX (64u << 20)
 
 struct cm_ring {
     uint8_t *data;     /* mapped data memfd */

@@ -50,7 +50,8 @@ enum cm_status cm_secret_new(size_t size, struct cm_secret **ret_secret, struct 
     size_t mapped = data + 2 * page;
     uint8_t *base = mmap(NULL, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) {
-        return cm_error_errno(err, errno, "CM-SYS-MMAP", "no memory for a secret of %zu bytes", size);
+        return cm_error_errno(err, errno, "CM-SYS-MMAP", "no memory for a secret of %zu bytes",
+                              size);
     }
     uint8_t *start = base + page;
     if (mprotect(start, data, PROT_READ | PROT_WRITE) != 0 || mlock(start, data) != 0 ||

@@ -6,7 +6,7 @@
 #ifndef CASEMATE_RUNTIME_BASE_STATUS_H
 #define CASEMATE_RUNTIME_BASE_STATUS_H
 
-#define CM_MUST_USE __attribute__((warn_unused_result))
+#define CM_MUST_USE          __attribute__((warn_unused_result))
 #define CM_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 
 enum cm_status {

@@ -10,9 +10,11 @@ const struct cm_wire_row cm_wire_rows[CM_WIRE_TYPE_COUNT] = {
     [CM_WIRE_GENERATE] = {"generate", TO_WORKER, OPEN(cm_wire_generate), "a new request"},
     [CM_WIRE_CANCEL] = {"cancel", TO_WORKER, 0, 0, "the client is gone: free it within one step"},
     [CM_WIRE_HELLO] = {"hello", TO_GATEWAY, EXACT(cm_wire_hello), "what is served, first of all"},
-    [CM_WIRE_ACCEPTED] = {"accepted", TO_GATEWAY, EXACT(cm_wire_accepted), "tokenised and admitted"},
+    [CM_WIRE_ACCEPTED] = {"accepted", TO_GATEWAY, EXACT(cm_wire_accepted),
+                          "tokenised and admitted"},
     [CM_WIRE_REFUSED] = {"refused", TO_GATEWAY, EXACT(cm_wire_refused), "over, with the reason"},
     [CM_WIRE_TEXT] = {"text", TO_GATEWAY, OPEN(cm_wire_text), "released bytes"},
     [CM_WIRE_DONE] = {"done", TO_GATEWAY, EXACT(cm_wire_done), "over, with usage and times"},
-    [CM_WIRE_STATS] = {"stats", TO_GATEWAY, EXACT(cm_wire_stats), "figures for /metrics and /readyz"},
+    [CM_WIRE_STATS] = {"stats", TO_GATEWAY, EXACT(cm_wire_stats),
+                       "figures for /metrics and /readyz"},
 };

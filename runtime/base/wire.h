@@ -29,9 +29,9 @@ struct cm_wire_row {
 };
 extern const struct cm_wire_row cm_wire_rows[CM_WIRE_TYPE_COUNT];
 
-#define CM_STOPS_MAX        4   /* stop strings per request */
-#define CM_STOP_BYTES_MAX   256 /* each */
-#define CM_MESSAGES_MAX     256 /* messages per request */
+#define CM_STOPS_MAX      4   /* stop strings per request */
+#define CM_STOP_BYTES_MAX 256 /* each */
+#define CM_MESSAGES_MAX   256 /* messages per request */
 
 /* How the next token is chosen. Order: penalties, temperature, top-k, min-p, top-p, draw by
  * Philox(seed, position). temperature 0 = greedy, the rest is then without effect but penalties. */
@@ -50,8 +50,9 @@ struct cm_sampling {
 enum cm_prompt_kind { CM_PROMPT_CHAT = 1, CM_PROMPT_TEXT = 2 };
 enum cm_chat_role { CM_CHAT_SYSTEM = 1, CM_CHAT_USER = 2, CM_CHAT_ASSISTANT = 3 };
 
-/* Followed by: stop_count × (u32 bytes, bytes), then part_count × (u32 enum cm_chat_role, u32 bytes,
- * bytes), nothing else. A text prompt is one part of role 0. Text is UTF-8, checked by both. */
+/* Followed by: stop_count × (u32 bytes, bytes), then part_count × (u32 enum cm_chat_role, u32
+ * bytes, bytes), nothing else. A text prompt is one part of role 0. Text is UTF-8, checked by both.
+ */
 struct cm_wire_generate {
     uint32_t prompt_kind;
     uint32_t part_count;
@@ -59,7 +60,7 @@ struct cm_wire_generate {
     uint32_t max_tokens; /* 0: up to the context */
     uint32_t min_tokens;
     uint32_t ignore_eos;
-    uint64_t tenant;     /* from the authenticated key, never from the client */
+    uint64_t tenant; /* from the authenticated key, never from the client */
     struct cm_sampling sampling;
 };
 
@@ -106,11 +107,11 @@ struct cm_wire_text {
 
 enum cm_finish {
     CM_FINISH_NONE = 0,
-    CM_FINISH_STOP = 1,      /* end token or stop string */
+    CM_FINISH_STOP = 1, /* end token or stop string */
     CM_FINISH_LENGTH = 2,
-    CM_FINISH_FILTER = 3,    /* content_filter */
+    CM_FINISH_FILTER = 3, /* content_filter */
     CM_FINISH_CANCELLED = 4,
-    CM_FINISH_FAILED = 5,    /* the device or the worker failed in mid-reply */
+    CM_FINISH_FAILED = 5, /* the device or the worker failed in mid-reply */
 };
 
 struct cm_wire_done {

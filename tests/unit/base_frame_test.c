@@ -9,7 +9,8 @@
 
 static struct cm_frame frame; /* 8 KiB: kept off the stack */
 
-static void channels_open(struct cm_channel *supervisor, struct cm_channel *child, enum cm_role role)
+static void channels_open(struct cm_channel *supervisor, struct cm_channel *child,
+                          enum cm_role role)
 {
     int ends[2];
     cr_assert_eq(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends), 0);
@@ -23,8 +24,9 @@ Test(base_frame, config_ready_and_a_descriptor_pass)
     struct cm_error err;
     struct cm_config_worker config = {.threads = 2};
     channels_open(&supervisor, &child, CM_ROLE_KEEPER);
-    cr_assert_eq(cm_channel_send(&supervisor, CM_FRAME_CONFIG, &config, sizeof(config), NULL, 0, &err),
-                 CM_OK);
+    cr_assert_eq(
+        cm_channel_send(&supervisor, CM_FRAME_CONFIG, &config, sizeof(config), NULL, 0, &err),
+        CM_OK);
     cr_assert_eq(cm_channel_wait(&child, &frame, 1000, &err), CM_OK);
     cr_assert_eq(frame.type, CM_FRAME_CONFIG);
     cr_assert_eq(memcmp(frame.payload, &config, sizeof(config)), 0);
@@ -33,7 +35,8 @@ Test(base_frame, config_ready_and_a_descriptor_pass)
     cr_assert_eq(supervisor.phase, CM_PHASE_SERVE);
     struct cm_key_page_info info = {.generation = 1};
     int fd = open("/dev/null", O_RDONLY);
-    cr_assert_eq(cm_channel_send(&child, CM_FRAME_KEY_PAGE, &info, sizeof(info), &fd, 1, &err), CM_OK);
+    cr_assert_eq(cm_channel_send(&child, CM_FRAME_KEY_PAGE, &info, sizeof(info), &fd, 1, &err),
+                 CM_OK);
     cr_assert_eq(cm_channel_wait(&supervisor, &frame, 1000, &err), CM_OK);
     cr_assert_eq(frame.fd_count, 1u);
     cr_assert(fcntl(frame.fds[0], F_GETFD) & FD_CLOEXEC);
@@ -57,8 +60,12 @@ Test(base_frame, wrong_way_phase_size_count_and_repetition_are_refused_on_both_s
     struct {
         uint16_t type, fds;
         uint32_t bytes;
-    } raw[] = {{99, 0, 0}, {CM_FRAME_CONFIG, 0, 0}, {CM_FRAME_KEY_PAGE, 0, 0}, {CM_FRAME_READY, 0, 4},
-               {CM_FRAME_READY, 1, 0}, {0, 0, 0}};
+    } raw[] = {{99, 0, 0},
+               {CM_FRAME_CONFIG, 0, 0},
+               {CM_FRAME_KEY_PAGE, 0, 0},
+               {CM_FRAME_READY, 0, 4},
+               {CM_FRAME_READY, 1, 0},
+               {0, 0, 0}};
     for (size_t i = 0; i < sizeof(raw) / sizeof(raw[0]); i++) {
         cr_assert_eq(send(child.fd, &raw[i], sizeof(raw[i]), 0), (ssize_t)sizeof(raw[i]));
         cr_assert_eq(cm_channel_wait(&supervisor, &frame, 1000, &err), CM_E_INPUT, "row %zu", i);

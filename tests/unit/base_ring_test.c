@@ -17,9 +17,9 @@ static void pair_open(struct pair *pair, uint64_t capacity)
 {
     struct cm_error err;
     memset(pair, 0, sizeof(*pair));
-    cr_assert_eq(cm_ring_make(capacity, &pair->fds[0], &pair->fds[1], &pair->fds[2], &pair->fds[3],
-                              &err),
-                 CM_OK);
+    cr_assert_eq(
+        cm_ring_make(capacity, &pair->fds[0], &pair->fds[1], &pair->fds[2], &pair->fds[3], &err),
+        CM_OK);
     cr_assert_eq(cm_ring_open_producer(&pair->producer, pair->fds[0], pair->fds[3], &err), CM_OK);
     cr_assert_eq(cm_ring_open_consumer(&pair->consumer, pair->fds[1], pair->fds[2], &err), CM_OK);
 }
