@@ -1,0 +1,99 @@
+/* The schema of casemate.yaml: every key there is, one row each. */
+#include "policies/config/config.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define AT(field) offsetof(struct cm_configuration, field)
+#define SEALED    CM_CONFIG_SEALED
+#define SITE      CM_CONFIG_SITE
+#define NUMBER(field, least, most, unit, text, help)                                               \
+    {                                                                                              \
+#field, SITE, CM_CONFIG_NUMBER, least, most, unit, text, "", AT(field), help               \
+    }
+
+/* clang-format off */
+const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
+    {"package", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(package), "the sealed package; its policy list lies beside it as <package>.policy"},
+    {"package_owner", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(package_owner), "PEM public key (P-256) of who signs packages"},
+    {"policy_authority", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(policy_authority), "PEM public key (P-256) of who signs allowed states"},
+    {"device", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "cpu", "cpu", AT(device), "where the model computes"},
+    {"tpm", SEALED, CM_CONFIG_CHOICE, 1, 32, "", "development", "development|/dev/tpmrm0", AT(tpm), "the TPM; the development TPM protects nothing"},
+    {"state", SITE, CM_CONFIG_PATH, 1, 400, "", "", "", AT(state), "folder of keys, enrolment record and status"},
+    {"listen", SITE, CM_CONFIG_ADDRESS, 1, 63, "", "127.0.0.1:8443", "", AT(listen), "address and port of the API"},
+    {"tls_names", SITE, CM_CONFIG_NAMES, 1, CM_NAME_BYTES - 1, "", "localhost,127.0.0.1", "", AT(tls_names), "names in the server's certificate"},
+    {"model_name", SITE, CM_CONFIG_TEXT, 0, CM_NAME_BYTES - 1, "", "", "", AT(model_name), "name that clients use; empty: the package's own"},
+    NUMBER(header_bytes_max, 1024, 1048576, "bytes", "16384", "largest head of a request"),
+    NUMBER(body_bytes_max, 1024, 8388608, "bytes", "1048576", "largest body of a request"),
+    NUMBER(connections_max, 1, 65536, "", "256", "open connections"),
+    NUMBER(requests_max, 1, 65536, "", "64", "requests running and waiting, together"),
+    NUMBER(requests_per_key_max, 1, 65536, "", "32", "requests of one API key at once"),
+    NUMBER(queue_max, 1, 65536, "", "64", "requests waiting in the worker"),
+    NUMBER(sequences_max, 1, 256, "", "8", "sequences generated at once"),
+    NUMBER(kv_bytes, 0, 1ull << 40, "bytes", "268435456", "memory of the key-value cache; 0: from kv_pages"),
+    NUMBER(kv_pages, 0, 1u << 24, "", "0", "the same in pages of 32 positions; 0: from kv_bytes"),
+    NUMBER(context_max, 0, 1u << 20, "", "0", "longest prompt and reply, in tokens; 0: the model's"),
+    NUMBER(step_tokens_max, 1, 8192, "", "256", "tokens in one mixed step"),
+    NUMBER(threads, 0, 1024, "", "0", "computing threads; 0: from the cores that are allowed"),
+    NUMBER(header_timeout_ms, 100, 600000, "ms", "10000", "for the whole head of a request"),
+    NUMBER(body_timeout_ms, 100, 600000, "ms", "30000", "for the whole body of a request"),
+    NUMBER(write_timeout_ms, 100, 600000, "ms", "30000", "without progress towards a client"),
+    NUMBER(request_timeout_ms, 0, 86400000, "ms", "600000", "for a whole generation; 0: none"),
+    NUMBER(drain_timeout_ms, 0, 3600000, "ms", "30000", "for requests in flight when the service stops"),
+    NUMBER(max_tokens_default, 0, 1u << 20, "", "0", "reply length where the client names none; 0: up to the context"),
+    {"metrics_unauthenticated", SITE, CM_CONFIG_BOOL, 0, 1, "", "false", "", AT(metrics_unauthenticated), "GET /metrics needs no key"},
+};
+/* clang-format on */
+
+int cm_config_row_find(const char *name, size_t size)
+{
+    for (int i = 0; i < CM_CONFIG_ROW_COUNT; i++) {
+        if (strlen(cm_config_rows[i].name) == size &&
+            memcmp(cm_config_rows[i].name, name, size) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+static size_t least_of(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Edit distance (insert, delete, replace) by one row of the usual table. */
+static size_t distance(const char *a, size_t a_size, const char *b, size_t b_size)
+{
+    size_t costs[65];
+    for (size_t j = 0; j <= b_size; j++) {
+        costs[j] = j;
+    }
+    for (size_t i = 1; i <= a_size; i++) {
+        size_t diagonal = costs[0];
+        costs[0] = i;
+        for (size_t j = 1; j <= b_size; j++) {
+            size_t replaced = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+            diagonal = costs[j];
+            costs[j] = least_of(replaced, least_of(costs[j], costs[j - 1]) + 1);
+        }
+    }
+    return costs[b_size];
+}
+
+const char *cm_config_nearest(const char *name, size_t size)
+{
+    const char *nearest = NULL;
+    size_t best = size / 2 + 1;
+    if (size > 64) {
+        return NULL;
+    }
+    for (size_t i = 0; i < CM_CONFIG_ROW_COUNT; i++) {
+        const char *known = cm_config_rows[i].name;
+        size_t apart = distance(name, size, known, strlen(known));
+        if (apart < best) {
+            best = apart;
+            nearest = known;
+        }
+    }
+    return nearest;
+}
