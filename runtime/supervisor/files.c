@@ -1,0 +1,339 @@
+/* Files that the supervisor reads and writes: package head and policy list into a memfd, the table
+ * of API keys, run/status.json, run/tls-certificate.pem. It parses neither package nor policy. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "loader/package/package.h"
+#include "loader/tpm/enrolment.h"
+#include "runtime/base/cursor.h"
+#include "runtime/supervisor/supervisor_internal.h"
+
+#define KEYS_HEADER_BYTES 16u
+
+/* Read up to `size` bytes from the start; short only at the end of the file. -1 on error. */
+static ssize_t file_read(int fd, uint8_t *bytes, size_t size)
+{
+    size_t used = 0;
+    while (used < size) {
+        ssize_t got = pread(fd, bytes + used, size - used, (off_t)used);
+        if (got < 0 && errno == EINTR) {
+            continue;
+        }
+        if (got < 0) {
+            return -1;
+        }
+        if (got == 0) {
+            break;
+        }
+        used += (size_t)got;
+    }
+    return (ssize_t)used;
+}
+
+static bool file_write(int fd, const void *bytes, size_t size)
+{
+    for (size_t used = 0; used < size;) {
+        ssize_t put = write(fd, (const uint8_t *)bytes + used, size - used);
+        if (put < 0 && errno == EINTR) {
+            continue;
+        }
+        if (put <= 0) {
+            return false;
+        }
+        used += (size_t)put;
+    }
+    return true;
+}
+
+/* A memfd of these bytes that nobody can change any more; -1 on error. */
+static int memfd_sealed(const char *name, const uint8_t *bytes, size_t size)
+{
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0) {
+        return -1;
+    }
+    if (!file_write(fd, bytes, size) || lseek(fd, 0, SEEK_SET) != 0 ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL) != 0) {
+        close(fd);
+        return -1;
+    }
+    return fd;
+}
+
+static enum cm_status policy_read(const char *package_path, uint8_t *bytes, size_t size,
+                                  size_t *ret_used, struct cm_error *err)
+{
+    char path[CM_CONFIG_TEXT_BYTES + 16];
+    snprintf(path, sizeof(path), "%s.policy", package_path);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 && errno == ENOENT) {
+        *ret_used = 0; /* the keeper says what that means */
+        return CM_OK;
+    }
+    if (fd < 0) {
+        return cm_error_errno(err, errno, "CM-SUP-POLICY", "cannot open %s", path);
+    }
+    ssize_t got = file_read(fd, bytes, size);
+    int error_number = errno;
+    close(fd);
+    if (got < 0) {
+        return cm_error_errno(err, error_number, "CM-SUP-POLICY", "cannot read %s", path);
+    }
+    if ((size_t)got == size) {
+        return cm_error_set(err, CM_E_POLICY, "CM-SUP-POLICY", "%s is longer than %u bytes", path,
+                            CM_POLICY_LIST_BYTES_MAX);
+    }
+    *ret_used = (size_t)got;
+    return CM_OK;
+}
+
+enum cm_status head_memfd_make(int package_fd, const char *package_path, int *ret_fd,
+                               uint32_t *ret_head_bytes, uint32_t *ret_policy_bytes,
+                               struct cm_error *err)
+{
+    size_t policy_bytes = 0;
+    uint8_t *bytes = malloc(CM_PACKAGE_HEAD_BYTES + CM_POLICY_LIST_BYTES_MAX + 1);
+    CM_ASSERT(bytes != NULL);
+    ssize_t got = file_read(package_fd, bytes, CM_PACKAGE_HEAD_BYTES);
+    enum cm_status status = CM_OK;
+    if (got < 0) {
+        status = cm_error_errno(err, errno, "CM-SUP-PACKAGE", "cannot read %s", package_path);
+    } else if ((size_t)got < CM_PACKAGE_HEAD_BYTES) {
+        status = cm_error_set(err, CM_E_PACKAGE, "CM-PKG-SHORT",
+                              "%s: %zd bytes, shorter than a package's head of %u", package_path,
+                              got, CM_PACKAGE_HEAD_BYTES);
+    } else {
+        status = policy_read(package_path, bytes + CM_PACKAGE_HEAD_BYTES,
+                             CM_POLICY_LIST_BYTES_MAX + 1, &policy_bytes, err);
+    }
+    if (status == CM_OK) {
+        int fd = memfd_sealed("casemate-head", bytes, CM_PACKAGE_HEAD_BYTES + policy_bytes);
+        if (fd < 0) {
+            status = cm_error_errno(err, errno, "CM-SUP-MEMFD", "cannot make head memory");
+        } else {
+            *ret_fd = fd;
+            *ret_head_bytes = CM_PACKAGE_HEAD_BYTES;
+            *ret_policy_bytes = (uint32_t)policy_bytes;
+        }
+    }
+    free(bytes);
+    return status;
+}
+
+/* The table's rows and generation; false if the file is not a whole, sorted table. */
+static bool keys_parse(const uint8_t *bytes, size_t size, struct cm_keys_info *ret_info)
+{
+    struct cm_cursor cursor = cm_cursor_init(bytes, size);
+    const uint8_t *magic = cm_cursor_take(&cursor, 8);
+    uint64_t generation = cm_cursor_u64(&cursor);
+    size_t left = cm_cursor_left(&cursor);
+    if (!cm_cursor_ok(&cursor) || memcmp(magic, "CMKEYS1", 8) != 0 ||
+        left % sizeof(struct cm_api_key) != 0) {
+        return false;
+    }
+    size_t count = left / sizeof(struct cm_api_key);
+    struct cm_api_key previous = {.name = {0}};
+    for (size_t i = 0; i < count; i++) {
+        struct cm_api_key row;
+        cm_cursor_copy(&cursor, &row, sizeof(row));
+        if (memchr(row.name, '\0', sizeof(row.name)) == NULL ||
+            (i > 0 && memcmp(previous.id, row.id, sizeof(row.id)) >= 0)) {
+            return false;
+        }
+        previous = row;
+    }
+    *ret_info = (struct cm_keys_info){.generation = generation, .count = (uint32_t)count};
+    return true;
+}
+
+static bool keys_load(struct service *service, int fd)
+{
+    size_t most = KEYS_HEADER_BYTES + CM_API_KEYS_MAX * sizeof(struct cm_api_key);
+    struct cm_keys_info info = {.generation = 0};
+    uint8_t *bytes = calloc(1, most + 1);
+    CM_ASSERT(bytes != NULL);
+    ssize_t got = fd >= 0 ? file_read(fd, bytes, most + 1) : 0;
+    bool good =
+        fd < 0 || (got >= 0 && (size_t)got <= most && keys_parse(bytes, (size_t)got, &info));
+    if (!good) {
+        /* Closed, not open: a table that cannot be read admits nobody. */
+        CM_LOG(&service->log, CM_LOG_ERROR, "keys_refused",
+               CM_LOG_S("text", "keys.table is damaged: no key is accepted until `casemate keys` "
+                                "writes it again"));
+    }
+    int memory = memfd_sealed("casemate-keys", bytes + KEYS_HEADER_BYTES,
+                              info.count * sizeof(struct cm_api_key));
+    free(bytes);
+    if (memory < 0) {
+        return false;
+    }
+    if (service->keys_fd >= 0) {
+        close(service->keys_fd);
+    }
+    service->keys_fd = memory;
+    service->keys_info = info;
+    return true;
+}
+
+bool keys_refresh(struct service *service)
+{
+    char path[CM_CONFIG_TEXT_BYTES + 16];
+    struct stat facts;
+    memset(&facts, 0, sizeof(facts));
+    snprintf(path, sizeof(path), "%s/keys.table", service->state_path);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
+    if (fd >= 0 && (fstat(fd, &facts) != 0 || !S_ISREG(facts.st_mode))) {
+        close(fd);
+        fd = -1;
+        memset(&facts, 0, sizeof(facts));
+    }
+    bool same = service->keys_known && facts.st_ino == service->keys_seen.st_ino &&
+                facts.st_size == service->keys_seen.st_size &&
+                facts.st_mtim.tv_sec == service->keys_seen.st_mtim.tv_sec &&
+                facts.st_mtim.tv_nsec == service->keys_seen.st_mtim.tv_nsec;
+    bool changed = !same && keys_load(service, fd);
+    if (changed) {
+        service->keys_seen = facts;
+        service->keys_known = true;
+        CM_LOG(&service->log, CM_LOG_INFO, "keys",
+               CM_LOG_I("generation", service->keys_info.generation),
+               CM_LOG_I("count", service->keys_info.count));
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    return changed;
+}
+
+/* Write beside, then rename: a reader sees the old or the new file, never half of one. */
+static void file_replace(struct service *service, const char *name, const void *bytes, size_t size)
+{
+    char partial[64];
+    snprintf(partial, sizeof(partial), "%s.partial", name);
+    int fd = openat(service->run_fd, partial, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (fd < 0) {
+        return; /* a full disk must not end the service; status then grows old, which shows */
+    }
+    bool good = file_write(fd, bytes, size);
+    close(fd);
+    if (!good || renameat(service->run_fd, partial, service->run_fd, name) != 0) {
+        unlinkat(service->run_fd, partial, 0);
+    }
+}
+
+void certificate_write(struct service *service)
+{
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    char pem[CM_CERTIFICATE_BYTES_MAX * 2];
+    const uint8_t *der = service->tls.certificate;
+    size_t size = service->tls.certificate_bytes;
+    size_t used = (size_t)snprintf(pem, sizeof(pem), "-----BEGIN CERTIFICATE-----\n");
+    for (size_t i = 0; i < size; i += 3) {
+        size_t left = size - i;
+        uint32_t bits = (uint32_t)der[i] << 16 | (left > 1 ? (uint32_t)der[i + 1] << 8 : 0) |
+                        (left > 2 ? der[i + 2] : 0u);
+        pem[used++] = digits[bits >> 18];
+        pem[used++] = digits[bits >> 12 & 63];
+        pem[used++] = left > 1 ? digits[bits >> 6 & 63] : '=';
+        pem[used++] = left > 2 ? digits[bits & 63] : '=';
+        if (i % 48 == 45 || left <= 3) {
+            pem[used++] = '\n';
+        }
+    }
+    used += (size_t)snprintf(pem + used, sizeof(pem) - used, "-----END CERTIFICATE-----\n");
+    file_replace(service, "tls-certificate.pem", pem, used);
+}
+
+static uint64_t resident_bytes(pid_t pid)
+{
+    char path[64];
+    char text[128];
+    unsigned long long total = 0;
+    unsigned long long resident = 0;
+    snprintf(path, sizeof(path), "/proc/%d/statm", (int)pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return 0;
+    }
+    ssize_t got = read(fd, text, sizeof(text) - 1);
+    close(fd);
+    text[got > 0 ? got : 0] = '\0';
+    if (sscanf(text, "%llu %llu", &total, &resident) != 2) {
+        return 0;
+    }
+    return resident * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+static void json_text(char *out, size_t size, const char *text)
+{
+    size_t used = 0;
+    for (; *text != '\0' && used + 3 < size; text++) {
+        if (*text == '"' || *text == '\\') {
+            out[used++] = '\\';
+        }
+        out[used++] = *text;
+    }
+    out[used] = '\0';
+}
+
+static size_t status_head(const struct service *service, char *out, size_t size)
+{
+    char model[2 * CM_CONFIG_TEXT_BYTES];
+    char package[2 * CM_CONFIG_TEXT_BYTES];
+    char reason[2 * CM_NAME_BYTES];
+    json_text(model, sizeof(model), service->configuration->model_name);
+    json_text(package, sizeof(package), service->configuration->package);
+    json_text(reason, sizeof(reason), service->state.reason);
+    return (size_t)snprintf(
+        out, size,
+        "{\"version\": \"%s\", \"pid\": %d, \"ready\": %s, \"draining\": %s, \"reason\": \"%s\",\n"
+        " \"listen\": \"%s\", \"model_name\": \"%s\", \"package\": \"%s\", \"device\": \"%s\",\n"
+        " \"tpm\": \"%s\", \"keys\": {\"generation\": %llu, \"count\": %u},\n"
+        " \"load\": {\"stage\": %u, \"bytes\": %llu, \"read_us\": %llu, \"verify_us\": %llu, "
+        "\"decrypt_us\": %llu, \"total_us\": %llu, \"arena_locked\": %s},\n",
+        CASEMATE_VERSION, (int)getpid(), service->state.ready ? "true" : "false",
+        service->state.draining ? "true" : "false", reason, service->address, model, package,
+        service->configuration->device, service->configuration->tpm,
+        (unsigned long long)service->keys_info.generation, service->keys_info.count,
+        service->state.load.stage, (unsigned long long)service->loaded.bytes,
+        (unsigned long long)service->loaded.read_us, (unsigned long long)service->loaded.verify_us,
+        (unsigned long long)service->loaded.decrypt_us,
+        (unsigned long long)service->loaded.total_us,
+        service->loaded.arena_locked ? "true" : "false");
+}
+
+void status_write(struct service *service, uint64_t now_ms)
+{
+    static const char *const states[] = {"absent", "starting", "serving", "killed"};
+    static const size_t places[CHILD_COUNT] = {1, 3, 2, 4}; /* in cm_state.resident_bytes */
+    char text[8192];
+    service->status_written_ms = now_ms;
+    service->state.resident_bytes[0] = resident_bytes(getpid());
+    size_t used = status_head(service, text, sizeof(text));
+    used += (size_t)snprintf(text + used, sizeof(text) - used,
+                             " \"roles\": {\n  \"supervisor\": {\"pid\": %d, \"state\": "
+                             "\"serving\", \"restarts\": 0, \"resident_bytes\": %llu}",
+                             (int)getpid(), (unsigned long long)service->state.resident_bytes[0]);
+    for (size_t i = 0; i < CHILD_COUNT; i++) {
+        struct child *child = &service->children[i];
+        child->resident_bytes = child->pid != 0 ? resident_bytes(child->pid) : 0;
+        service->state.resident_bytes[places[i]] = child->resident_bytes;
+        used += (size_t)snprintf(
+            text + used, sizeof(text) - used,
+            ",\n  \"%s\": {\"pid\": %d, \"state\": \"%s\", \"restarts\": %u, \"generation\": %u, "
+            "\"start_ms\": %llu, \"resident_bytes\": %llu}",
+            child->name, (int)child->pid, states[child->state], child->restarts, child->generation,
+            (unsigned long long)(child->ready_ms != 0 ? child->ready_ms - child->started_ms : 0),
+            (unsigned long long)child->resident_bytes);
+    }
+    used += (size_t)snprintf(text + used, sizeof(text) - used,
+                             "},\n \"not_yet\": [\"attestation quotes\", \"measured start\", "
+                             "\"sandbox filters\", \"guard\", \"adapters\", \"GPU backend\"]}\n");
+    service->state_dirty = true; /* the gateway's metrics show resident bytes */
+    file_replace(service, "status.json", text, used);
+}

@@ -1,0 +1,321 @@
+/* What children say, and what the supervisor says back. Anything outside the protocol's table, or
+ * inside it but not asked for, ends the child. */
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "runtime/supervisor/supervisor_internal.h"
+
+void frame_send(struct service *service, struct child *child, enum cm_frame_type type,
+                const void *payload, size_t bytes, const int *fds, size_t fd_count)
+{
+    struct cm_error err;
+    if (!child_alive(child)) {
+        return;
+    }
+    enum cm_status status =
+        cm_channel_send(&child->channel, type, payload, bytes, fds, fd_count, &err);
+    /* A closed channel is followed by the child's death, which says more. */
+    if (status != CM_OK && !(status == CM_E_SYSTEM && err.subcode == EPIPE)) {
+        child_kill(service, child, &err);
+    }
+}
+
+void state_reason_set(struct service *service, const char *reason)
+{
+    snprintf(service->state.reason, sizeof(service->state.reason), "%s", reason);
+    service->state.ready = reason[0] == '\0';
+    service->state_dirty = true;
+}
+
+/* The gateway learns of a change; not more often than each 100 ms unless `now`. */
+void state_send(struct service *service, bool now)
+{
+    struct child *gateway = &service->children[CHILD_GATEWAY];
+    struct cm_error err;
+    uint64_t at = clock_ms();
+    if (!child_alive(gateway) || !service->state_dirty ||
+        (!now && at - service->state_sent_ms < 100)) {
+        return;
+    }
+    service->state.worker_generation = service->children[CHILD_WORKER].generation;
+    service->state.worker_restarts = service->children[CHILD_WORKER].restarts;
+    service->state.gateway_restarts = gateway->restarts;
+    enum cm_status status = cm_channel_send(&gateway->channel, CM_FRAME_STATE, &service->state,
+                                            sizeof(service->state), NULL, 0, &err);
+    if (status == CM_OK) { /* else: again with the next tick */
+        service->state_dirty = false;
+        service->state_sent_ms = at;
+    }
+}
+
+static void violation(struct service *service, struct child *child, const char *what)
+{
+    struct cm_error err;
+    cm_error_set(&err, CM_E_INPUT, "CM-FRAME-PROTOCOL", "%s broke the control protocol: %s",
+                 child->name, what);
+    child_kill(service, child, &err);
+}
+
+static void announce(struct service *service)
+{
+    const struct cm_configuration *configuration = service->configuration;
+    uint64_t resident = 0;
+    char context[32];
+    const char *slash = strrchr(configuration->package, '/');
+    for (size_t i = 0; i < CHILD_COUNT; i++) {
+        resident += service->children[i].resident_bytes;
+    }
+    snprintf(context, sizeof(context), "%llu", (unsigned long long)configuration->context_max);
+    printf("casemate: ready: model %s, device %s, memory %llu MiB, context %s, slots %llu, "
+           "https://%s, attestation: not yet\n",
+           configuration->model_name[0] != '\0' ? configuration->model_name
+           : slash != NULL                      ? slash + 1
+                                                : configuration->package,
+           configuration->device, (unsigned long long)(resident >> 20),
+           configuration->context_max != 0 ? context : "of the model",
+           (unsigned long long)configuration->sequences_max, service->address);
+    fflush(stdout);
+}
+
+static void on_ready(struct service *service, struct child *child)
+{
+    uint64_t now = clock_ms();
+    child->state = CHILD_SERVING;
+    child->ready_ms = now;
+    CM_LOG(&service->log, CM_LOG_INFO, "role_ready", CM_LOG_S("name", child->name),
+           CM_LOG_I("start_ms", now - child->started_ms));
+    if (child->role == CM_ROLE_WORKER) {
+        service->state.load.stage = CM_LOAD_READY;
+    }
+    bool serving = service->children[CHILD_WORKER].state == CHILD_SERVING &&
+                   service->children[CHILD_GATEWAY].state == CHILD_SERVING;
+    if (serving && service->phase == SERVICE_RUN) {
+        state_reason_set(service, "");
+        status_write(service, now);
+        if (!service->announced) {
+            announce(service);
+            service->announced = true;
+        }
+    }
+    state_send(service, true);
+}
+
+static void on_failed(struct service *service, struct child *child)
+{
+    struct cm_error err;
+    memcpy(&err, service->frame.payload, sizeof(err));
+    cm_error_sanitise(&err);
+    child->error = err;
+    child->error_set = true;
+    cm_log_error(&service->log, "role_failed", &err);
+}
+
+static void on_progress(struct service *service)
+{
+    struct cm_progress progress;
+    uint64_t now = clock_ms();
+    memcpy(&progress, service->frame.payload, sizeof(progress));
+    if (progress.stage >= CM_LOAD_READY || progress.bytes_done > progress.bytes_total) {
+        violation(service, &service->children[CHILD_WORKER], "impossible progress");
+        return;
+    }
+    service->state.load = progress;
+    service->state_dirty = true;
+    state_send(service, false);
+    if (now - service->progress_logged_ms >= 5000) {
+        service->progress_logged_ms = now;
+        CM_LOG(&service->log, CM_LOG_INFO, "loading", CM_LOG_I("stage", progress.stage),
+               CM_LOG_I("done_bytes", progress.bytes_done),
+               CM_LOG_I("total_bytes", progress.bytes_total),
+               CM_LOG_I("elapsed_us", progress.elapsed_us));
+    }
+}
+
+static void gateway_configure(struct service *service, struct child *gateway)
+{
+    const struct cm_configuration *from = service->configuration;
+    struct cm_config_gateway config = {
+        .header_bytes_max = (uint32_t)from->header_bytes_max,
+        .body_bytes_max = (uint32_t)from->body_bytes_max,
+        .connections_max = (uint32_t)from->connections_max,
+        .requests_max = (uint32_t)from->requests_max,
+        .requests_per_key_max = (uint32_t)from->requests_per_key_max,
+        .header_timeout_ms = (uint32_t)from->header_timeout_ms,
+        .body_timeout_ms = (uint32_t)from->body_timeout_ms,
+        .write_timeout_ms = (uint32_t)from->write_timeout_ms,
+        .request_timeout_ms = (uint32_t)from->request_timeout_ms,
+        .max_tokens_default = (uint32_t)from->max_tokens_default,
+        .unauthenticated_metrics = (uint32_t)from->metrics_unauthenticated,
+        .ring_data_bytes = cm_config_ring_bytes(from),
+    };
+    snprintf(config.model_name, sizeof(config.model_name), "%.63s", from->model_name);
+    snprintf(config.version, sizeof(config.version), "%s", CASEMATE_VERSION);
+    /* struct ‖ u32 size ‖ certificate */
+    uint8_t payload[sizeof(config) + sizeof(uint32_t) + CM_CERTIFICATE_BYTES_MAX];
+    memcpy(payload, &config, sizeof(config));
+    memcpy(payload + sizeof(config), &service->tls.certificate_bytes, sizeof(uint32_t));
+    memcpy(payload + sizeof(config) + sizeof(uint32_t), service->tls.certificate,
+           service->tls.certificate_bytes);
+    frame_send(service, gateway, CM_FRAME_CONFIG, payload,
+               sizeof(config) + sizeof(uint32_t) + service->tls.certificate_bytes, NULL, 0);
+    if (service->keys_fd >= 0) {
+        frame_send(service, gateway, CM_FRAME_KEYS, &service->keys_info, sizeof(service->keys_info),
+                   &service->keys_fd, 1);
+    }
+    service->state_dirty = true;
+    state_send(service, true);
+}
+
+static void worker_configure(struct service *service, struct child *worker)
+{
+    const struct cm_configuration *from = service->configuration;
+    struct cm_config_worker config = {
+        .threads = (uint32_t)from->threads,
+        .sequences_max = (uint32_t)from->sequences_max,
+        .queue_max = (uint32_t)from->queue_max,
+        .kv_pages = (uint32_t)from->kv_pages,
+        .kv_bytes = from->kv_bytes,
+        .context_max = (uint32_t)from->context_max,
+        .step_tokens_max = (uint32_t)from->step_tokens_max,
+        .ring_data_bytes = cm_config_ring_bytes(from),
+    };
+    snprintf(config.device, sizeof(config.device), "%.63s", from->device);
+    snprintf(config.model_name, sizeof(config.model_name), "%.63s", from->model_name);
+    memcpy(config.owner_key, service->keeper_config.owner_key, sizeof(config.owner_key));
+    frame_send(service, worker, CM_FRAME_CONFIG, &config, sizeof(config), NULL, 0);
+}
+
+static void on_tls_page(struct service *service, struct child *keeper)
+{
+    struct cm_tls_page page;
+    struct cm_error err;
+    int rings[CM_RING_FD_COUNT];
+    struct child *gateway = &service->children[CHILD_GATEWAY];
+    memcpy(&page, service->frame.payload, sizeof(page));
+    if (!service->tls_pending || page.generation != service->tls_generation ||
+        page.certificate_bytes == 0 || page.certificate_bytes > CM_CERTIFICATE_BYTES_MAX) {
+        violation(service, keeper, "a TLS page that was not asked for");
+        return;
+    }
+    service->tls_pending = false;
+    service->tls = page;
+    certificate_write(service);
+    if (service->phase != SERVICE_RUN || gateway->state != CHILD_ABSENT) {
+        return;
+    }
+    rings_view_gateway(&service->rings, rings);
+    if (child_start(service, gateway, service->listener_fd, rings, service->frame.fds[0], -1,
+                    &err) != CM_OK) {
+        service_fail(service, &err);
+        return;
+    }
+    gateway_configure(service, gateway);
+}
+
+static void on_key_page(struct service *service, struct child *keeper)
+{
+    struct cm_key_page_info info;
+    struct cm_error err;
+    int rings[CM_RING_FD_COUNT];
+    struct child *worker = &service->children[CHILD_WORKER];
+    memcpy(&info, service->frame.payload, sizeof(info));
+    if (!service->key_pending || info.generation != service->key_generation) {
+        violation(service, keeper, "a key page that was not asked for");
+        return;
+    }
+    service->key_pending = false;
+    if (service->phase != SERVICE_RUN || worker->state != CHILD_ABSENT) {
+        return;
+    }
+    rings_view_worker(&service->rings, rings);
+    if (child_start(service, worker, service->package_fd, rings, service->frame.fds[0], -1, &err) !=
+        CM_OK) {
+        service_fail(service, &err);
+        return;
+    }
+    worker_configure(service, worker);
+}
+
+static void on_loaded(struct service *service)
+{
+    memcpy(&service->loaded, service->frame.payload, sizeof(service->loaded));
+    /* The keeper counts key pages by generation; the worker is never told its own. */
+    service->loaded.generation = service->key_generation;
+    frame_send(service, &service->children[CHILD_KEEPER], CM_FRAME_LOADED, &service->loaded,
+               sizeof(service->loaded), NULL, 0);
+    CM_LOG(&service->log, CM_LOG_INFO, "loaded", CM_LOG_I("bytes", service->loaded.bytes),
+           CM_LOG_I("read_us", service->loaded.read_us),
+           CM_LOG_I("verify_us", service->loaded.verify_us),
+           CM_LOG_I("decrypt_us", service->loaded.decrypt_us),
+           CM_LOG_I("total_us", service->loaded.total_us),
+           CM_LOG_I("arena_locked", service->loaded.arena_locked));
+}
+
+static void frame_handle(struct service *service, struct child *child)
+{
+    switch ((enum cm_frame_type)service->frame.type) {
+    case CM_FRAME_READY:
+        on_ready(service, child);
+        return;
+    case CM_FRAME_FAILED:
+        on_failed(service, child);
+        return;
+    case CM_FRAME_PROGRESS:
+        on_progress(service);
+        return;
+    case CM_FRAME_KEY_PAGE:
+        on_key_page(service, child);
+        return;
+    case CM_FRAME_TLS_PAGE:
+        on_tls_page(service, child);
+        return;
+    case CM_FRAME_LOADED:
+        on_loaded(service);
+        return;
+    case CM_FRAME_HEARTBEAT:
+        child->heartbeat_ms = clock_ms();
+        return;
+    case CM_FRAME_DRAINED:
+        child->drained = true;
+        return;
+    case CM_FRAME_CONFIG:
+    case CM_FRAME_STATE:
+    case CM_FRAME_RINGS:
+    case CM_FRAME_KEY_REQUEST:
+    case CM_FRAME_TLS_REQUEST:
+    case CM_FRAME_KEYS:
+    case CM_FRAME_DRAIN:
+    case CM_FRAME_STOP:
+    case CM_FRAME_TYPE_COUNT:
+        break;
+    }
+    violation(service, child, "a frame that children never send");
+}
+
+/* Up to 64 frames a call, so that one chatty child cannot hold the loop. */
+void frames_receive(struct service *service, struct child *child)
+{
+    for (int i = 0; i < 64 && child_alive(child); i++) {
+        struct cm_error err;
+        enum cm_status status = cm_channel_receive(&child->channel, &service->frame, &err);
+        if (status == CM_E_BUSY) {
+            return;
+        }
+        if (status == CM_E_INPUT) {
+            child_kill(service, child, &err);
+            return;
+        }
+        if (status != CM_OK) {
+            /* Closed: it exits within a second, or has closed its only way to be governed. */
+            child->closed = true;
+            if (child->stop_ms == 0) {
+                child->stop_ms = clock_ms() + 1000;
+            }
+            return;
+        }
+        frame_handle(service, child);
+        cm_frame_close_fds(&service->frame);
+    }
+}

@@ -1,0 +1,172 @@
+/* The supervisor's inside: one struct of everything, one file per matter.
+ *
+ * spawn.c   one child from fork to exec       rings.c    ring memory and its two views
+ * child.c   channel, log, death, back-off     files.c    package head, key table, status,
+ * certificate frames.c  what children say                 service.c  what has to happen next; the
+ * loop */
+#ifndef CASEMATE_RUNTIME_SUPERVISOR_INTERNAL_H
+#define CASEMATE_RUNTIME_SUPERVISOR_INTERNAL_H
+
+#include <stdbool.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+
+#include "policies/config/config.h"
+#include "runtime/base/frame.h"
+#include "runtime/base/log.h"
+
+#define LOG_LINE_BYTES   4096
+#define BACKOFF_LEAST_MS 100u
+#define BACKOFF_MOST_MS  30000u
+#define BUDGET_DEATHS    5u
+#define BUDGET_WINDOW_MS 60000u
+#define STOP_WAIT_MS     3000u  /* from STOP to SIGKILL */
+#define ANSWER_WAIT_MS   30000u /* keeper: from a request to its page */
+#define WATCHDOG_MS      30000u /* from one heartbeat to the next, once there was one */
+
+enum child_index { CHILD_GATEWAY, CHILD_WORKER, CHILD_KEEPER, CHILD_DEVTPM, CHILD_COUNT };
+
+enum child_state {
+    CHILD_ABSENT = 0,
+    CHILD_STARTING, /* spawned and configured, not READY */
+    CHILD_SERVING,
+    CHILD_KILLED, /* we sent SIGKILL; not reaped yet */
+};
+
+/* Back-off and budget of one role: times of its last deaths. */
+struct backoff {
+    uint64_t deaths_ms[BUDGET_DEATHS];
+    uint32_t death_count; /* ever */
+    uint32_t streak;      /* deaths without a healthy minute between them */
+};
+
+struct child {
+    enum cm_role role;
+    const char *name;
+    const char *program;
+    enum child_state state;
+    pid_t pid;
+    int pidfd;
+    struct cm_channel channel;
+    int log_fd;
+    char log_line[LOG_LINE_BYTES];
+    size_t log_used;
+    bool log_cut; /* the line was longer: the rest is dropped up to its end */
+    uint32_t generation;
+    uint32_t restarts;
+    uint64_t started_ms, ready_ms, heartbeat_ms;
+    uint64_t due_ms;  /* absent: not before this */
+    uint64_t stop_ms; /* killed when this is over; 0: never */
+    bool closed;      /* it has closed its channel */
+    bool stop_sent, drain_sent, drained, error_set;
+    struct cm_error error; /* why it went, or is about to */
+    struct backoff backoff;
+    uint64_t resident_bytes;
+};
+
+/* One pair of rings: memory, read-only views, events. All owned; -1 when absent. */
+struct ring_set {
+    int request_data, request_data_read, request_cursor, request_cursor_read;
+    int response_data, response_data_read, response_cursor, response_cursor_read;
+    int request_event, response_event;
+};
+
+enum service_phase { SERVICE_RUN, SERVICE_DRAIN, SERVICE_STOP };
+
+struct service {
+    const struct cm_configuration *configuration;
+    struct cm_log log;
+    int programs_fd; /* folder of our own executable */
+    int listener_fd, package_fd, tpm_fd, devtpm_end_fd, devtpm_state_fd, head_fd, signal_fd;
+    int run_fd; /* <state>/run */
+    int lock_fd;
+    char state_path[CM_CONFIG_TEXT_BYTES];
+    char address[CM_NAME_BYTES + 16]; /* as bound */
+    struct cm_config_keeper keeper_config;
+    struct ring_set rings;
+    struct child children[CHILD_COUNT];
+    /* pages on their way from the keeper */
+    bool tls_pending, key_pending;
+    uint64_t tls_asked_ms, key_asked_ms;
+    uint32_t tls_generation, key_generation;
+    struct cm_tls_page tls; /* the last certificate */
+    /* API keys */
+    struct stat keys_seen;
+    bool keys_known;
+    int keys_fd;
+    struct cm_keys_info keys_info;
+    uint64_t keys_checked_ms;
+    /* what the probes answer */
+    struct cm_state state;
+    bool state_dirty;
+    uint64_t state_sent_ms, status_written_ms, progress_logged_ms;
+    struct cm_loaded loaded;
+    bool announced;
+    /* the end */
+    enum service_phase phase;
+    uint32_t signals;
+    uint64_t drain_until_ms;
+    struct cm_error end; /* status CM_OK: a clean end */
+    struct cm_frame frame;
+};
+
+uint64_t clock_ms(void);
+
+/* spawn.c: fork and exec `program` of folder programs_fd; fds[number] or -1 become the child's
+ * descriptors 3.., everything else is closed. Fails: SYSTEM. */
+CM_MUST_USE enum cm_status spawn(int programs_fd, const char *program,
+                                 const int fds[static CM_FD_COUNT], pid_t *ret_pid, int *ret_pidfd,
+                                 struct cm_error *err);
+
+/* rings.c */
+void rings_init(struct ring_set *rings);
+void rings_close(struct ring_set *rings);
+CM_MUST_USE enum cm_status rings_make(uint32_t capacity, struct ring_set *ret_rings,
+                                      struct cm_error *err);
+/* Borrowed descriptors in the order of CM_FD_REQUEST_DATA .. CM_FD_RESPONSE_EVENT. */
+void rings_view_gateway(const struct ring_set *rings, int ret_fds[static CM_RING_FD_COUNT]);
+void rings_view_worker(const struct ring_set *rings, int ret_fds[static CM_RING_FD_COUNT]);
+
+/* child.c */
+void child_init(struct child *child, enum cm_role role, const char *name, const char *program);
+/* Spawn with input (descriptor 5), rings (6..11 or NULL), page (12) and tpm (13), -1 for none. */
+CM_MUST_USE enum cm_status child_start(struct service *service, struct child *child, int input,
+                                       const int *rings, int page, int tpm, struct cm_error *err);
+void child_kill(struct service *service, struct child *child, const struct cm_error *why);
+void child_log_copy(struct child *child);
+/* The process is gone: reap it, close everything, fill child->error if nothing did. */
+void child_reap(struct service *service, struct child *child);
+bool child_alive(const struct child *child);
+/* Note a death at now_ms; false: the budget is used up. Else *ret_delay_ms until the next try.
+ * `random` is any number. */
+bool backoff_next(struct backoff *backoff, uint64_t started_ms, uint64_t now_ms, uint32_t random,
+                  uint64_t *ret_delay_ms);
+
+/* frames.c */
+void frames_receive(struct service *service, struct child *child);
+/* Send, or kill the child if it does not take it. */
+void frame_send(struct service *service, struct child *child, enum cm_frame_type type,
+                const void *payload, size_t bytes, const int *fds, size_t fd_count);
+void state_send(struct service *service, bool now);
+void state_reason_set(struct service *service, const char *reason);
+
+/* files.c */
+CM_MUST_USE enum cm_status head_memfd_make(int package_fd, const char *package_path, int *ret_fd,
+                                           uint32_t *ret_head_bytes, uint32_t *ret_policy_bytes,
+                                           struct cm_error *err);
+/* Look at keys.table; a change makes a new sealed memfd. True if there is something to send. */
+bool keys_refresh(struct service *service);
+void status_write(struct service *service, uint64_t now_ms);
+void certificate_write(struct service *service);
+
+/* service.c */
+void service_fail(struct service *service, const struct cm_error *why);
+CM_MUST_USE enum cm_status service_open(struct service *service,
+                                        const struct cm_configuration *configuration,
+                                        int programs_fd, struct cm_error *err);
+enum cm_status service_run(struct service *service, struct cm_error *err);
+void service_close(struct service *service);
+/* open.c */
+CM_MUST_USE enum cm_status service_files_open(struct service *service, struct cm_error *err);
+
+#endif
