@@ -1,0 +1,251 @@
+/* A double of every role, for tests of the supervisor: it speaks the control protocol and writes
+ * what it sees into `events` beside its executable. Which role it is, its name says; how it
+ * behaves, the first word of `<role>.mode` beside it. Built for tests only, never installed. */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "runtime/base/frame.h"
+#include "runtime/base/ring.h"
+
+static char folder[4096];
+static const char *role = "";
+static char mode[64];
+static struct cm_frame frame;
+static struct cm_channel channel;
+static struct cm_error err;
+
+__attribute__((format(printf, 1, 2))) static void note(const char *format, ...)
+{
+    char path[4200];
+    char line[1024];
+    va_list args;
+    va_start(args, format);
+    int used = snprintf(line, sizeof(line), "%s %d ", role, (int)getpid());
+    used += vsnprintf(line + used, sizeof(line) - (size_t)used - 1, format, args);
+    va_end(args);
+    line[used++] = '\n';
+    snprintf(path, sizeof(path), "%s/events", folder);
+    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    ssize_t written = write(fd, line, (size_t)used);
+    (void)written;
+    close(fd);
+}
+
+static void descriptors_note(void)
+{
+    char list[256] = "";
+    size_t used = 0;
+    DIR *at = opendir("/proc/self/fd");
+    struct dirent *entry;
+    while (at != NULL && (entry = readdir(at)) != NULL) {
+        if (entry->d_name[0] != '.' && atoi(entry->d_name) != dirfd(at)) {
+            used += (size_t)snprintf(list + used, sizeof(list) - used, "%s,", entry->d_name);
+        }
+    }
+    closedir(at);
+    struct rlimit core;
+    int death = 0;
+    getrlimit(RLIMIT_CORE, &core);
+    prctl(PR_GET_PDEATHSIG, &death);
+    note("start fds=%s env=%d core=%llu death=%d leader=%d", list, environ[0] != NULL,
+         (unsigned long long)core.rlim_cur, death, getsid(0) == getpid());
+}
+
+static void send_frame(enum cm_frame_type type, const void *payload, size_t bytes, const int *fd)
+{
+    if (cm_channel_send(&channel, type, payload, bytes, fd, fd != NULL ? 1 : 0, &err) != CM_OK) {
+        note("send_failed %s", err.text);
+        _exit(9);
+    }
+}
+
+static void fail(enum cm_status status, const char *id)
+{
+    struct cm_error why;
+    cm_error_set(&why, status, id, "the double was told to fail");
+    send_frame(CM_FRAME_FAILED, &why, sizeof(why), NULL);
+    _exit(cm_status_exit_code(status));
+}
+
+static void rings_check(const int fds[CM_RING_FD_COUNT])
+{
+    struct cm_ring produced = {0};
+    struct cm_ring consumed = {0};
+    bool gateway = strcmp(role, "gateway") == 0;
+    enum cm_status out =
+        cm_ring_open_producer(&produced, fds[gateway ? 0 : 2], fds[gateway ? 1 : 3], &err);
+    enum cm_status in =
+        cm_ring_open_consumer(&consumed, fds[gateway ? 2 : 0], fds[gateway ? 3 : 1], &err);
+    uint8_t bytes[64];
+    struct cm_record record;
+    if (out == CM_OK && in == CM_OK) {
+        enum cm_status put = cm_ring_put(&produced, 1, (uint64_t)getpid(), "x", 1, NULL, 0, &err);
+        enum cm_status got = cm_ring_get(&consumed, &record, bytes, sizeof(bytes), &err);
+        note("rings put=%d got=%d from=%d", put, got, got == CM_OK ? (int)record.request : 0);
+    } else {
+        note("rings broken out=%d in=%d", out, in);
+    }
+    cm_ring_close(&produced);
+    cm_ring_close(&consumed);
+}
+
+static void page_send(enum cm_frame_type type)
+{
+    struct cm_key_request request;
+    int page = -1;
+    bool secret = false;
+    memcpy(&request, frame.payload, sizeof(request));
+    if (cm_key_page_new(&page, &secret, &err) != CM_OK) {
+        fail(CM_E_SYSTEM, "CM-DOUBLE-PAGE");
+    }
+    if (type == CM_FRAME_KEY_PAGE) {
+        struct cm_key_page_info info = {request.generation, secret};
+        if (strcmp(mode, "fail_policy") == 0) {
+            fail(CM_E_POLICY, "CM-TPM-POLICY");
+        }
+        send_frame(type, &info, sizeof(info), &page);
+    } else {
+        struct cm_tls_page tls = {.generation = request.generation, .certificate_bytes = 100};
+        memset(tls.certificate, 0x5a, 100);
+        send_frame(type, &tls, sizeof(tls), &page);
+    }
+    close(page);
+}
+
+static void worker_load(void)
+{
+    if (strcmp(mode, "fail_package") == 0) {
+        fail(CM_E_PACKAGE, "CM-PKG-TAG");
+    }
+    if (strcmp(mode, "crash") == 0) {
+        raise(SIGKILL);
+    }
+    for (uint64_t i = 1; i <= 3; i++) {
+        struct cm_progress progress = {CM_LOAD_WEIGHTS, 0, i, 3, i};
+        send_frame(CM_FRAME_PROGRESS, &progress, sizeof(progress), NULL);
+        usleep(150000);
+    }
+    struct cm_loaded loaded = {.bytes = 3, .total_us = 450000};
+    send_frame(CM_FRAME_LOADED, &loaded, sizeof(loaded), NULL);
+}
+
+static void on_config(void)
+{
+    note("config bytes=%u", frame.bytes);
+    if (strcmp(role, "worker") == 0) {
+        worker_load();
+    }
+    if (strcmp(role, "gateway") == 0) {
+        int listening = 0;
+        socklen_t size = sizeof(listening);
+        getsockopt(CM_FD_INPUT, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size);
+        note("listener %d", listening);
+    }
+    if (strcmp(role, "worker") == 0 || strcmp(role, "gateway") == 0) {
+        const int fds[CM_RING_FD_COUNT] = {6, 7, 8, 9, 10, 11};
+        rings_check(fds);
+    }
+    static const char line[] = "{\"role\":\"double\",\"event\":\"hello\"}\n";
+    ssize_t written = write(CM_FD_LOG, line, sizeof(line) - 1);
+    (void)written;
+    send_frame(CM_FRAME_READY, NULL, 0, NULL);
+    if (strcmp(mode, "violate") == 0) {
+        uint8_t raw[8] = {99};
+        send(CM_FD_CONTROL, raw, sizeof(raw), 0);
+    }
+    if (strcmp(mode, "unasked") == 0) {
+        struct cm_key_page_info info = {.generation = 77};
+        int page = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        send_frame(CM_FRAME_KEY_PAGE, &info, sizeof(info), &page);
+    }
+}
+
+static void on_frame(void)
+{
+    struct cm_state state;
+    struct cm_keys_info keys;
+    switch (frame.type) {
+    case CM_FRAME_CONFIG:
+        on_config();
+        break;
+    case CM_FRAME_STATE:
+        memcpy(&state, frame.payload, sizeof(state));
+        note("state ready=%u stage=%u reason=%s", state.ready, state.load.stage, state.reason);
+        break;
+    case CM_FRAME_RINGS:
+        rings_check(frame.fds);
+        break;
+    case CM_FRAME_KEY_REQUEST:
+        page_send(CM_FRAME_KEY_PAGE);
+        break;
+    case CM_FRAME_TLS_REQUEST:
+        page_send(CM_FRAME_TLS_PAGE);
+        break;
+    case CM_FRAME_KEYS:
+        memcpy(&keys, frame.payload, sizeof(keys));
+        note("keys generation=%llu count=%u", (unsigned long long)keys.generation, keys.count);
+        break;
+    case CM_FRAME_DRAIN:
+        note("drain");
+        if (strcmp(mode, "hold_drain") != 0) {
+            send_frame(CM_FRAME_DRAINED, NULL, 0, NULL);
+        }
+        break;
+    case CM_FRAME_STOP:
+        note("stop");
+        if (strcmp(mode, "ignore_stop") != 0) {
+            _exit(0);
+        }
+        break;
+    default:
+        note("frame %u", frame.type);
+        break;
+    }
+}
+
+int main(int argc, char **argv)
+{
+    char path[4200];
+    (void)argc;
+    ssize_t size = readlink("/proc/self/exe", folder, sizeof(folder) - 1);
+    folder[size > 0 ? size : 0] = '\0';
+    *strrchr(folder, '/') = '\0';
+    role = strchr(argv[0], '-') + 1;
+    snprintf(path, sizeof(path), "%s/%s.mode", folder, role);
+    FILE *file = fopen(path, "re");
+    if (file != NULL) {
+        if (fscanf(file, "%63s", mode) != 1) {
+            mode[0] = '\0';
+        }
+        fclose(file);
+    }
+    cm_channel_init(&channel, CM_FD_CONTROL,
+                    role[0] == 'g'   ? CM_ROLE_GATEWAY
+                    : role[0] == 'w' ? CM_ROLE_WORKER
+                    : role[0] == 'k' ? CM_ROLE_KEEPER
+                                     : CM_ROLE_DEVTPM,
+                    CM_ROLE_SUPERVISOR);
+    descriptors_note();
+    for (;;) {
+        enum cm_status status = cm_channel_wait(&channel, &frame, -1, &err);
+        if (status == CM_E_BUSY) {
+            continue;
+        }
+        if (status != CM_OK) {
+            note("lost %s", err.text);
+            return 9;
+        }
+        on_frame();
+        cm_frame_close_fds(&frame);
+    }
+}
