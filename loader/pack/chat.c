@@ -1,0 +1,127 @@
+/* Chat templates: a structural recogniser of the ChatML family. No template language is run, here
+ * or on the host; what is not recognised is refused. */
+#include "loader/pack/plan.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define TURN                                                                                       \
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"       \
+    "{% endfor %}"
+#define GENERATION "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+/* Text before and after the default system prompt; `after` NULL: the template has none. */
+static const struct {
+    const char *before;
+    const char *after;
+} templates[] = {
+    {"{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+     "{{ '<|im_start|>system\n",
+     "<|im_end|>\n' }}{% endif %}" TURN GENERATION},
+    {"{% for message in messages %}" TURN GENERATION, NULL},
+};
+
+/* In a Jinja string the two characters \n mean a newline; both spellings are one template. */
+static size_t newlines_undo(struct cm_gguf_text text, char *ret)
+{
+    size_t used = 0;
+    for (size_t i = 0; i < text.size; i++) {
+        bool escape = text.bytes[i] == '\\' && i + 1 < text.size && text.bytes[i + 1] == 'n';
+        ret[used++] = escape ? '\n' : text.bytes[i];
+        i += escape ? 1 : 0;
+    }
+    return used;
+}
+
+/* May this text stand in a Jinja string literal and mean itself? */
+static bool system_plain(const char *text, size_t size)
+{
+    return memchr(text, '\'', size) == NULL && memchr(text, '\\', size) == NULL &&
+           memchr(text, '\0', size) == NULL && size <= CM_MANIFEST_TEXT_BYTES_MAX;
+}
+
+static bool template_match(const char *text, size_t size, const char **ret_system,
+                           size_t *ret_system_bytes)
+{
+    for (size_t i = 0; i < sizeof(templates) / sizeof(templates[0]); i++) {
+        size_t before = strlen(templates[i].before);
+        size_t after = templates[i].after != NULL ? strlen(templates[i].after) : 0;
+        if (size < before + after || memcmp(text, templates[i].before, before) != 0 ||
+            (after == 0 && size != before)) {
+            continue;
+        }
+        if (after == 0 || (memcmp(text + size - after, templates[i].after, after) == 0 &&
+                           system_plain(text + before, size - before - after))) {
+            *ret_system = text + before;
+            *ret_system_bytes = size - before - after;
+            return true;
+        }
+    }
+    return false;
+}
+
+static enum cm_status system_set(struct cm_plan *plan, const char *text, size_t size,
+                                 struct cm_error *err)
+{
+    plan->default_system = malloc(size + 1);
+    if (plan->default_system == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "default system prompt");
+    }
+    if (size > 0) {
+        memcpy(plan->default_system, text, size);
+    }
+    plan->manifest.default_system = (struct cm_manifest_text){plan->default_system, (uint32_t)size};
+    return CM_OK;
+}
+
+static enum cm_status format_given(const struct cm_plan_options *options, struct cm_plan *plan,
+                                   struct cm_error *err)
+{
+    const char *system = options->default_system != NULL ? options->default_system : "";
+    if (strcmp(options->chat_format, "chatml") == 0) {
+        plan->manifest.chat = CM_CHAT_CHATML;
+        return system_set(plan, system, strlen(system), err);
+    }
+    if (strcmp(options->chat_format, "none") == 0) {
+        plan->manifest.chat = CM_CHAT_NONE;
+        return system_set(plan, "", 0, err);
+    }
+    return cm_error_set(err, CM_E_USAGE, "CM-PACK-CHAT",
+                        "--chat-format '%s' is unknown; there are: chatml, none",
+                        options->chat_format);
+}
+
+enum cm_status cm_plan_chat(const struct cm_gguf *gguf, const struct cm_plan_options *options,
+                            struct cm_plan *plan, struct cm_error *err)
+{
+    struct cm_gguf_text text;
+    const char *system;
+    size_t system_bytes;
+    if (options->chat_format != NULL) {
+        return format_given(options, plan, err);
+    }
+    if (!cm_gguf_has(gguf, "tokenizer.chat_template")) {
+        plan->manifest.chat = CM_CHAT_NONE;
+        return system_set(plan, "", 0, err);
+    }
+    enum cm_status status = cm_gguf_text(gguf, "tokenizer.chat_template", &text, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    char *normal = malloc(text.size + 1);
+    if (normal == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "chat template");
+    }
+    size_t size = newlines_undo(text, normal);
+    if (template_match(normal, size, &system, &system_bytes)) {
+        plan->manifest.chat = CM_CHAT_CHATML;
+        status = system_set(plan, system, system_bytes, err);
+    } else {
+        status = cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TEMPLATE",
+                              "GGUF: the chat template is of no known family; say which one with "
+                              "--chat-format chatml|none (and --default-system)");
+    }
+    free(normal);
+    return status;
+}

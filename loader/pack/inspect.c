@@ -1,0 +1,157 @@
+/* `casemate-pack inspect`: explain a package without its key. */
+#include "loader/pack/commands.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "loader/package/internal.h"
+
+static void hex(const uint8_t *bytes, size_t size, char *ret_text)
+{
+    for (size_t i = 0; i < size; i++) {
+        snprintf(ret_text + 2 * i, 3, "%02x", bytes[i]);
+    }
+}
+
+static const char *suite_name(uint32_t suite)
+{
+    return suite == CM_SUITE_AES_256_GCM ? "aes-256-gcm" : "chacha20-poly1305";
+}
+
+static json_t *part(const char *name, uint64_t offset, uint64_t bytes, const char *state)
+{
+    return json_pack("{s:s, s:I, s:I, s:s}", "part", name, "offset_bytes", (json_int_t)offset,
+                     "size_bytes", (json_int_t)bytes, "protection", state);
+}
+
+static json_t *parts_describe(const struct cm_package_core *core)
+{
+    json_t *parts = json_array();
+    json_array_append_new(parts, part("prologue", 0, CM_PACKAGE_PROLOGUE_BYTES, "fixed value"));
+    json_array_append_new(parts, part("core header", CM_PACKAGE_CORE_OFFSET, CM_PACKAGE_CORE_BYTES,
+                                      "signature, MAC"));
+    json_array_append_new(
+        parts, part("slots A", CM_PACKAGE_SLOTS_A_OFFSET, CM_PACKAGE_SLOTS_BYTES, "checksum, MAC"));
+    json_array_append_new(
+        parts, part("slots B", CM_PACKAGE_SLOTS_B_OFFSET, CM_PACKAGE_SLOTS_BYTES, "checksum, MAC"));
+    json_array_append_new(parts, part("manifest", core->manifest_offset, core->manifest_bytes,
+                                      "encrypted, digest in the core header"));
+    json_array_append_new(parts, part("tag table", core->table_offset,
+                                      core->segment_count * CM_PACKAGE_TABLE_ENTRY_BYTES,
+                                      "digest in the core header"));
+    json_array_append_new(parts, part("payload", core->payload_offset, core->payload_bytes,
+                                      "encrypted, tag and SHA-256 per segment"));
+    return parts;
+}
+
+static json_t *head_describe(const struct cm_package_head *head, uint64_t file_bytes)
+{
+    const struct cm_package_core *core = &head->core;
+    char digest[2 * CM_DIGEST_BYTES + 1], owner[2 * CM_PUBLIC_KEY_BYTES + 1];
+    hex(core->core_digest, CM_DIGEST_BYTES, digest);
+    hex(core->owner_key, CM_PUBLIC_KEY_BYTES, owner);
+    bool signed_well =
+        cm_signature_check(core->owner_key, core->core_digest, core->signature, NULL) == CM_OK;
+    json_t *slots = json_array();
+    for (uint32_t i = 0; i < head->slot_count; i++) {
+        char node[2 * CM_DIGEST_BYTES + 1];
+        hex(head->slots[i].node, CM_DIGEST_BYTES, node);
+        json_array_append_new(slots,
+                              json_pack("{s:s, s:s, s:s, s:i}", "kind",
+                                        head->slots[i].kind == CM_SLOT_TPM ? "tpm" : "broker",
+                                        "label", head->slots[i].label, "node", node, "size_bytes",
+                                        (int)head->slots[i].payload_bytes));
+    }
+    return json_pack("{s:i, s:s, s:I, s:s, s:s, s:b, s:I, s:b, s:i, s:I, s:s, s:b, s:o, s:o}",
+                     "format_version", (int)core->format_version, "suite", suite_name(core->suite),
+                     "revision", (json_int_t)core->revision, "core_digest", digest, "owner_key",
+                     owner, "signature_valid", signed_well, "file_bytes", (json_int_t)file_bytes,
+                     "length_right", file_bytes == core->file_bytes, "segment_bytes",
+                     (int)core->segment_bytes, "segments", (json_int_t)core->segment_count,
+                     "slots_copy", head->slots_copy == 0 ? "A" : "B", "slots_torn",
+                     head->slots_torn, "slots", slots, "parts", parts_describe(core));
+}
+
+static void head_print(const json_t *facts)
+{
+    size_t i;
+    json_t *row;
+    printf("Casemate package, format version %lld, suite %s, revision %lld\n",
+           json_integer_value(json_object_get(facts, "format_version")),
+           json_string_value(json_object_get(facts, "suite")),
+           json_integer_value(json_object_get(facts, "revision")));
+    printf(
+        "core digest  %s\nowner        %s\nsignature    %s (by the key above; compare it with the "
+        "owner's)\n",
+        json_string_value(json_object_get(facts, "core_digest")),
+        json_string_value(json_object_get(facts, "owner_key")),
+        json_is_true(json_object_get(facts, "signature_valid")) ? "valid" : "WRONG");
+    printf("length       %lld bytes, %s\n\n",
+           json_integer_value(json_object_get(facts, "file_bytes")),
+           json_is_true(json_object_get(facts, "length_right")) ? "as the header says"
+                                                                : "NOT what the header says");
+    printf("%-12s %14s %14s  %s\n", "part", "offset", "bytes", "protected by");
+    json_array_foreach(json_object_get(facts, "parts"), i, row)
+    {
+        printf("%-12s %14lld %14lld  %s\n", json_string_value(json_object_get(row, "part")),
+               json_integer_value(json_object_get(row, "offset_bytes")),
+               json_integer_value(json_object_get(row, "size_bytes")),
+               json_string_value(json_object_get(row, "protection")));
+    }
+    printf("\n%zu slot(s), copy %s in use%s\n", json_array_size(json_object_get(facts, "slots")),
+           json_string_value(json_object_get(facts, "slots_copy")),
+           json_is_true(json_object_get(facts, "slots_torn"))
+               ? "; the other copy is torn or older (the next slot write mends it)"
+               : "");
+    json_array_foreach(json_object_get(facts, "slots"), i, row)
+    {
+        printf("  %-8s %-20s node %.16s…  %lld bytes\n",
+               json_string_value(json_object_get(row, "kind")),
+               json_string_value(json_object_get(row, "label")),
+               json_string_value(json_object_get(row, "node")),
+               json_integer_value(json_object_get(row, "size_bytes")));
+    }
+    printf("\nModel, tokenizer and shapes are sealed: only the key opens them.\n");
+}
+
+enum cm_status cm_command_inspect(const struct cm_pack_arguments *arguments, struct cm_error *err)
+{
+    struct stat facts;
+    struct cm_package_head *head = calloc(1, sizeof(*head));
+    uint8_t *bytes = malloc(CM_PACKAGE_HEAD_BYTES);
+    int fd = open(arguments->input, O_RDONLY | O_CLOEXEC);
+    enum cm_status status = CM_OK;
+    if (head == NULL || bytes == NULL) {
+        status = cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "inspect");
+    } else if (fd < 0 || fstat(fd, &facts) != 0) {
+        status = cm_error_errno(err, errno, "CM-PKG-READ", "cannot open %s", arguments->input);
+    }
+    if (status == CM_OK) {
+        status = cm_read_exact(fd, bytes, CM_PACKAGE_HEAD_BYTES, 0, "head", err);
+    }
+    if (status == CM_OK) {
+        status = cm_package_head_parse(bytes, CM_PACKAGE_HEAD_BYTES, head, err);
+    }
+    if (status == CM_OK) {
+        json_t *described = head_describe(head, (uint64_t)facts.st_size);
+        if (arguments->json) {
+            json_dumpf(described, stdout, JSON_INDENT(2));
+            printf("\n");
+        } else {
+            head_print(described);
+        }
+        json_decref(described);
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    free(head);
+    free(bytes);
+    return status;
+}

@@ -1,0 +1,162 @@
+/* casemate-pack: the model owner's offline tool. Runs on the owner's machine, never on a node. */
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "loader/pack/commands.h"
+
+#define FIELD(name) offsetof(struct cm_pack_arguments, name)
+
+struct option_row {
+    const char *flag;
+    size_t field;
+    const char *value;
+    const char *help;
+};
+
+static const struct option_row option_rows[] = {
+    {"--out", FIELD(out), "FILE", "package to write (replaced only when it is complete)"},
+    {"--owner", FIELD(owner), "DIR", "folder of the owner's keys"},
+    {"--name", FIELD(name), "NAME", "served model name, [A-Za-z0-9._-]"},
+    {"--suite", FIELD(suite), "SUITE", "aes-256-gcm (default) or chacha20-poly1305"},
+    {"--revision", FIELD(revision), "N", "the model's revision, monotonic (default 1)"},
+    {"--chat-format", FIELD(chat_format), "F",
+     "chatml or none; default: from the model's template"},
+    {"--default-system", FIELD(default_system), "TEXT", "system prompt where a chat has none"},
+    {"--recovery", FIELD(recovery), "FILE", "detached recovery file; keep it off the nodes"},
+    {"--passphrase-file", FIELD(passphrase_file), "FILE", "its passphrase, first line"},
+};
+
+static const struct {
+    const char *name;
+    enum cm_status (*run)(const struct cm_pack_arguments *arguments, struct cm_error *err);
+    const char *positional; /* NULL: none */
+    const char *needs;      /* flags that must be there, with spaces around */
+    const char *takes;      /* flags that may be there */
+    const char *help;
+    const char *example;
+} commands[] = {
+    {"keygen", cm_command_keygen, NULL, " --owner ", "",
+     "make the owner's and the policy authority's keys", "casemate-pack keygen --owner owner"},
+    {"pack", cm_command_pack, "MODEL.gguf", " --out --owner ",
+     " --name --suite --revision --chat-format --default-system --recovery --passphrase-file ",
+     "convert a GGUF model and seal it into a package",
+     "casemate-pack pack model.gguf --out model.cmpkg --owner owner"},
+    {"inspect", cm_command_inspect, "PACKAGE", "", "", "explain a package without its key",
+     "casemate-pack inspect model.cmpkg"},
+    {"recover", cm_command_recover, "PACKAGE", " --recovery --passphrase-file ", "",
+     "prove that a recovery file opens a package",
+     "casemate-pack recover model.cmpkg --recovery model.recovery --passphrase-file pass.txt"},
+};
+#define COMMAND_COUNT (sizeof(commands) / sizeof(commands[0]))
+#define OPTION_COUNT  (sizeof(option_rows) / sizeof(option_rows[0]))
+
+static int listed(const char *list, const char *flag)
+{
+    char word[64];
+    snprintf(word, sizeof(word), " %s ", flag);
+    return strstr(list, word) != NULL;
+}
+
+static void command_help(size_t row)
+{
+    printf("usage: casemate-pack %s%s%s [options]\n\n%s\n\n", commands[row].name,
+           commands[row].positional ? " " : "",
+           commands[row].positional ? commands[row].positional : "", commands[row].help);
+    for (size_t i = 0; i < OPTION_COUNT; i++) {
+        int needed = listed(commands[row].needs, option_rows[i].flag);
+        if (needed || listed(commands[row].takes, option_rows[i].flag)) {
+            printf("  %-18s %-6s %s%s\n", option_rows[i].flag, option_rows[i].value,
+                   option_rows[i].help, needed ? " (required)" : "");
+        }
+    }
+    printf("  %-18s %-6s %s\n\nexample: %s\n", "--json", "", "answer for a machine",
+           commands[row].example);
+}
+
+static void help(void)
+{
+    printf("casemate-pack %s: seal models, offline, on the owner's machine\n\n", CASEMATE_VERSION);
+    for (size_t i = 0; i < COMMAND_COUNT; i++) {
+        printf("  %-9s %s\n            %s\n", commands[i].name, commands[i].help,
+               commands[i].example);
+    }
+    printf(
+        "\ncasemate-pack COMMAND --help says more. Exit codes: 0 ok, 2 usage, 4 model or package "
+        "refused, 9 system.\n");
+}
+
+/* Parse the words after the command. */
+static enum cm_status arguments_parse(size_t row, int count, char **words,
+                                      struct cm_pack_arguments *arguments, struct cm_error *err)
+{
+    for (int i = 0; i < count; i++) {
+        size_t option = 0;
+        while (option < OPTION_COUNT && strcmp(words[i], option_rows[option].flag) != 0) {
+            option++;
+        }
+        if (strcmp(words[i], "--json") == 0) {
+            arguments->json = true;
+        } else if (option < OPTION_COUNT && (listed(commands[row].needs, words[i]) ||
+                                             listed(commands[row].takes, words[i]))) {
+            if (i + 1 == count) {
+                return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE", "%s needs a value", words[i]);
+            }
+            char *field = (char *)arguments + option_rows[option].field;
+            memcpy(field, &words[++i], sizeof(char *));
+        } else if (words[i][0] != '-' && commands[row].positional != NULL &&
+                   arguments->input == NULL) {
+            arguments->input = words[i];
+        } else {
+            return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE",
+                                "'%s' is not for `casemate-pack %s`; see --help", words[i],
+                                commands[row].name);
+        }
+    }
+    if (commands[row].positional != NULL && arguments->input == NULL) {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE", "%s is missing",
+                            commands[row].positional);
+    }
+    for (size_t i = 0; i < OPTION_COUNT; i++) {
+        const char *value;
+        memcpy(&value, (const char *)arguments + option_rows[i].field, sizeof(value));
+        if (listed(commands[row].needs, option_rows[i].flag) && value == NULL) {
+            return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE", "%s is missing",
+                                option_rows[i].flag);
+        }
+    }
+    return CM_OK;
+}
+
+int main(int count, char **words)
+{
+    struct cm_error err = {.status = CM_OK};
+    struct cm_pack_arguments arguments = {.json = false};
+    if (count < 2 || strcmp(words[1], "--help") == 0 || strcmp(words[1], "help") == 0) {
+        help();
+        return count < 2 ? cm_status_exit_code(CM_E_USAGE) : 0;
+    }
+    size_t row = 0;
+    while (row < COMMAND_COUNT && strcmp(words[1], commands[row].name) != 0) {
+        row++;
+    }
+    if (row == COMMAND_COUNT) {
+        fprintf(stderr, "casemate-pack: unknown command '%s'; see casemate-pack --help\n",
+                words[1]);
+        return cm_status_exit_code(CM_E_USAGE);
+    }
+    for (int i = 2; i < count; i++) {
+        if (strcmp(words[i], "--help") == 0) {
+            command_help(row);
+            return 0;
+        }
+    }
+    enum cm_status status = arguments_parse(row, count - 2, words + 2, &arguments, &err);
+    if (status == CM_OK) {
+        status = commands[row].run(&arguments, &err);
+    }
+    if (status != CM_OK) {
+        fprintf(stderr, "casemate-pack: %s (%s)\n", err.text, err.id);
+    }
+    return cm_status_exit_code(status);
+}

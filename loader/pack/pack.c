@@ -1,0 +1,350 @@
+/* `casemate-pack pack` and `recover`: GGUF in, sealed package out; and the proof that it opens. */
+#include "loader/pack/commands.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <openssl/rand.h>
+
+#include "loader/pack/owner.h"
+#include "loader/pack/plan.h"
+#include "loader/package/internal.h"
+#include "loader/package/write.h"
+
+#define PASSPHRASE_BYTES_MAX 1024
+
+struct progress {
+    uint64_t done, total;
+    double started, printed;
+    bool terminal;
+};
+
+static double seconds_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Bytes, rate, time left: a line that rewrites itself on a terminal, else one each five seconds. */
+static void progress_print(struct progress *progress, bool last)
+{
+    double now = seconds_now();
+    if (!last && now - progress->printed < (progress->terminal ? 0.1 : 5.0)) {
+        return;
+    }
+    if (last && !progress->terminal) {
+        return;
+    }
+    double elapsed = now - progress->started;
+    double rate = elapsed > 0 ? (double)progress->done / elapsed : 0;
+    double left = rate > 0 ? (double)(progress->total - progress->done) / rate : 0;
+    fprintf(stderr, "%spacking: %.1f of %.1f MB, %.1f MB/s, %.0f s left%s",
+            progress->terminal ? "\r" : "", (double)progress->done / 1e6,
+            (double)progress->total / 1e6, rate / 1e6, left,
+            progress->terminal && !last ? "  " : "\n");
+    progress->printed = now;
+}
+
+enum cm_status cm_command_keygen(const struct cm_pack_arguments *arguments, struct cm_error *err)
+{
+    enum cm_status status = cm_owner_make(arguments->owner, err);
+    if (status == CM_OK && arguments->json) {
+        printf("{\"owner\": \"%s/owner.pub\", \"policy\": \"%s/policy.pub\"}\n", arguments->owner,
+               arguments->owner);
+    } else if (status == CM_OK) {
+        printf(
+            "made %s/owner.key (signs packages) and %s/policy.key (signs policies): keep both off "
+            "the nodes.\nnodes pin %s/owner.pub and %s/policy.pub\n",
+            arguments->owner, arguments->owner, arguments->owner, arguments->owner);
+    }
+    return status;
+}
+
+static enum cm_status passphrase_read(const char *path, char ret_text[PASSPHRASE_BYTES_MAX + 1],
+                                      struct cm_error *err)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t size = fd < 0 ? -1 : read(fd, ret_text, PASSPHRASE_BYTES_MAX);
+    if (size < 0) {
+        int error_number = errno;
+        if (fd >= 0) {
+            close(fd);
+        }
+        return cm_error_errno(err, error_number, "CM-PACK-PASSPHRASE", "cannot read %s", path);
+    }
+    close(fd);
+    ret_text[size] = '\0';
+    ret_text[strcspn(ret_text, "\r\n")] = '\0';
+    if (strlen(ret_text) < 8) {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-PASSPHRASE",
+                            "the passphrase in %s is shorter than 8 bytes", path);
+    }
+    return CM_OK;
+}
+
+static enum cm_status suite_parse(const char *name, uint32_t *ret_suite, struct cm_error *err)
+{
+    if (name == NULL || strcmp(name, "aes-256-gcm") == 0) {
+        *ret_suite = CM_SUITE_AES_256_GCM;
+    } else if (strcmp(name, "chacha20-poly1305") == 0) {
+        *ret_suite = CM_SUITE_CHACHA20_POLY1305;
+    } else {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-SUITE",
+                            "--suite '%s' is unknown; there are: aes-256-gcm, chacha20-poly1305",
+                            name);
+    }
+    return CM_OK;
+}
+
+/* Convert and append each tensor, with the zeros between them. */
+static enum cm_status payload_write(const struct cm_gguf *gguf, const struct cm_plan *plan,
+                                    struct cm_package_writer *writer, struct cm_convert_loss *total,
+                                    struct cm_error *err)
+{
+    static const uint8_t zeros[4096];
+    struct progress progress = {.total = plan->payload_bytes,
+                                .started = seconds_now(),
+                                .terminal = isatty(STDERR_FILENO) == 1};
+    progress.printed = progress.started;
+    enum cm_status status = CM_OK;
+    for (uint32_t i = 0; status == CM_OK && i < plan->manifest.tensor_count; i++) {
+        const struct cm_manifest_tensor *tensor = &plan->manifest.tensors[i];
+        struct cm_convert_loss loss;
+        status =
+            cm_package_write_append(writer, zeros, (size_t)(tensor->offset - progress.done), err);
+        uint8_t *bytes = malloc((size_t)tensor->bytes);
+        if (status == CM_OK && bytes == NULL) {
+            status = cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tensor %.*s",
+                                    (int)tensor->name.size, tensor->name.bytes);
+        }
+        if (status == CM_OK) {
+            status = cm_plan_convert(gguf, plan, i, bytes, &loss, err);
+        }
+        if (status == CM_OK) {
+            status = cm_package_write_append(writer, bytes, (size_t)tensor->bytes, err);
+            total->error_square += loss.error_square;
+            total->square += loss.square;
+            total->exact = total->exact && loss.exact;
+        }
+        free(bytes);
+        progress.done = tensor->offset + tensor->bytes;
+        progress_print(&progress, false);
+    }
+    progress_print(&progress, true);
+    return status;
+}
+
+static void summary_print(const struct cm_pack_arguments *arguments, const struct cm_plan *plan,
+                          const struct cm_convert_loss *loss, double seconds)
+{
+    double relative = loss->square > 0 ? sqrt(loss->error_square / loss->square) : 0;
+    const struct cm_manifest *m = &plan->manifest;
+    if (arguments->json) {
+        json_t *facts = json_pack("{s:s, s:s, s:i, s:I, s:b, s:f, s:f}", "package", arguments->out,
+                                  "model", plan->name, "tensors", (int)m->tensor_count,
+                                  "payload_bytes", (json_int_t)plan->payload_bytes, "exact",
+                                  loss->exact, "relative_rms_error", relative, "seconds", seconds);
+        json_dumpf(facts, stdout, JSON_INDENT(2));
+        printf("\n");
+        json_decref(facts);
+        return;
+    }
+    printf("%s: model %s, %u layers, %u tensors, %.1f MB of weights, %.1f s\n", arguments->out,
+           plan->name, m->layers, m->tensor_count, (double)plan->payload_bytes / 1e6, seconds);
+    if (loss->exact) {
+        printf("weights are carried over exactly\n");
+    } else {
+        printf("some weights were quantised to 8 bits: relative RMS error %.6f over those\n",
+               relative);
+    }
+}
+
+static enum cm_status package_write(const struct cm_pack_arguments *arguments,
+                                    const struct cm_gguf *gguf, const struct cm_plan *plan,
+                                    struct cm_secret *key, struct cm_convert_loss *ret_loss,
+                                    struct cm_error *err)
+{
+    struct cm_owner_key *owner = NULL;
+    struct cm_package_writer *writer = NULL;
+    struct cm_package_write_options options = {
+        .path = arguments->out,
+        .revision = arguments->revision != NULL ? strtoull(arguments->revision, NULL, 10) : 1,
+        .host_version_min = 1,
+        .sign = cm_owner_sign};
+    enum cm_status status = suite_parse(arguments->suite, &options.suite, err);
+    if (status == CM_OK) {
+        status = cm_owner_load(arguments->owner, "owner", &owner, err);
+    }
+    if (status == CM_OK) {
+        options.sign_context = owner;
+        cm_owner_public(owner, options.owner_key);
+        status = cm_package_write_begin(&options, cm_secret_view(key), &plan->manifest,
+                                        plan->payload_bytes, &writer, err);
+    }
+    if (status == CM_OK) {
+        status = payload_write(gguf, plan, writer, ret_loss, err);
+        if (status == CM_OK) {
+            status = cm_package_write_finish(writer, err);
+        } else {
+            cm_package_write_abort(writer);
+        }
+    }
+    cm_owner_free(owner);
+    return status;
+}
+
+/* The recovery file is bound to the core digest, so it is written from the finished package. */
+static enum cm_status head_load(const char *path, struct cm_package_head *ret_head,
+                                struct cm_error *err)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    uint8_t *bytes = malloc(CM_PACKAGE_HEAD_BYTES);
+    enum cm_status status = CM_OK;
+    if (fd < 0 || bytes == NULL) {
+        status = cm_error_errno(err, errno, "CM-PKG-READ", "cannot open %s", path);
+    } else {
+        status = cm_read_exact(fd, bytes, CM_PACKAGE_HEAD_BYTES, 0, "head", err);
+    }
+    if (status == CM_OK) {
+        status = cm_package_head_parse(bytes, CM_PACKAGE_HEAD_BYTES, ret_head, err);
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    free(bytes);
+    return status;
+}
+
+static enum cm_status recovery_make(const struct cm_pack_arguments *arguments,
+                                    const struct cm_secret *key, struct cm_error *err)
+{
+    char passphrase[PASSPHRASE_BYTES_MAX + 1];
+    struct cm_package_head *head = malloc(sizeof(*head));
+    if (head == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "head");
+    }
+    enum cm_status status = passphrase_read(arguments->passphrase_file, passphrase, err);
+    if (status == CM_OK) {
+        status = head_load(arguments->out, head, err);
+    }
+    if (status == CM_OK) {
+        status = cm_recovery_write(arguments->recovery, passphrase, head->core.core_digest,
+                                   cm_secret_view(key), err);
+    }
+    cm_wipe(passphrase, sizeof(passphrase));
+    free(head);
+    return status;
+}
+
+enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct cm_error *err)
+{
+    struct cm_gguf *gguf = NULL;
+    struct cm_plan plan = {.payload_bytes = 0};
+    struct cm_secret *key = NULL;
+    struct cm_convert_loss loss = {.exact = true};
+    double started = seconds_now();
+    struct cm_plan_options options = {.name = arguments->name,
+                                      .chat_format = arguments->chat_format,
+                                      .default_system = arguments->default_system,
+                                      .origin = arguments->input};
+    if ((arguments->recovery != NULL) != (arguments->passphrase_file != NULL)) {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE",
+                            "--recovery and --passphrase-file go together");
+    }
+    enum cm_status status = cm_gguf_open(arguments->input, &gguf, err);
+    if (status == CM_OK) {
+        status = cm_plan_make(gguf, &options, &plan, err);
+    }
+    if (status == CM_OK) {
+        status = cm_secret_new(CM_KEY_BYTES, &key, err);
+    }
+    if (status == CM_OK && RAND_priv_bytes(cm_secret_bytes(key), CM_KEY_BYTES) != 1) {
+        status = cm_error_set(err, CM_E_SYSTEM, "CM-SYS-RANDOM", "no random bytes for the key");
+    }
+    if (status == CM_OK) {
+        status = package_write(arguments, gguf, &plan, key, &loss, err);
+    }
+    if (status == CM_OK && arguments->recovery != NULL) {
+        status = recovery_make(arguments, key, err);
+    }
+    if (status == CM_OK) {
+        summary_print(arguments, &plan, &loss, seconds_now() - started);
+    }
+    cm_secret_free(key);
+    cm_plan_done(&plan);
+    cm_gguf_close(gguf);
+    return status;
+}
+
+static enum cm_status segments_check(const struct cm_package *package, int fd, struct cm_error *err)
+{
+    const struct cm_package_core *core = &cm_package_head_of(package)->core;
+    uint8_t *ciphertext = malloc(core->segment_bytes);
+    struct cm_secret *plaintext = NULL;
+    enum cm_status status = ciphertext != NULL
+                                ? cm_secret_new(core->segment_bytes, &plaintext, err)
+                                : cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "a segment");
+    for (uint64_t i = 0; status == CM_OK && i < core->segment_count; i++) {
+        uint64_t offset;
+        size_t bytes;
+        cm_package_segment_place(package, i, &offset, &bytes);
+        status = cm_read_exact(fd, ciphertext, bytes, offset, "payload", err);
+        if (status == CM_OK) {
+            status = cm_package_segment_open(package, i, ciphertext, bytes,
+                                             cm_secret_bytes(plaintext), err);
+        }
+    }
+    cm_secret_free(plaintext);
+    free(ciphertext);
+    return status;
+}
+
+enum cm_status cm_command_recover(const struct cm_pack_arguments *arguments, struct cm_error *err)
+{
+    char passphrase[PASSPHRASE_BYTES_MAX + 1];
+    struct cm_secret *key = NULL;
+    struct cm_package *package = NULL;
+    struct cm_package_head *head = malloc(sizeof(*head));
+    int fd = open(arguments->input, O_RDONLY | O_CLOEXEC);
+    enum cm_status status =
+        fd >= 0 && head != NULL
+            ? passphrase_read(arguments->passphrase_file, passphrase, err)
+            : cm_error_errno(err, errno, "CM-PKG-READ", "cannot open %s", arguments->input);
+    if (status == CM_OK) {
+        status = head_load(arguments->input, head, err);
+    }
+    if (status == CM_OK) {
+        status = cm_secret_new(CM_KEY_BYTES, &key, err);
+    }
+    if (status == CM_OK) {
+        status = cm_recovery_read(arguments->recovery, passphrase, head->core.core_digest,
+                                  cm_secret_bytes(key), err);
+    }
+    if (status == CM_OK) {
+        status = cm_package_open(fd, cm_secret_view(key), head->core.owner_key, &package, err);
+    }
+    if (status == CM_OK) {
+        status = segments_check(package, fd, err);
+    }
+    if (status == CM_OK) {
+        printf(arguments->json ? "{\"opens\": true}\n"
+                               : "%s opens with this recovery file: every segment is authentic\n",
+               arguments->input);
+    }
+    cm_wipe(passphrase, sizeof(passphrase));
+    cm_package_close(package);
+    cm_secret_free(key);
+    free(head);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return status;
+}

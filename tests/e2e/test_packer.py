@@ -1,0 +1,208 @@
+"""casemate-pack as its user runs it; the result is read by the independent reader."""
+import json
+import pathlib
+import subprocess
+import sys
+
+import gguf
+import numpy
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS))
+import package_reader  # noqa: E402
+import tiny_model  # noqa: E402
+
+PASSPHRASE = "correct horse battery"
+
+
+def run(build, *words, code=0):
+    done = subprocess.run([build / "bin" / "casemate-pack", *map(str, words)], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def owner(build, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("keys") / "owner"
+    run(build, "keygen", "--owner", folder)
+    (folder / "pass").write_text(PASSPHRASE + "\n")
+    return folder
+
+
+def pack(build, owner, model, out, *more):
+    recovery = out.with_suffix(".recovery")
+    done = run(build, "pack", model, "--out", out, "--owner", owner, "--recovery", recovery,
+               "--passphrase-file", owner / "pass", "--json", *more)
+    key = package_reader.recovery_key(recovery.read_bytes(), PASSPHRASE)
+    return json.loads(done.stdout), package_reader.Package(out.read_bytes(), key)
+
+
+def source_rows(reader, names, weave):
+    found = {t.name: t for t in reader.tensors}
+    parts = [gguf.dequantize(found[n].data, found[n].tensor_type) for n in names]
+    if weave:
+        tiles = [part.reshape(-1, 16, part.shape[1]) for part in parts]
+        return numpy.stack(tiles, 1).reshape(-1, parts[0].shape[1])
+    return numpy.concatenate(parts)
+
+
+MADE_OF = {1: (("attn_q", "attn_k", "attn_v"), False), 4: (("ffn_gate", "ffn_up"), True)}
+
+
+def compare_all(package, path, exact):
+    reader = gguf.GGUFReader(path)
+    worst = 0.0
+    for tensor in package.manifest.tensors:
+        names = [tensor["name"]]
+        weave = False
+        if tensor["layer"] != 0xFFFFFFFF and tensor["role"] in MADE_OF:
+            parts, weave = MADE_OF[tensor["role"]]
+            names = [f"blk.{tensor['layer']}.{part}.weight" for part in parts]
+        wanted = source_rows(reader, names, weave)
+        found = package.weights(tensor).reshape(wanted.shape)
+        error = float(numpy.abs(found - wanted).max() / numpy.abs(wanted).max())
+        worst = max(worst, error)
+    assert worst <= (1e-6 if exact else 0.01), worst
+    return len(package.manifest.tensors)
+
+
+def test_the_real_model_is_carried_over_exactly(build, owner, smollm_gguf, tmp_path):
+    facts, package = pack(build, owner, smollm_gguf, tmp_path / "m.cmpkg", "--name", "smollm2")
+    assert facts["exact"] and facts["model"] == "smollm2"
+    assert compare_all(package, smollm_gguf, exact=True) == 182
+    manifest = package.manifest
+    assert manifest.shape["vocabulary"] == 49152 and manifest.shape["tied_head"] == 1
+    assert manifest.tokens[2] == b"<|im_end|>" and len(manifest.merges) == 48900
+    for left, right in manifest.merges[::97]:
+        assert manifest.tokens[left] + manifest.tokens[right] in manifest.tokens
+    assert manifest.chat == 1
+    assert manifest.default_system == \
+        "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+@pytest.mark.parametrize("suite", ["aes-256-gcm", "chacha20-poly1305"])
+def test_a_tiny_model_of_other_shapes(build, owner, tmp_path, suite):
+    tiny_model.write(str(tmp_path / "tiny.gguf"))
+    facts, package = pack(build, owner, tmp_path / "tiny.gguf", tmp_path / "t.cmpkg", "--suite",
+                          suite)
+    assert not facts["exact"] and facts["relative_rms_error"] < 0.006
+    compare_all(package, tmp_path / "tiny.gguf", exact=False)
+    assert package.manifest.shape["tied_head"] == 0 and package.manifest.default_system == ""
+    run(build, "recover", tmp_path / "t.cmpkg", "--recovery", tmp_path / "t.recovery",
+        "--passphrase-file", owner / "pass")
+    blob = bytearray((tmp_path / "t.cmpkg").read_bytes())
+    blob[-5] ^= 1
+    (tmp_path / "t.cmpkg").write_bytes(blob)
+    done = run(build, "recover", tmp_path / "t.cmpkg", "--recovery", tmp_path / "t.recovery",
+               "--passphrase-file", owner / "pass", code=4)
+    assert "payload segment" in done.stderr and "CM-PKG-HASH" in done.stderr
+
+
+def test_inspect_needs_no_key(build, owner, tmp_path):
+    tiny_model.write(str(tmp_path / "tiny.gguf"))
+    pack(build, owner, tmp_path / "tiny.gguf", tmp_path / "t.cmpkg")
+    facts = json.loads(run(build, "inspect", tmp_path / "t.cmpkg", "--json").stdout)
+    assert facts["signature_valid"] and facts["length_right"] and not facts["slots_torn"]
+    text = run(build, "inspect", tmp_path / "t.cmpkg").stdout
+    assert "only the key opens them" in text and "tiny" not in text.replace(str(tmp_path), "")
+    blob = bytearray((tmp_path / "t.cmpkg").read_bytes())
+    blob[9000] ^= 1
+    (tmp_path / "t.cmpkg").write_bytes(blob)
+    facts = json.loads(run(build, "inspect", tmp_path / "t.cmpkg", "--json").stdout)
+    assert facts["slots_torn"] and facts["slots_copy"] == "B"
+
+
+def test_keys_are_never_overwritten(build, owner):
+    before = (owner / "owner.key").read_bytes()
+    assert "never overwritten" in run(build, "keygen", "--owner", owner, code=2).stderr
+    assert (owner / "owner.key").read_bytes() == before
+    assert (owner / "owner.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["pack"], ["pack", "x", "--bogus"],
+                                   ["pack", "x", "--out"], ["inspect"]])
+def test_wrong_usage_is_exit_2_with_one_line(build, words):
+    done = run(build, *words, code=2)
+    assert words == [] or len(done.stderr.strip().splitlines()) == 1
+
+
+# What is done to a good file, and the id that must come back.
+def cut(blob):
+    return blob[:len(blob) // 2]
+
+
+def magic(blob):
+    return b"GGUG" + blob[4:]
+
+
+def version(blob):
+    return blob[:4] + b"\x09" + blob[5:]
+
+
+def huge_count(blob):
+    return blob[:8] + b"\xff" * 8 + blob[16:]
+
+
+def renamed(old, new):
+    return lambda blob: blob.replace(old, new)
+
+
+def template(blob):
+    return blob.replace(b"add_generation_prompt", b"add_generation_prompx")
+
+
+@pytest.mark.parametrize("change,id_", [
+    (cut, "CM-GGUF-LENGTH"), (magic, "CM-GGUF-MAGIC"), (version, "CM-GGUF-VERSION"),
+    (huge_count, "CM-GGUF-COUNT"), (lambda b: b[:40], "CM-GGUF-LENGTH"), (lambda b: b"", "CM-GGUF"),
+    (renamed(b"blk.1.attn_q.weight", b"blk.1.attn_k.weight"), "CM-GGUF-DUPLICATE"),
+    (renamed(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight"), "CM-GGUF-TENSOR"),
+    (renamed(b"llama.block_count", b"llama.block_counx"), "CM-GGUF-KEY"),
+    (renamed(b"gpt-2", b"gpt-9"), "CM-GGUF-TOKENIZER"),
+    (template, "CM-GGUF-TEMPLATE"),
+])
+def test_a_bad_model_is_one_line_and_no_file(build, owner, tmp_path, change, id_):
+    tiny_model.write(str(tmp_path / "tiny.gguf"))
+    blob = (tmp_path / "tiny.gguf").read_bytes()
+    changed = change(blob)
+    assert changed != blob
+    (tmp_path / "bad.gguf").write_bytes(changed)
+    done = run(build, "pack", tmp_path / "bad.gguf", "--out", tmp_path / "b.cmpkg", "--owner", owner,
+               code=4)
+    assert id_ in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("b.cmpkg*"))
+
+
+@pytest.mark.parametrize("name", ["output.weight", "blk.1.attn_norm.weight", "token_embd.weight"])
+def test_a_weight_that_is_no_number_is_refused_by_name(build, owner, tmp_path, name):
+    path = tmp_path / "nan.gguf"
+    tiny_model.write(str(path))
+    tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == name)
+    bad = b"\x00\x00\xc0\x7f" if "norm" in name else b"\x00\x7e"
+    blob = bytearray(path.read_bytes())
+    blob[tensor.data_offset:tensor.data_offset + len(bad)] = bad
+    path.write_bytes(blob)
+    done = run(build, "pack", path, "--out", tmp_path / "b.cmpkg", "--owner", owner, code=4)
+    assert "CM-GGUF-VALUE" in done.stderr and name in done.stderr
+    assert not list(tmp_path.glob("b.cmpkg*"))
+
+
+def test_an_unread_weight_type_is_named(build, owner, tmp_path):
+    tiny_model.write(str(tmp_path / "q5.gguf"), {"output.weight": gguf.GGMLQuantizationType.Q5_0})
+    done = run(build, "pack", tmp_path / "q5.gguf", "--out", tmp_path / "b.cmpkg", "--owner", owner,
+               code=4)
+    assert "output.weight" in done.stderr and "CM-GGUF-TENSOR-TYPE" in done.stderr
+
+
+def test_a_full_disk_leaves_the_earlier_package(build, owner, tmp_path):
+    tiny_model.write(str(tmp_path / "tiny.gguf"))
+    pack(build, owner, tmp_path / "tiny.gguf", tmp_path / "t.cmpkg")
+    before = (tmp_path / "t.cmpkg").read_bytes()
+    program = build / "bin" / "casemate-pack"
+    done = subprocess.run(["bash", "-c", f"trap '' XFSZ; ulimit -f 200; exec {program} pack "
+                           f"{tmp_path}/tiny.gguf --out {tmp_path}/t.cmpkg --owner {owner}"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 9 and "CM-PKG-WRITE" in done.stderr
+    assert (tmp_path / "t.cmpkg").read_bytes() == before
+    assert not (tmp_path / "t.cmpkg.partial").exists()
