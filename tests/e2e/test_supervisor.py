@@ -1,0 +1,298 @@
+"""The supervisor against doubles of the roles: order of start, descriptors, replacement, failure,
+drain and stop. The doubles (tests/harness/role_double.c) write what they see into `events`."""
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import time
+
+import pytest
+
+ROLES = ["gateway", "keeper", "worker", "devtpm"]
+
+
+class Service:
+    def __init__(self, build, folder):
+        self.bin = folder / "bin"
+        self.state = folder / "state"
+        self.bin.mkdir()
+        self.state.mkdir()
+        shutil.copy(build / "bin" / "casemate-supervisor", self.bin)
+        for role in ROLES:
+            shutil.copy(build / "harness" / "role_double", self.bin / f"casemate-{role}")
+        for name in ("owner", "policy"):
+            key = subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout"],
+                                 check=True, capture_output=True).stdout
+            subprocess.run(["openssl", "ec", "-pubout", "-out", self.state / f"{name}.pem"],
+                           input=key, check=True, capture_output=True)
+        (self.state / "model.cmp").write_bytes(b"\0" * 80000)
+        (self.state / "enrolment.bin").write_bytes(b"record")
+        (self.state / "casemate.yaml").write_text(
+            "sealed:\n  package: model.cmp\n  package_owner: owner.pem\n"
+            "  policy_authority: policy.pem\nsite:\n  state: .\n  listen: 127.0.0.1:0\n"
+            "  drain_timeout_ms: 1500\n")
+        self.process = None
+        self.errors = folder / "stderr"
+
+    def mode(self, role, word):
+        (self.bin / f"{role}.mode").write_text(word)
+
+    def start(self, *more):
+        self.process = subprocess.Popen(
+            [self.bin / "casemate-supervisor", "--config", self.state / "casemate.yaml", *more],
+            stdout=subprocess.PIPE, stderr=open(self.errors, "wb"))
+        return self
+
+    def events(self):
+        path = self.bin / "events"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def until(self, check, seconds=10):
+        """Wait until check() is true; return its value."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            value = check()
+            if value:
+                return value
+            time.sleep(0.02)
+        raise AssertionError("not in time:\n" + "\n".join(self.events()) + "\n" + self.log())
+
+    def log(self):
+        return self.errors.read_text()
+
+    def status(self):
+        path = self.state / "run" / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def ready(self):
+        return self.until(lambda: self.status().get("ready") and self.status())
+
+    def pid(self, role):
+        starts = [e for e in self.events() if e.startswith(f"{role} ") and " start " in e]
+        return int(starts[-1].split()[1]) if starts else 0
+
+    def seen(self, pattern, pid=None):
+        return [e for e in self.events()
+                if re.search(pattern, e) and (pid is None or e.split()[1] == str(pid))]
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.process.wait(10)
+
+    def orphans(self):
+        pids = {int(e.split()[1]) for e in self.events()}
+        alive = []
+        for pid in pids:
+            try:
+                state = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()[0]
+                alive += [pid] if state not in "ZX" else []
+            except OSError:
+                pass
+        return alive
+
+
+@pytest.fixture
+def service(build, tmp_path):
+    if not (build / "harness" / "role_double").exists():
+        pytest.fail("role_double is not built")
+    it = Service(build, tmp_path)
+    yield it
+    if it.process and it.process.poll() is None:
+        it.process.kill()
+        it.process.wait()
+    it.until(lambda: not it.orphans(), 3)
+
+
+def test_start_in_order_with_exact_descriptors(service):
+    status = service.start().ready()
+    order = [e.split()[0] for e in service.events() if " start " in e]
+    assert order[:2] == ["devtpm", "keeper"] and set(order[2:]) == {"gateway", "worker"}
+    assert order == ["devtpm", "keeper", "gateway", "worker"]
+    wanted = {"devtpm": "0,1,2,3,4,5,13", "keeper": "0,1,2,3,4,5,13",
+              "gateway": "0,1,2,3,4,5,6,7,8,9,10,11,12", "worker": "0,1,2,3,4,5,6,7,8,9,10,11,12"}
+    for role, fds in wanted.items():
+        line = service.seen(f"^{role} .* start ")[0]
+        found = sorted(int(n) for n in re.search(r"fds=([\d,]*)", line)[1].split(",") if n)
+        assert ",".join(map(str, found)) == fds, line
+        assert "env=0 core=0 death=9 leader=1" in line
+    assert service.seen("gateway .* listener 1")
+    assert service.seen("(gateway|worker) .* rings put=0")
+    assert not service.seen("broken")
+    assert status["listen"].startswith("127.0.0.1:") and "guard" in status["not_yet"]
+    for role in ROLES:
+        assert status["roles"][role]["state"] == "serving"
+        assert status["roles"][role]["resident_bytes"] > 0
+    pem = (service.state / "run" / "tls-certificate.pem").read_text().split("\n")
+    import base64
+    assert base64.b64decode("".join(pem[1:-2])) == b"\x5a" * 100
+    assert '{"role":"double","event":"hello"}\n' in service.log()
+    assert service.stop() == 0
+    assert service.process.stdout.read().decode().startswith("casemate: ready: model model.cmp")
+
+
+def test_state_follows_the_load_and_loaded_reaches_the_keeper(service):
+    service.start().ready()
+    states = service.seen("^gateway .* state ")
+    assert "ready=0" in states[0] and "reason=loading" in states[0]
+    assert any("stage=4" in s for s in states), states
+    service.until(lambda: service.seen("gateway .* state ready=1 stage=6"))
+    assert service.seen(r"^keeper \d+ frame 11$")  # LOADED
+
+
+def test_gateway_killed_is_replaced_and_the_worker_stays(service):
+    service.start().ready()
+    worker, gateway = service.pid("worker"), service.pid("gateway")
+    os.kill(gateway, signal.SIGKILL)
+    service.until(lambda: service.pid("gateway") != gateway)
+    service.until(lambda: service.seen("gateway .* state ready=1", service.pid("gateway")))
+    assert service.pid("worker") == worker
+    assert len(service.seen("rings put=0", worker)) == 2  # the first pair, and the new one
+    service.until(lambda: service.status()["roles"]["gateway"]["restarts"] == 1)
+    assert service.stop() == 0
+
+
+def test_worker_killed_is_replaced_and_the_gateway_stays(service):
+    service.start().ready()
+    worker, gateway = service.pid("worker"), service.pid("gateway")
+    begun = time.monotonic()
+    os.kill(worker, signal.SIGKILL)
+    service.until(lambda: service.seen("reason=worker_gone", gateway))
+    assert time.monotonic() - begun < 1
+    service.until(lambda: service.seen("rings put=0", gateway)[1:])
+    service.until(lambda: service.pid("worker") != worker)
+    service.until(lambda: "ready=1" in service.seen("^gateway .* state ")[-1])
+    assert service.pid("gateway") == gateway
+    # The new pair connects exactly these two.
+    assert service.seen(f"from={gateway}", service.pid("worker"))
+    assert service.stop() == 0
+
+
+def test_keeper_killed_is_replaced_and_the_others_keep_serving(service):
+    service.start().ready()
+    before = {role: service.pid(role) for role in ROLES}
+    os.kill(before["keeper"], signal.SIGKILL)
+    service.until(lambda: service.pid("keeper") != before["keeper"])
+    os.kill(before["worker"], signal.SIGKILL)  # the new keeper serves the next worker
+    service.until(lambda: service.pid("worker") != before["worker"])
+    assert service.pid("gateway") == before["gateway"]
+    assert service.pid("devtpm") == before["devtpm"]
+
+
+def test_devtpm_death_ends_the_service(service):
+    service.start().ready()
+    os.kill(service.pid("devtpm"), signal.SIGKILL)
+    assert service.process.wait(10) == 6
+    assert "CM-SUP-TPM-GONE" in service.log()
+
+
+@pytest.mark.parametrize("role,mode,code,text", [("worker", "fail_package", 4, "CM-PKG-TAG"),
+                                                 ("keeper", "fail_policy", 5, "CM-TPM-POLICY")])
+def test_a_refused_package_or_policy_is_final(service, role, mode, code, text):
+    service.mode(role, mode)
+    service.start()
+    assert service.process.wait(10) == code
+    assert service.log().splitlines()[-1].startswith(f"casemate: {text}: ")
+    assert len(service.seen(f"^{role} .* start")) == 1
+
+
+def test_back_off_has_a_budget(service):
+    service.mode("worker", "crash")
+    service.start()
+    assert service.process.wait(20) == 9
+    assert len(service.seen("^worker .* start")) == 6
+    assert "failed 6 times within a minute" in service.log()
+    assert len(service.seen("^gateway .* start")) == 1
+
+
+@pytest.mark.parametrize("role,mode", [("worker", "violate"), ("keeper", "unasked")])
+def test_a_protocol_violation_kills(service, role, mode):
+    service.mode(role, mode)
+    service.start()
+    first = service.until(lambda: service.pid(role))
+    service.until(lambda: "CM-FRAME-PROTOCOL" in service.log())
+    service.mode(role, "ok")
+    service.until(lambda: service.pid(role) != first)
+    service.until(lambda: service.status().get("ready"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_drain_then_stop_in_order(service, number):
+    service.start().ready()
+    assert service.stop(number) == 0
+    events = [e for e in service.events() if e.endswith((" drain", " stop"))]
+    assert [(e.split()[0], e.split()[2]) for e in events] == [
+        ("gateway", "drain"), ("worker", "drain"), ("gateway", "stop"), ("worker", "stop"),
+        ("keeper", "stop"), ("devtpm", "stop")]
+    assert service.seen("gateway .* state ready=0 .*reason=draining")
+    assert not service.orphans()
+
+
+def test_drain_ends_at_its_deadline(service):
+    service.mode("gateway", "hold_drain")
+    service.start().ready()
+    begun = time.monotonic()
+    assert service.stop() == 0
+    assert 1.4 < time.monotonic() - begun < 4
+
+
+def test_a_second_signal_ends_at_once(service):
+    service.mode("gateway", "hold_drain")
+    service.start().ready()
+    service.process.send_signal(signal.SIGTERM)
+    service.until(lambda: service.seen("gateway .* drain"))
+    assert service.stop() == 9
+    assert not service.orphans()
+
+
+def test_a_role_that_ignores_stop_is_killed(service):
+    service.mode("keeper", "ignore_stop")
+    service.start().ready()
+    assert service.stop() == 0
+    assert "CM-SUP-STUCK" in service.log() and not service.orphans()
+
+
+def test_sigterm_before_ready(service):
+    service.start()
+    service.until(lambda: service.pid("worker"))
+    assert service.stop() == 0
+    assert not service.orphans()
+
+
+def test_no_orphans_when_the_supervisor_is_killed(service):
+    service.start().ready()
+    service.process.kill()
+    service.process.wait()
+    service.until(lambda: not service.orphans(), 2)
+
+
+def test_key_table_changes_reach_the_gateway_within_a_second(service):
+    service.start().ready()
+    row = struct.pack("<8s32sQ40s", b"\1" * 8, b"\2" * 32, 0, b"name")
+    table = service.state / "keys.table"
+    for generation, rows in ((5, row), (6, b"")):
+        (service.state / "new").write_bytes(b"CMKEYS1\0" + struct.pack("<Q", generation) + rows)
+        os.rename(service.state / "new", table)
+        service.until(lambda: service.seen(f"keys generation={generation} count={len(rows) // 88}"), 1)
+
+
+def test_one_service_per_state(service, tmp_path):
+    service.start().ready()
+    second = subprocess.run(service.process.args, capture_output=True, timeout=10)
+    assert second.returncode == 9 and b"another casemate serves" in second.stderr
+
+
+@pytest.mark.parametrize("change,code,text", [
+    (lambda s: (s / "model.cmp").unlink(), 4, "cannot open package"),
+    (lambda s: (s / "model.cmp").write_bytes(b"x"), 4, "shorter than a package's head"),
+    (lambda s: (s / "owner.pem").write_text("x"), 3, "PUBLIC KEY"),
+    (lambda s: (s / "enrolment.bin").unlink(), 3, "casemate init"),
+    (lambda s: (s / "casemate.yaml").write_text("site:\n  threds: 1\n"), 3, ":2: unknown key"),
+])
+def test_what_is_missing_is_named(service, change, code, text):
+    change(service.state)
+    service.start()
+    assert service.process.wait(10) == code
+    assert text in service.log() and not service.events()
