@@ -1,0 +1,79 @@
+/* casemate's inside: one function per command, one file per matter. */
+#ifndef CASEMATE_RUNTIME_CLI_INTERNAL_H
+#define CASEMATE_RUNTIME_CLI_INTERNAL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "policies/config/arguments.h"
+#include "runtime/base/error.h"
+#include "runtime/base/frame.h"
+
+/* The words after the command; options are taken out as they are understood. */
+struct words {
+    int count;
+    char *at[128];
+};
+
+/* Take "--name" out; true if it was there. */
+bool words_flag_take(struct words *words, const char *name);
+/* Take "--name VALUE" or "--name=VALUE" out; NULL if it was not there. */
+const char *words_value_take(struct words *words, const char *name);
+
+struct command {
+    const char *name;
+    const char *summary;
+    const char *help; /* whole text of --help, with an example */
+    enum cm_status (*run)(struct words *words, struct cm_error *err);
+};
+
+enum cm_status command_init(struct words *words, struct cm_error *err);
+enum cm_status command_serve(struct words *words, struct cm_error *err);
+enum cm_status command_keys(struct words *words, struct cm_error *err);
+enum cm_status command_check(struct words *words, struct cm_error *err);
+enum cm_status command_status(struct words *words, struct cm_error *err);
+enum cm_status command_version(struct words *words, struct cm_error *err);
+
+/* files.c: whole small files; writing is beside, fsync, rename. */
+CM_MUST_USE enum cm_status cli_file_read(const char *path, uint8_t *bytes, size_t size,
+                                         size_t *ret_used, struct cm_error *err);
+CM_MUST_USE enum cm_status cli_file_write(const char *path, const void *bytes, size_t size,
+                                          unsigned mode, struct cm_error *err);
+/* Folder of our own executable plus name. */
+CM_MUST_USE enum cm_status cli_program_path(const char *name, char *ret_path, size_t size,
+                                            struct cm_error *err);
+
+/* provision.c: run the keeper once (and a development TPM for it) and take the enrolment record.
+ * development_state: path of the state file to make, or NULL for a device at tpm_path. */
+CM_MUST_USE enum cm_status cli_provision(const char *node_name, const char *tpm_path,
+                                         const char *development_state,
+                                         uint8_t ret_record[static CM_ENROLMENT_BYTES_MAX],
+                                         size_t *ret_bytes, struct cm_error *err);
+
+/* keystore.c: SQLite holds the truth, keys.table is what the supervisor passes on. */
+struct key_store;
+#define CLI_KEY_TEXT_BYTES 72 /* cm-<16>-<43>, terminated */
+struct key_entry {
+    char id[17];
+    char name[40];
+    int64_t created_unix_s, expires_unix_s, revoked_unix_s; /* 0: never */
+};
+
+CM_MUST_USE enum cm_status key_store_open(const char *state, struct key_store **ret_store,
+                                          struct cm_error *err);
+void key_store_close(struct key_store *store);
+/* The secret text is written once into ret_text; only its hash is kept. */
+CM_MUST_USE enum cm_status key_store_add(struct key_store *store, const char *name,
+                                         int64_t expires_unix_s,
+                                         char ret_text[static CLI_KEY_TEXT_BYTES],
+                                         struct cm_error *err);
+CM_MUST_USE enum cm_status key_store_revoke(struct key_store *store, const char *id,
+                                            struct cm_error *err);
+CM_MUST_USE enum cm_status
+key_store_list(struct key_store *store, void (*each)(void *context, const struct key_entry *entry),
+               void *context, struct cm_error *err);
+/* Write keys.table from the store. */
+CM_MUST_USE enum cm_status key_store_publish(struct key_store *store, struct cm_error *err);
+
+#endif

@@ -1,0 +1,143 @@
+/* casemate: the command line. One table of commands; each prints results on stdout, and one line on
+ * stderr when it fails. Exit codes: 0 ok, 2 usage, 3 configuration, 4 package, 5 policy or seal,
+ * 6 TPM, 7 evidence, 8 sandbox, 9 system, 70 bug. */
+#include <stdio.h>
+#include <string.h>
+
+#include "runtime/cli/cli_internal.h"
+
+#define WHERE                                                                                      \
+    "  --config FILE   the configuration (default: <state>/casemate.yaml, /etc/casemate)\n"        \
+    "  --state DIR     keys, records and status (default: /var/lib/casemate; user: XDG)\n"
+
+static const struct command commands[] = {
+    {"init", "make a node's state folder and its enrolment record",
+     "usage: casemate init [--state DIR] [options]\n\n"
+     "Makes DIR (mode 0700) with casemate.yaml, the owner's public keys and enrolment.bin, the\n"
+     "record that a model's owner seals packages to. Leaves nothing behind when it fails.\n\n"
+     "  --state DIR       default: /var/lib/casemate for root, else XDG\n"
+     "  --owner-key PEM   public key of who signs packages\n"
+     "  --policy-key PEM  public key of who signs allowed states\n"
+     "  --package FILE    the sealed package to serve\n"
+     "  --node-name NAME  default: the host's name\n"
+     "  --tpm T           development or /dev/tpmrm0 (default: the device if there is one)\n\n"
+     "example: casemate init --state node --owner-key owner/owner.pem "
+     "--policy-key owner/policy.pem --package model.cmpkg --tpm development\n",
+     command_init},
+    {"serve", "serve the package that the configuration names",
+     "usage: casemate serve [--config FILE | --state DIR] [--<key> VALUE ...]\n\n" WHERE
+     "  --<key> VALUE   any key of `casemate check --keys`, over file and environment\n\n"
+     "SIGTERM drains and stops. A second one stops at once.\n\n"
+     "example: casemate serve --state node --listen 127.0.0.1:8443 --threads 2\n",
+     command_serve},
+    {"keys", "add, list and revoke API keys",
+     "usage: casemate keys add NAME [--expires-days N] | list | revoke ID\n\n" WHERE
+     "  --json          for machines\n\n"
+     "A key is printed once, and kept as a hash. Changes reach a running service within a "
+     "second.\n\n"
+     "example: casemate keys add alice --expires-days 90 --state node\n",
+     command_keys},
+    {"check", "check configuration, keys, package and address without starting",
+     "usage: casemate check [--config FILE | --state DIR] [--json]\n"
+     "       casemate check --keys\n\n" WHERE "  --json          for machines\n"
+     "  --keys          list every key of the configuration with range and default\n\n"
+     "example: casemate check --config node/casemate.yaml\n",
+     command_check},
+    {"status", "show what runs, and what is not there yet",
+     "usage: casemate status [--config FILE | --state DIR] [--json]\n\n" WHERE
+     "  --json          for machines\n\n"
+     "example: casemate status --state node\n",
+     command_status},
+    {"version", "print the version",
+     "usage: casemate version [--json]\n\nexample: casemate version\n", command_version},
+};
+#define COMMAND_COUNT (sizeof(commands) / sizeof(commands[0]))
+
+static void words_drop(struct words *words, int at, int count)
+{
+    words->count -= count;
+    memmove(words->at + at, words->at + at + count, (size_t)(words->count - at) * sizeof(char *));
+}
+
+bool words_flag_take(struct words *words, const char *name)
+{
+    for (int i = 0; i < words->count; i++) {
+        if (strncmp(words->at[i], "--", 2) == 0 && strcmp(words->at[i] + 2, name) == 0) {
+            words_drop(words, i, 1);
+            return true;
+        }
+    }
+    return false;
+}
+
+const char *words_value_take(struct words *words, const char *name)
+{
+    size_t size = strlen(name);
+    for (int i = 0; i < words->count; i++) {
+        const char *word = words->at[i];
+        if (strncmp(word, "--", 2) != 0 || strncmp(word + 2, name, size) != 0) {
+            continue;
+        }
+        if (word[2 + size] == '=') {
+            words_drop(words, i, 1);
+            return word + 3 + size;
+        }
+        if (word[2 + size] == '\0' && i + 1 < words->count) {
+            const char *value = words->at[i + 1];
+            words_drop(words, i, 2);
+            return value;
+        }
+    }
+    return NULL;
+}
+
+static void help_print(FILE *out)
+{
+    fprintf(out,
+            "casemate %s: serves a sealed language model\n\n"
+            "usage: casemate COMMAND [options]\n\n",
+            CASEMATE_VERSION);
+    for (size_t i = 0; i < COMMAND_COUNT; i++) {
+        fprintf(out, "  %-8s  %s\n", commands[i].name, commands[i].summary);
+    }
+    fprintf(out, "\n`casemate COMMAND --help` explains one.\n"
+                 "example: casemate init --state node && casemate serve --state node\n");
+}
+
+int main(int argc, char **argv)
+{
+    struct words words = {.count = 0};
+    struct cm_error err = {.status = CM_OK};
+    const char *name = argc > 1 ? argv[1] : "";
+    if (strcmp(name, "--help") == 0 || strcmp(name, "help") == 0 || strcmp(name, "-h") == 0) {
+        help_print(stdout);
+        return 0;
+    }
+    name = strcmp(name, "--version") == 0 ? "version" : name;
+    for (int i = 2; i < argc && words.count < 128; i++) {
+        words.at[words.count++] = argv[i];
+    }
+    for (size_t i = 0; i < COMMAND_COUNT; i++) {
+        if (strcmp(commands[i].name, name) != 0) {
+            continue;
+        }
+        if (words_flag_take(&words, "help")) {
+            fputs(commands[i].help, stdout);
+            return 0;
+        }
+        enum cm_status status = commands[i].run(&words, &err);
+        if (status != CM_OK) {
+            fflush(stdout);
+            fprintf(stderr, "casemate: %s: %s\n", err.id, err.text);
+        }
+        if (status == CM_E_USAGE) {
+            fprintf(stderr, "casemate: `casemate %s --help` explains it\n", name);
+        }
+        return cm_status_exit_code(status);
+    }
+    if (name[0] != '\0') {
+        fprintf(stderr, "casemate: CM-CLI-USAGE: there is no command \"%.64s\"\n\n", name);
+    }
+    help_print(stderr);
+    return cm_status_exit_code(CM_E_USAGE);
+}
