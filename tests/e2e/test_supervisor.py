@@ -236,6 +236,8 @@ def test_drain_ends_at_its_deadline(service):
     begun = time.monotonic()
     assert service.stop() == 0
     assert 1.4 < time.monotonic() - begun < 4
+    # The worker is drained only after the gateway: what that has accepted must still be answered.
+    assert service.seen("^gateway .* drain") and not service.seen("^worker .* drain")
 
 
 def test_a_second_signal_ends_at_once(service):
