@@ -24,7 +24,7 @@
 
 #define CM_KV_PAGE_POSITIONS 32u
 #define CM_STEP_ENTRIES_MAX  64u
-#define CM_STEP_BYTES_MAX    1024u /* released bytes of one entry in one step */
+#define CM_STEP_BYTES_MAX    4096u /* released bytes of one entry in one step */
 #define CM_DEVICE_TAG_BYTES  16u
 
 struct cm_device;

@@ -213,35 +213,62 @@ void cm_package_segment_place(const struct cm_package *package, uint64_t index,
     *ret_bytes = (size_t)(left < core->segment_bytes ? left : core->segment_bytes);
 }
 
-enum cm_status cm_package_segment_open(const struct cm_package *package, uint64_t index,
-                                       const uint8_t *ciphertext, size_t bytes, uint8_t *plaintext,
-                                       struct cm_error *err)
+/* Put the segment's place before the text on the way up. */
+static enum cm_status segment_refused(const struct cm_package *package, uint64_t index,
+                                      enum cm_status status, struct cm_error *err)
 {
-    const struct cm_package_core *core = &package->head.core;
-    const uint64_t per_shard = CM_SHARD_BYTES / CM_PACKAGE_SEGMENT_BYTES;
-    uint8_t found[CM_DIGEST_BYTES];
+    uint64_t offset;
+    size_t bytes;
+    cm_package_segment_place(package, index, &offset, &bytes);
+    return status != CM_OK && err != NULL
+               ? cm_error_wrap(err, "payload segment %llu at offset %llu",
+                               (unsigned long long)index, (unsigned long long)offset)
+               : status;
+}
+
+static const uint8_t *table_entry(const struct cm_package *package, uint64_t index, size_t bytes)
+{
     uint64_t offset;
     size_t expected;
     cm_package_segment_place(package, index, &offset, &expected);
     CM_ASSERT(bytes == expected);
-    const uint8_t *entry = package->table + index * CM_PACKAGE_TABLE_ENTRY_BYTES;
+    return package->table + index * CM_PACKAGE_TABLE_ENTRY_BYTES;
+}
+
+enum cm_status cm_package_segment_verify(const struct cm_package *package, uint64_t index,
+                                         const uint8_t *ciphertext, size_t bytes,
+                                         struct cm_error *err)
+{
+    uint8_t found[CM_DIGEST_BYTES];
+    const uint8_t *entry = table_entry(package, index, bytes);
     enum cm_status status = cm_sha256(ciphertext, bytes, found, err);
     if (status == CM_OK && memcmp(found, entry + CM_AEAD_TAG_BYTES, sizeof(found)) != 0) {
         status =
             cm_error_set(err, CM_E_PACKAGE, "CM-PKG-HASH", "SHA-256 is not the one in the table");
     }
-    if (status == CM_OK) {
-        const uint8_t *key =
-            cm_secret_view(package->data_keys) + index / per_shard * CM_AEAD_KEY_BYTES;
-        status = cm_aead_open(core->suite, key, index % per_shard, ciphertext, bytes, entry,
-                              plaintext, err);
-    }
+    return segment_refused(package, index, status, err);
+}
+
+enum cm_status cm_package_segment_decrypt(const struct cm_package *package, uint64_t index,
+                                          const uint8_t *ciphertext, size_t bytes,
+                                          uint8_t *plaintext, struct cm_error *err)
+{
+    const uint64_t per_shard = CM_SHARD_BYTES / CM_PACKAGE_SEGMENT_BYTES;
+    const uint8_t *entry = table_entry(package, index, bytes);
+    const uint8_t *key = cm_secret_view(package->data_keys) + index / per_shard * CM_AEAD_KEY_BYTES;
+    enum cm_status status = cm_aead_open(package->head.core.suite, key, index % per_shard,
+                                         ciphertext, bytes, entry, plaintext, err);
+    return segment_refused(package, index, status, err);
+}
+
+enum cm_status cm_package_segment_open(const struct cm_package *package, uint64_t index,
+                                       const uint8_t *ciphertext, size_t bytes, uint8_t *plaintext,
+                                       struct cm_error *err)
+{
+    enum cm_status status = cm_package_segment_verify(package, index, ciphertext, bytes, err);
     if (status != CM_OK) {
         cm_wipe(plaintext, bytes);
-        if (err != NULL) {
-            status = cm_error_wrap(err, "payload segment %llu at offset %llu",
-                                   (unsigned long long)index, (unsigned long long)offset);
-        }
+        return status;
     }
-    return status;
+    return cm_package_segment_decrypt(package, index, ciphertext, bytes, plaintext, err);
 }

@@ -111,6 +111,14 @@ const uint8_t *cm_package_manifest(const struct cm_package *package, size_t *ret
 CM_MUST_USE enum cm_status cm_package_segment_open(const struct cm_package *package, uint64_t index,
                                                    const uint8_t *ciphertext, size_t bytes,
                                                    uint8_t *plaintext, struct cm_error *err);
+/* The two halves of segment_open, for callers that time them; verify must have passed first. */
+CM_MUST_USE enum cm_status cm_package_segment_verify(const struct cm_package *package,
+                                                     uint64_t index, const uint8_t *ciphertext,
+                                                     size_t bytes, struct cm_error *err);
+CM_MUST_USE enum cm_status cm_package_segment_decrypt(const struct cm_package *package,
+                                                      uint64_t index, const uint8_t *ciphertext,
+                                                      size_t bytes, uint8_t *plaintext,
+                                                      struct cm_error *err);
 /* File offset and size of a segment. */
 void cm_package_segment_place(const struct cm_package *package, uint64_t index,
                               uint64_t *ret_offset, size_t *ret_bytes);

@@ -1,0 +1,207 @@
+/* Binding a model: every tensor against its shape and the payload, scales and norms for NaN. */
+#include "kernels/cpu/cpu_internal.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static enum cm_status refuse(const struct cm_tensor *tensor, const char *what, struct cm_error *err)
+{
+    return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-TENSOR",
+                        "tensor '%.63s' at payload offset %llu: %s", tensor->name,
+                        (unsigned long long)tensor->offset, what);
+}
+
+static bool half_finite(uint16_t half)
+{
+    return (half & 0x7c00u) != 0x7c00u;
+}
+
+static enum cm_status place_check(const struct cm_device *device, const struct cm_tensor *tensor,
+                                  uint32_t rows, uint32_t columns, struct cm_error *err)
+{
+    uint64_t quant, scale;
+    if (tensor->rows != rows || tensor->columns != columns ||
+        !cm_tensor_layout(tensor->kind, rows, columns, &quant, &scale)) {
+        return refuse(tensor, "shape or kind is not what the model needs", err);
+    }
+    uint64_t payload = device->limits.payload_bytes;
+    if (tensor->offset % CM_TENSOR_ALIGN != 0 || tensor->bytes != quant + scale ||
+        tensor->offset > payload || tensor->bytes > payload - tensor->offset ||
+        (scale > 0 && tensor->scale_offset != tensor->offset + quant)) {
+        return refuse(tensor, "place is outside the payload or planes do not follow each other",
+                      err);
+    }
+    return CM_OK;
+}
+
+static enum cm_status matrix_bind(const struct cm_device *device, const struct cm_tensor *tensor,
+                                  uint32_t rows, uint32_t columns, struct cm_matrix *ret_matrix,
+                                  struct cm_error *err)
+{
+    enum cm_status status = place_check(device, tensor, rows, columns, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    if (tensor->kind != CM_TENSOR_U4A && tensor->kind != CM_TENSOR_U4S &&
+        tensor->kind != CM_TENSOR_U8S) {
+        return refuse(tensor, "this device has no kernel for the kind", err);
+    }
+    const uint8_t *scales = device->payload + tensor->scale_offset;
+    uint64_t scale_bytes = tensor->offset + tensor->bytes - tensor->scale_offset;
+    for (uint64_t i = 0; i < scale_bytes / 2; i++) {
+        uint16_t half;
+        memcpy(&half, scales + 2 * i, sizeof(half));
+        if (!half_finite(half)) {
+            return refuse(tensor, "a scale is NaN or infinite", err);
+        }
+    }
+    *ret_matrix = (struct cm_matrix){.kind = tensor->kind,
+                                     .rows = rows,
+                                     .row_tiles = cm_padded(rows, CM_ROWS_PAD) / CM_TILE_ROWS,
+                                     .blocks = columns / CM_TILE_COLUMNS,
+                                     .quants = device->payload + tensor->offset,
+                                     .scales = scales};
+    return CM_OK;
+}
+
+static enum cm_status vector_bind(const struct cm_device *device, const struct cm_tensor *tensor,
+                                  uint32_t rows, const float **ret_vector, struct cm_error *err)
+{
+    enum cm_status status = place_check(device, tensor, rows, 1, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    if (tensor->kind != CM_TENSOR_F32) {
+        return refuse(tensor, "a norm must be F32", err);
+    }
+    const float *vector = (const float *)(const void *)(device->payload + tensor->offset);
+    for (uint32_t i = 0; i < rows; i++) {
+        if (!isfinite(vector[i])) {
+            return refuse(tensor, "a weight is NaN or infinite", err);
+        }
+    }
+    *ret_vector = vector;
+    return CM_OK;
+}
+
+static enum cm_status layer_bind(const struct cm_device *device, const struct cm_model *m,
+                                 const struct cm_layer *layer, struct cm_bound_layer *ret,
+                                 struct cm_error *err)
+{
+    const struct cm_tensor *t = layer->tensors;
+    uint32_t attention = m->heads * m->head_width;
+    uint32_t qkv = attention + 2 * m->kv_heads * m->head_width;
+    enum cm_status status =
+        vector_bind(device, &t[CM_LAYER_ATTENTION_NORM], m->width, &ret->attention_norm, err);
+    if (status == CM_OK) {
+        status = vector_bind(device, &t[CM_LAYER_FFN_NORM], m->width, &ret->ffn_norm, err);
+    }
+    if (status == CM_OK) {
+        status = matrix_bind(device, &t[CM_LAYER_QKV], qkv, m->width, &ret->qkv, err);
+    }
+    if (status == CM_OK) {
+        status = matrix_bind(device, &t[CM_LAYER_ATTENTION_OUT], m->width, attention,
+                             &ret->attention_out, err);
+    }
+    if (status == CM_OK) {
+        status = matrix_bind(device, &t[CM_LAYER_GATE_UP], 2 * m->ffn_width, m->width,
+                             &ret->gate_up, err);
+    }
+    if (status == CM_OK) {
+        status = matrix_bind(device, &t[CM_LAYER_DOWN], m->width, m->ffn_width, &ret->down, err);
+    }
+    return status;
+}
+
+/* Token tables are copied: a wrong offset must not be read later. */
+static enum cm_status tokens_bind(struct cm_device *device, const struct cm_model *m,
+                                  struct cm_error *err)
+{
+    uint32_t total = m->token_offsets[m->vocabulary];
+    for (uint32_t i = 0; i < m->vocabulary; i++) {
+        if (m->token_offsets[i] > m->token_offsets[i + 1] ||
+            m->token_offsets[i + 1] - m->token_offsets[i] > 1024) {
+            return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-TOKENS",
+                                "token %u has no possible length", i);
+        }
+    }
+    if (m->end_token_count > CM_END_TOKENS_MAX) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-TOKENS", "too many end tokens");
+    }
+    for (uint32_t i = 0; i < m->end_token_count; i++) {
+        if (m->end_tokens[i] >= m->vocabulary) {
+            return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-TOKENS", "end token %u does not exist",
+                                m->end_tokens[i]);
+        }
+    }
+    size_t offsets_bytes = ((size_t)m->vocabulary + 1) * sizeof(uint32_t);
+    device->tables = malloc(offsets_bytes + m->vocabulary + total + 1);
+    if (device->tables == NULL) {
+        return cm_error_set(err, CM_E_SYSTEM, "CM-SYS-MEMORY", "no memory for the token tables");
+    }
+    memcpy(device->tables, m->token_offsets, offsets_bytes);
+    memcpy(device->tables + offsets_bytes, m->token_control, m->vocabulary);
+    memcpy(device->tables + offsets_bytes + m->vocabulary, m->token_bytes, total);
+    device->model.token_offsets = (const uint32_t *)(const void *)device->tables;
+    device->model.token_control = device->tables + offsets_bytes;
+    device->model.token_bytes = device->tables + offsets_bytes + m->vocabulary;
+    return CM_OK;
+}
+
+/* Cosines and sines in binary64, rounded once. */
+static void rope_fill(struct cm_device *device)
+{
+    const struct cm_model *m = &device->model;
+    uint32_t half = m->rope_width / 2;
+    for (uint32_t t = 0; t < device->limits.context_max; t++) {
+        for (uint32_t i = 0; i < half; i++) {
+            double turn = (double)t * pow((double)m->rope_base, -2.0 * i / m->rope_width);
+            device->cosine[(size_t)t * half + i] = (float)cos(turn);
+            device->sine[(size_t)t * half + i] = (float)sin(turn);
+        }
+    }
+}
+
+enum cm_status cm_device_model_bind(struct cm_device *device, const struct cm_model *model,
+                                    struct cm_error *err)
+{
+    if (device->poisoned || !device->loaded || device->bound) {
+        return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "model_bind out of order");
+    }
+    const struct cm_model *planned = &device->model;
+    if (model->vocabulary != planned->vocabulary || model->width != planned->width ||
+        model->layers != planned->layers || model->heads != planned->heads ||
+        model->kv_heads != planned->kv_heads || model->head_width != planned->head_width ||
+        model->ffn_width != planned->ffn_width || model->rope_width != planned->rope_width) {
+        return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "another model was reserved for");
+    }
+    device->layers = calloc(model->layers, sizeof(*device->layers));
+    if (device->layers == NULL) {
+        return cm_error_set(err, CM_E_SYSTEM, "CM-SYS-MEMORY", "no memory for the layers");
+    }
+    enum cm_status status = matrix_bind(device, &model->embedding, model->vocabulary, model->width,
+                                        &device->embedding, err);
+    if (status == CM_OK && model->tied_head) {
+        device->head = device->embedding;
+    } else if (status == CM_OK) {
+        status =
+            matrix_bind(device, &model->head, model->vocabulary, model->width, &device->head, err);
+    }
+    if (status == CM_OK) {
+        status = vector_bind(device, &model->out_norm, model->width, &device->out_norm, err);
+    }
+    for (uint32_t i = 0; status == CM_OK && i < model->layers; i++) {
+        status = layer_bind(device, model, &model->layer[i], &device->layers[i], err);
+    }
+    if (status == CM_OK) {
+        device->model = *model;
+        device->model.layer = NULL;
+        status = tokens_bind(device, model, err);
+    }
+    if (status == CM_OK) {
+        rope_fill(device);
+        device->bound = true;
+    }
+    return status;
+}

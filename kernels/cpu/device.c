@@ -1,0 +1,507 @@
+/* The CPU device: open, one arena, loading, slots, steps. */
+#include "kernels/cpu/cpu_internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#define HUGE_PAGE (2ull << 20)
+
+static bool avx2_available(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+static bool avx512vnni_available(void)
+{
+    return avx2_available() && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+/* Best first. */
+static const struct cm_path paths[] = {
+    {"avx512vnni", cm_gemm_avx512vnni, avx512vnni_available},
+    {"avx2", cm_gemm_avx2, avx2_available},
+};
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
+}
+
+enum cm_status cm_device_open(const char *backend, const struct cm_device_options *options,
+                              struct cm_device **ret_device, struct cm_error *err)
+{
+    const struct cm_path *path = NULL;
+    if (backend != NULL && strcmp(backend, "cpu") != 0) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-DEV-BACKEND",
+                            "device '%s' is not in this build; there are: cpu", backend);
+    }
+    for (size_t i = 0; path == NULL && i < sizeof(paths) / sizeof(paths[0]); i++) {
+        bool wanted = options->path == NULL || strcmp(options->path, paths[i].name) == 0;
+        path = wanted && paths[i].available() ? &paths[i] : NULL;
+    }
+    if (path == NULL) {
+        return cm_error_set(err, CM_E_DEVICE, "CM-DEV-CPU",
+                            "this CPU lacks %s: the CPU device needs AVX2 and FMA at least",
+                            options->path != NULL ? options->path : "AVX2 or FMA");
+    }
+    struct cm_device *device = calloc(1, sizeof(*device));
+    uint32_t threads = options->threads != 0 ? options->threads : cm_threads_available();
+    threads = threads > CM_THREADS_MAX ? CM_THREADS_MAX : threads;
+    if (device == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "device");
+    }
+    enum cm_status status = cm_pool_new(threads, &device->pool, err);
+    if (status != CM_OK) {
+        free(device);
+        return status;
+    }
+    device->path = path;
+    *ret_device = device;
+    return CM_OK;
+}
+
+void cm_device_close(struct cm_device *device)
+{
+    if (device == NULL) {
+        return;
+    }
+    cm_device_scrub(device);
+    cm_pool_free(device->pool);
+    if (device->arena != NULL) {
+        munmap(device->arena, device->arena_bytes);
+    }
+    free(device->segment_seen);
+    free(device->layers);
+    free(device->tables);
+    free(device);
+}
+
+void cm_device_describe(const struct cm_device *device, struct cm_device_facts *ret_facts)
+{
+    *ret_facts = (struct cm_device_facts){.threads = cm_pool_threads(device->pool),
+                                          .arena_locked = device->arena_locked,
+                                          .arena_bytes = device->arena_bytes,
+                                          .kv_page_bytes = device->page_bytes};
+    snprintf(ret_facts->name, sizeof(ret_facts->name), "cpu: %s, %u threads", device->path->name,
+             ret_facts->threads);
+    snprintf(ret_facts->path, sizeof(ret_facts->path), "%s", device->path->name);
+}
+
+/* ------------------------------------------------------------------ the arena */
+
+struct layout {
+    uint8_t *base; /* NULL: only measure */
+    uint64_t used;
+};
+
+/* The next piece, on a cache line (or a page, for the payload and KV). */
+static void *piece(struct layout *layout, uint64_t count, uint64_t size, uint64_t align)
+{
+    layout->used = (layout->used + align - 1) / align * align;
+    void *at = layout->base != NULL ? layout->base + layout->used : NULL;
+    layout->used += count * size;
+    return at;
+}
+
+static uint64_t page_bytes_of(const struct cm_model *m)
+{
+    return (uint64_t)m->layers * 2 * m->kv_heads * CM_KV_PAGE_POSITIONS * m->head_width * 2;
+}
+
+static uint32_t greatest(uint32_t a, uint32_t b)
+{
+    return a > b ? a : b;
+}
+
+/* One function measures and places, so that the two cannot differ. */
+static void arena_lay(struct cm_device *device, struct layout *layout,
+                      const struct cm_device_reserve *r)
+{
+    const struct cm_model *m = r->model;
+    struct cm_scratch *s = &device->scratch;
+    uint32_t attention = m->heads * m->head_width;
+    uint32_t qkv = attention + 2 * m->kv_heads * m->head_width;
+    uint32_t widest = greatest(greatest(m->width, m->ffn_width), attention);
+    uint32_t rows = cm_padded(greatest(greatest(qkv, 2 * m->ffn_width), m->width), CM_ROWS_PAD);
+    uint32_t tokens = greatest(r->step_tokens_max, r->slots), blocks = widest / CM_TILE_COLUMNS;
+    uint32_t threads = cm_pool_threads(device->pool);
+    device->payload = piece(layout, 1, r->payload_bytes, 4096);
+    /* Weights are read ahead by up to 4 KiB. */
+    (void)piece(layout, 1, 8192, 64);
+    device->kv = piece(layout, r->kv_pages, page_bytes_of(m), 4096);
+    s->x = piece(layout, (uint64_t)tokens * m->width, 4, 64);
+    s->normed = piece(layout, (uint64_t)tokens * widest, 4, 64);
+    s->wide = piece(layout, (uint64_t)tokens * rows, 4, 64);
+    s->attention = piece(layout, (uint64_t)tokens * attention, 4, 64);
+    s->act.q = piece(layout, (uint64_t)tokens * widest, 1, 64);
+    s->act.scale = piece(layout, (uint64_t)tokens * blocks, 4, 64);
+    s->act.sum = piece(layout, (uint64_t)tokens * blocks, 4, 64);
+    s->act.count = piece(layout, (uint64_t)tokens * blocks, 4, 64);
+    s->last = piece(layout, (uint64_t)CM_STEP_ENTRIES_MAX * m->width, 4, 64);
+    s->logits = piece(layout, (uint64_t)r->slots * cm_padded(m->vocabulary, CM_ROWS_PAD), 4, 64);
+    s->candidates =
+        piece(layout, (uint64_t)threads * m->vocabulary, sizeof(struct cm_candidate), 64);
+    device->cosine = piece(layout, (uint64_t)r->context_max * m->rope_width / 2, 4, 64);
+    device->sine = piece(layout, (uint64_t)r->context_max * m->rope_width / 2, 4, 64);
+    device->slots = piece(layout, r->slots, sizeof(struct cm_slot), 64);
+    for (uint32_t i = 0; i < r->slots; i++) {
+        uint16_t *generated = piece(layout, m->vocabulary, 2, 64);
+        uint8_t *seen = piece(layout, m->vocabulary, 1, 64);
+        if (layout->base != NULL) {
+            device->slots[i].generated = generated;
+            device->slots[i].seen = seen;
+        }
+    }
+    device->tokens = piece(layout, tokens, sizeof(struct cm_step_token), 64);
+    device->results = piece(layout, CM_STEP_ENTRIES_MAX, sizeof(struct cm_step_result), 64);
+}
+
+static enum cm_status reserve_check(const struct cm_device_reserve *r, struct cm_error *err)
+{
+    const struct cm_model *m = r->model;
+    bool ok = m->vocabulary >= 2 && m->vocabulary <= CM_VOCABULARY_MAX && m->layers >= 1 &&
+              m->layers <= CM_LAYERS_MAX && m->width >= 32 && m->width <= 1u << 17 &&
+              m->width % CM_TILE_COLUMNS == 0 && m->heads >= 1 && m->heads <= 1024 &&
+              m->kv_heads >= 1 && m->heads % m->kv_heads == 0 && m->heads / m->kv_heads <= 64 &&
+              m->head_width >= 2 && m->head_width <= 1024 &&
+              m->heads * m->head_width % CM_TILE_COLUMNS == 0 && m->rope_width <= m->head_width &&
+              m->rope_width % 2 == 0 && m->ffn_width >= 32 && m->ffn_width <= 1u << 18 &&
+              m->ffn_width % CM_TILE_COLUMNS == 0;
+    if (!ok) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-SHAPE",
+                            "this device does not run the model's shape: width %u, heads %u of %u, "
+                            "FFN %u (widths must be multiples of 32)",
+                            m->width, m->heads, m->head_width, m->ffn_width);
+    }
+    if (r->payload_bytes == 0 || r->payload_bytes > 1ull << 42 || r->segment_bytes == 0 ||
+        r->slots == 0 || r->slots > CM_STEP_ENTRIES_MAX || r->kv_pages == 0 ||
+        r->kv_pages > 1u << 24 || r->context_max == 0 || r->context_max > 1u << 22 ||
+        r->step_tokens_max == 0 || r->step_tokens_max > 65536) {
+        return cm_error_set(
+            err, CM_E_CONFIG, "CM-DEV-RESERVE",
+            "impossible reservation: %u slots, %u KV pages, %u positions, %u tokens "
+            "a step",
+            r->slots, r->kv_pages, r->context_max, r->step_tokens_max);
+    }
+    return CM_OK;
+}
+
+enum cm_status cm_device_need(const struct cm_device *device,
+                              const struct cm_device_reserve *reserve, uint64_t *ret_arena_bytes,
+                              uint64_t *ret_page_bytes, struct cm_error *err)
+{
+    enum cm_status status = reserve_check(reserve, err);
+    if (status == CM_OK) {
+        struct cm_device scratch = {.pool = device->pool};
+        struct layout layout = {.base = NULL};
+        arena_lay(&scratch, &layout, reserve);
+        *ret_arena_bytes = (layout.used + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        *ret_page_bytes = page_bytes_of(reserve->model);
+    }
+    return status;
+}
+
+/* No swap in this machine: memory that cannot be locked still never reaches a disk. */
+static bool swap_absent(void)
+{
+    char line[256];
+    FILE *file = fopen("/proc/swaps", "re");
+    int lines = 0;
+    if (file == NULL) {
+        return false;
+    }
+    while (fgets(line, sizeof(line), file) != NULL) {
+        lines++;
+    }
+    fclose(file);
+    return lines <= 1;
+}
+
+enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_device_reserve *reserve,
+                                 struct cm_error *err)
+{
+    uint64_t bytes, page;
+    if (device->reserved) {
+        return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "reserved twice");
+    }
+    enum cm_status status = cm_device_need(device, reserve, &bytes, &page, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    /* One huge page more, so that the arena can start on a 2 MiB border. */
+    uint8_t *raw = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    uint64_t segments =
+        (reserve->payload_bytes + reserve->segment_bytes - 1) / reserve->segment_bytes;
+    device->segment_seen = calloc(segments, 1);
+    if (raw == MAP_FAILED || device->segment_seen == NULL) {
+        if (raw != MAP_FAILED) {
+            munmap(raw, bytes + HUGE_PAGE);
+        }
+        return cm_error_set(err, CM_E_SYSTEM, "CM-SYS-MEMORY", "no memory for an arena of %llu MiB",
+                            (unsigned long long)(bytes >> 20));
+    }
+    uint64_t lead = (HUGE_PAGE - (uintptr_t)raw % HUGE_PAGE) % HUGE_PAGE;
+    if (lead > 0) {
+        munmap(raw, lead);
+    }
+    if (lead < HUGE_PAGE) {
+        munmap(raw + lead + bytes, HUGE_PAGE - lead);
+    }
+    device->arena = raw + lead;
+    device->arena_bytes = bytes;
+    (void)madvise(device->arena, bytes, MADV_HUGEPAGE);
+    (void)madvise(device->arena, bytes, MADV_DONTDUMP);
+    (void)madvise(device->arena, bytes, MADV_DONTFORK);
+    device->arena_locked = mlock(device->arena, bytes) == 0 || swap_absent();
+    (void)madvise(device->arena, bytes, MADV_POPULATE_WRITE);
+    device->limits = *reserve;
+    device->model = *reserve->model;
+    device->limits.model = NULL;
+    device->page_bytes = page;
+    device->segment_count = segments;
+    struct layout layout = {.base = device->arena};
+    struct cm_device_reserve again = *reserve;
+    arena_lay(device, &layout, &again);
+    CM_ASSERT(layout.used <= bytes);
+    device->reserved = true;
+    return CM_OK;
+}
+
+/* ------------------------------------------------------------------ loading */
+
+static void poison(struct cm_device *device)
+{
+    cm_device_scrub(device);
+    device->poisoned = true;
+}
+
+enum cm_status cm_device_segment_submit(struct cm_device *device,
+                                        const struct cm_device_cipher *cipher, uint64_t index,
+                                        const uint8_t *ciphertext, size_t bytes,
+                                        struct cm_error *err)
+{
+    if (device->poisoned || !device->reserved || device->loaded || index >= device->segment_count) {
+        return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "segment %llu out of order",
+                            (unsigned long long)index);
+    }
+    uint64_t start = index * device->limits.segment_bytes;
+    uint64_t left = device->limits.payload_bytes - start;
+    uint64_t wanted = left < device->limits.segment_bytes ? left : device->limits.segment_bytes;
+    /* Claimed with one exchange: segments come from several threads. */
+    if (bytes != wanted ||
+        __atomic_exchange_n(&device->segment_seen[index], 1, __ATOMIC_ACQ_REL) != 0) {
+        poison(device);
+        return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-SEGMENT",
+                            "segment %llu has the wrong size or came twice",
+                            (unsigned long long)index);
+    }
+    uint64_t before = now_ns();
+    enum cm_status status =
+        cipher->open(cipher->context, index, ciphertext, bytes, device->payload + start, err);
+    if (status != CM_OK) {
+        poison(device);
+        return status;
+    }
+    __atomic_add_fetch(&device->segments_done, 1, __ATOMIC_ACQ_REL);
+    __atomic_add_fetch(&device->stats.decrypt_ns_total, now_ns() - before, __ATOMIC_RELAXED);
+    return CM_OK;
+}
+
+enum cm_status cm_device_load_finish(struct cm_device *device, struct cm_error *err)
+{
+    if (device->poisoned || !device->reserved || device->loaded) {
+        return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "load_finish out of order");
+    }
+    for (uint64_t i = 0; i < device->segment_count; i++) {
+        if (device->segment_seen[i] == 0) {
+            poison(device);
+            return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-SEGMENT",
+                                "segment %llu of %llu never came", (unsigned long long)i,
+                                (unsigned long long)device->segment_count);
+        }
+    }
+    device->stats.segments = device->segment_count;
+    device->loaded = true;
+    return CM_OK;
+}
+
+/* ------------------------------------------------------------------ slots */
+
+static bool sampling_ok(const struct cm_sampling *s)
+{
+    return s->temperature >= 0.0f && s->temperature <= 2.0f && s->top_p > 0.0f &&
+           s->top_p <= 1.0f && s->min_p >= 0.0f && s->min_p <= 1.0f &&
+           fabsf(s->frequency_penalty) <= 2.0f && fabsf(s->presence_penalty) <= 2.0f &&
+           s->repetition_penalty > 0.0f && s->repetition_penalty <= 4.0f;
+}
+
+enum cm_status cm_device_slot_open(struct cm_device *device, const struct cm_slot_params *params,
+                                   uint32_t *ret_slot, struct cm_error *err)
+{
+    uint32_t index = 0;
+    bool ok = sampling_ok(&params->sampling) && params->max_tokens >= 1 &&
+              params->stop_count <= CM_STOPS_MAX;
+    for (uint32_t i = 0; ok && i < params->stop_count; i++) {
+        ok = params->stop_bytes[i] >= 1 && params->stop_bytes[i] <= CM_STOP_BYTES_MAX;
+    }
+    if (!ok) {
+        return cm_error_set(err, CM_E_INPUT, "CM-DEV-SLOT",
+                            "sampling or stop strings out of bounds");
+    }
+    while (index < device->limits.slots && device->slots[index].open) {
+        index++;
+    }
+    if (!device->bound || index == device->limits.slots) {
+        return cm_error_set(err, CM_E_BUSY, "CM-DEV-SLOT", "all %u slots are taken",
+                            device->limits.slots);
+    }
+    struct cm_slot *slot = &device->slots[index];
+    slot->open = true;
+    slot->sampling = params->sampling;
+    slot->max_tokens = params->max_tokens;
+    slot->min_tokens = params->min_tokens;
+    slot->ignore_eos = params->ignore_eos;
+    slot->stop_count = params->stop_count;
+    for (uint32_t i = 0; i < params->stop_count; i++) {
+        slot->stop_bytes[i] = params->stop_bytes[i];
+        memcpy(slot->stops[i], params->stops[i], params->stop_bytes[i]);
+    }
+    *ret_slot = index;
+    return CM_OK;
+}
+
+void cm_device_slot_close(struct cm_device *device, uint32_t index)
+{
+    CM_ASSERT(index < device->limits.slots && device->slots[index].open);
+    struct cm_slot *slot = &device->slots[index];
+    uint16_t *generated = slot->generated;
+    uint8_t *seen = slot->seen;
+    explicit_bzero(generated, device->model.vocabulary * sizeof(*generated));
+    explicit_bzero(seen, device->model.vocabulary);
+    explicit_bzero(slot, sizeof(*slot));
+    slot->generated = generated;
+    slot->seen = seen;
+}
+
+/* ------------------------------------------------------------------ steps */
+
+static const char *entry_refusal(const struct cm_device *device, const struct cm_step_entry *entry)
+{
+    uint64_t end = (uint64_t)entry->position + entry->token_count;
+    if (entry->slot >= device->limits.slots || !device->slots[entry->slot].open) {
+        return "slot is not open";
+    }
+    if (entry->token_count == 0 || end > device->limits.context_max) {
+        return "positions are outside the context";
+    }
+    if ((uint64_t)entry->page_count * CM_KV_PAGE_POSITIONS < end) {
+        return "too few KV pages";
+    }
+    for (uint32_t i = 0; i < entry->page_count; i++) {
+        if (entry->pages[i] >= device->limits.kv_pages) {
+            return "KV page does not exist";
+        }
+    }
+    for (uint32_t i = 0; i < entry->token_count; i++) {
+        if (entry->tokens[i] >= device->model.vocabulary) {
+            return "token does not exist";
+        }
+    }
+    return NULL;
+}
+
+static enum cm_status step_take(struct cm_device *device, const struct cm_step_entry *entries,
+                                uint32_t count, struct cm_error *err)
+{
+    device->token_count = 0;
+    for (uint32_t e = 0; e < count; e++) {
+        const char *refusal = entry_refusal(device, &entries[e]);
+        for (uint32_t k = 0; refusal == NULL && k < e; k++) {
+            refusal = entries[k].slot == entries[e].slot ? "slot appears twice" : NULL;
+        }
+        if (refusal == NULL &&
+            entries[e].token_count > device->limits.step_tokens_max - device->token_count) {
+            refusal = "more tokens than a step takes";
+        }
+        if (refusal != NULL) {
+            return cm_error_set(err, CM_E_BUG, "CM-DEV-STEP", "step entry %u: %s", e, refusal);
+        }
+        for (uint32_t i = 0; i < entries[e].token_count; i++) {
+            device->tokens[device->token_count++] =
+                (struct cm_step_token){e, entries[e].tokens[i], entries[e].position + i};
+        }
+        device->entries[e] = entries[e];
+        device->results[e] = (struct cm_step_result){.slot = entries[e].slot};
+    }
+    device->entry_count = count;
+    return CM_OK;
+}
+
+/* The CPU computes at once; `step_wait` hands the results out. */
+enum cm_status cm_device_step_submit(struct cm_device *device, const struct cm_step_entry *entries,
+                                     uint32_t count, struct cm_error *err)
+{
+    if (device->poisoned || !device->bound || device->step_pending || count == 0 ||
+        count > CM_STEP_ENTRIES_MAX) {
+        return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "step of %u entries out of order",
+                            count);
+    }
+    enum cm_status status = step_take(device, entries, count, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    uint64_t before = now_ns();
+    cm_forward(device);
+    device->stats.step_ns_total += now_ns() - before;
+    device->stats.steps++;
+    device->stats.tokens += device->token_count;
+    device->step_pending = true;
+    return CM_OK;
+}
+
+enum cm_status cm_device_step_wait(struct cm_device *device, struct cm_step_result *results,
+                                   uint32_t count, struct cm_error *err)
+{
+    if (!device->step_pending || count != device->entry_count) {
+        return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "no step of %u entries is in flight",
+                            count);
+    }
+    memcpy(results, device->results, count * sizeof(*results));
+    device->step_pending = false;
+    return CM_OK;
+}
+
+/* ------------------------------------------------------------------ wiping */
+
+void cm_device_scrub_pages(struct cm_device *device, const uint32_t *pages, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        CM_ASSERT(pages[i] < device->limits.kv_pages);
+        explicit_bzero(device->kv + pages[i] * device->page_bytes, device->page_bytes);
+    }
+}
+
+void cm_device_scrub(struct cm_device *device)
+{
+    if (device->arena != NULL) {
+        explicit_bzero(device->arena, device->arena_bytes);
+    }
+    device->poisoned = true;
+}
+
+void cm_device_stats(const struct cm_device *device, struct cm_device_stats *ret_stats)
+{
+    *ret_stats = device->stats;
+}

@@ -1,0 +1,102 @@
+/* Manifest → device model. */
+#include "runtime/worker/bind.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+static struct cm_tensor *tensor_place(struct cm_worker_model *made,
+                                      const struct cm_manifest_tensor *tensor)
+{
+    if (tensor->layer != CM_MANIFEST_NO_LAYER) {
+        return tensor->layer < made->model.layers && tensor->role < CM_LAYER_ROLE_COUNT
+                   ? &made->layers[tensor->layer].tensors[tensor->role]
+                   : NULL;
+    }
+    switch (tensor->role) {
+    case CM_GLOBAL_EMBEDDING:
+        return &made->model.embedding;
+    case CM_GLOBAL_HEAD:
+        return made->model.tied_head ? NULL : &made->model.head;
+    case CM_GLOBAL_OUT_NORM:
+        return &made->model.out_norm;
+    default:
+        return NULL;
+    }
+}
+
+static enum cm_status tensors_place(const struct cm_manifest *m, struct cm_worker_model *made,
+                                    struct cm_error *err)
+{
+    for (uint32_t i = 0; i < m->tensor_count; i++) {
+        const struct cm_manifest_tensor *from = &m->tensors[i];
+        struct cm_tensor *to = tensor_place(made, from);
+        if (to == NULL || to->kind != CM_TENSOR_NONE || from->kind == CM_TENSOR_NONE) {
+            return cm_error_set(
+                err, CM_E_PACKAGE, "CM-WRK-TENSOR",
+                "manifest: tensor '%.*s' has no place in this model, or comes twice",
+                (int)from->name.size, from->name.bytes);
+        }
+        size_t size =
+            from->name.size < sizeof(to->name) - 1 ? from->name.size : sizeof(to->name) - 1;
+        memcpy(to->name, from->name.bytes, size);
+        to->kind = from->kind;
+        to->rows = from->rows;
+        to->columns = from->columns;
+        to->offset = from->offset;
+        to->scale_offset = from->scale_offset;
+        to->bytes = from->bytes;
+    }
+    uint32_t wanted = m->layers * CM_LAYER_ROLE_COUNT + (m->tied_head ? 2u : 3u);
+    return m->tensor_count == wanted
+               ? CM_OK
+               : cm_error_set(err, CM_E_PACKAGE, "CM-WRK-TENSOR",
+                              "manifest: %u tensors, this model has %u", m->tensor_count, wanted);
+}
+
+enum cm_status cm_worker_model_make(const struct cm_manifest *m, struct cm_worker_model *ret_model,
+                                    struct cm_error *err)
+{
+    struct cm_worker_model made = {.layers = calloc(m->layers, sizeof(*made.layers)),
+                                   .token_control = calloc(m->vocabulary, 1)};
+    if (made.layers == NULL || made.token_control == NULL) {
+        cm_worker_model_done(&made);
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "model");
+    }
+    for (uint32_t i = 0; i < m->vocabulary; i++) {
+        made.token_control[i] =
+            m->token_types[i] == CM_TOKEN_CONTROL || m->token_types[i] == CM_TOKEN_UNUSED;
+    }
+    made.model = (struct cm_model){.vocabulary = m->vocabulary,
+                                   .width = m->width,
+                                   .layers = m->layers,
+                                   .heads = m->heads,
+                                   .kv_heads = m->kv_heads,
+                                   .head_width = m->head_width,
+                                   .rope_width = m->rope_width,
+                                   .ffn_width = m->ffn_width,
+                                   .context_max = m->context_max,
+                                   .rope_base = m->rope_base,
+                                   .norm_epsilon = m->norm_epsilon,
+                                   .tied_head = m->tied_head,
+                                   .layer = made.layers,
+                                   .token_offsets = m->token_offsets,
+                                   .token_bytes = m->token_bytes,
+                                   .token_control = made.token_control,
+                                   .end_token_count = m->end_token_count};
+    memcpy(made.model.end_tokens, m->end_tokens, sizeof(made.model.end_tokens));
+    enum cm_status status = tensors_place(m, &made, err);
+    if (status != CM_OK) {
+        cm_worker_model_done(&made);
+        return status;
+    }
+    *ret_model = made;
+    return CM_OK;
+}
+
+void cm_worker_model_done(struct cm_worker_model *model)
+{
+    free(model->layers);
+    free(model->token_control);
+    *model = (struct cm_worker_model){.layers = NULL};
+}

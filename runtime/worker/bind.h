@@ -1,0 +1,21 @@
+/* From a package's manifest to the device's model: the same facts in two structs, because neither
+ * folder may know the other. */
+#ifndef CASEMATE_RUNTIME_WORKER_BIND_H
+#define CASEMATE_RUNTIME_WORKER_BIND_H
+
+#include "kernels/model.h"
+#include "loader/package/manifest.h"
+
+struct cm_worker_model {
+    struct cm_model model;
+    struct cm_layer *layers;
+    uint8_t *token_control;
+};
+
+/* Fails: PACKAGE if a tensor is missing or comes twice. The manifest must outlive the result. */
+CM_MUST_USE enum cm_status cm_worker_model_make(const struct cm_manifest *manifest,
+                                                struct cm_worker_model *ret_model,
+                                                struct cm_error *err);
+void cm_worker_model_done(struct cm_worker_model *model);
+
+#endif

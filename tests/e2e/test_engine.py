@@ -1,0 +1,99 @@
+"""The engine against a float64 pass of the same weights, and against itself."""
+import hashlib
+import json
+import pathlib
+import struct
+import subprocess
+import sys
+
+import numpy
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS / "engine")]
+import corpus  # noqa: E402
+import package_reader  # noqa: E402
+import reference  # noqa: E402
+import tiny_model  # noqa: E402
+
+# llama.cpp's own divergence from the same float64 pass on the same positions (`./run golden`).
+PEER = json.loads((TESTS / "golden" / "engine" / "llama_cpp.json").read_text())
+
+
+def seal(build, model, folder):
+    pack = build / "bin" / "casemate-pack"
+    (folder / "pass").write_text("correct horse battery\n")
+    subprocess.run([pack, "keygen", "--owner", folder / "owner"], check=True, capture_output=True)
+    subprocess.run([pack, "pack", model, "--out", folder / "m.cmpkg", "--owner", folder / "owner",
+                    "--recovery", folder / "r", "--passphrase-file", folder / "pass"], check=True,
+                   capture_output=True)
+    key = package_reader.recovery_key((folder / "r").read_bytes(), "correct horse battery")
+    (folder / "key").write_bytes(key)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(build, smollm_gguf, tmp_path_factory):
+    return seal(build, smollm_gguf, tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="module")
+def tiny(build, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model.write(str(folder / "tiny.gguf"))
+    return seal(build, folder / "tiny.gguf", folder)
+
+
+def engine(build, folder, *words, tokens, **environment):
+    done = subprocess.run([build / "harness" / "engine", words[0], folder / "m.cmpkg",
+                           folder / "key", *map(str, words[1:])],
+                          input=struct.pack(f"<{len(tokens) + 1}I", len(tokens), *tokens),
+                          env=environment, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def test_divergence_from_float64_is_below_the_peers(build, real, smollm_gguf, capsys):
+    model = reference.Llama(smollm_gguf)
+    divergence, agree, positions, digest = 0.0, 0, 0, hashlib.sha256()
+    for tokens in corpus.passages(smollm_gguf):
+        digest.update(numpy.array(tokens, "<u4").tobytes())
+        wanted = model.logits(tokens)
+        found = numpy.frombuffer(engine(build, real, "logits", tokens=tokens), "<f4")
+        part, same = reference.compare(wanted, found.reshape(wanted.shape))
+        divergence, agree, positions = divergence + part, agree + same, positions + len(tokens)
+    with capsys.disabled():
+        print(f"\nengine: mean KL {divergence / positions:.5f} (llama.cpp {PEER['mean_kl']:.5f}), "
+              f"top-1 {agree / positions:.2%} (llama.cpp {PEER['top1_agreement']:.2%}), "
+              f"{positions} positions")
+    assert positions >= 2000 and digest.hexdigest() == PEER["tokens_sha256"]
+    assert divergence / positions <= min(PEER["mean_kl"], 0.0044)
+    assert agree / positions >= PEER["top1_agreement"]
+
+
+def test_a_model_of_other_shapes(build, tiny):
+    tokens = [int(t) for t in numpy.random.default_rng(3).integers(3, 270, 300)]
+    wanted = reference.Llama(tiny / "tiny.gguf").logits(tokens)
+    found = numpy.frombuffer(engine(build, tiny, "logits", tokens=tokens), "<f4")
+    part, same = reference.compare(wanted, found.reshape(wanted.shape))
+    assert part / len(tokens) <= 0.002 and same / len(tokens) >= 0.9
+
+
+@pytest.mark.parametrize("which", ["real", "tiny"])
+def test_paths_and_threads_are_bit_equal(build, request, which):
+    folder = request.getfixturevalue(which)
+    tokens = [int(t) for t in numpy.random.default_rng(4).integers(3, 270, 70)]
+    runs = {engine(build, folder, "logits", tokens=tokens, CASEMATE_CPU=path, CASEMATE_THREADS=count)
+            for path in available_paths() for count in "12"}
+    assert len(runs) == 1
+
+
+def available_paths():
+    flags = pathlib.Path("/proc/cpuinfo").read_text()
+    return ["avx2"] + (["avx512vnni"] if "avx512_vnni" in flags else [])
+
+
+def test_chunking_of_the_prompt_changes_no_token(build, real):
+    tokens = [int(t) for t in numpy.random.default_rng(5).integers(3, 49000, 200)]
+    runs = {engine(build, real, "greedy", 24, chunk, tokens=tokens) for chunk in (1, 7, 32, 256)}
+    assert len(runs) == 1 and len(runs.pop().split()) == 24
