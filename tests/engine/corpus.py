@@ -24,7 +24,7 @@ CHAT = [
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
-def tokenizer(path):
+def tokenizer(path, special=True):
     """The oracle tokenizer, from a GGUF file's vocabulary and merges."""
     reader = gguf.GGUFReader(path)
 
@@ -40,7 +40,7 @@ def tokenizer(path):
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     made.add_special_tokens([AddedToken(t, special=True, normalized=False)
-                             for t, kind in zip(tokens, kinds) if kind == 3])
+                             for t, kind in zip(tokens, kinds) if special and kind == 3])
     return made
 
 

@@ -1,0 +1,347 @@
+/* Byte-pair encoding: the pair of lowest rank first, leftmost among equals (Sennrich et al. 2016),
+ * with a linked list and a heap, so that a long word costs n log n. */
+#include "runtime/worker/tokenizer.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime/worker/split.h"
+
+#define PIECE_BYTES_MAX 65536u
+#define NONE            0xffffffffu
+
+struct node {
+    uint32_t previous, next; /* NONE at the ends */
+    uint32_t id;             /* NONE: merged away */
+};
+
+struct pair { /* a heap entry; stale if the ids have changed */
+    uint32_t rank;
+    uint32_t at; /* left node */
+    uint32_t left, right;
+};
+
+struct merge { /* open addressing by (left, right) */
+    uint32_t left, right;
+    uint32_t rank; /* NONE: free place */
+    uint32_t id;
+};
+
+struct cm_tokenizer {
+    const struct cm_manifest *manifest;
+    uint32_t byte_ids[256];
+    struct merge *merges;
+    uint32_t mask;
+    struct node *nodes; /* [PIECE_BYTES_MAX] */
+    struct pair *heap;  /* [3 * PIECE_BYTES_MAX] */
+    uint32_t heap_size;
+};
+
+static uint32_t pair_hash(uint32_t left, uint32_t right)
+{
+    uint64_t x = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15ull;
+    return (uint32_t)(x >> 32);
+}
+
+static const struct merge *merge_find(const struct cm_tokenizer *t, uint32_t left, uint32_t right)
+{
+    uint32_t at = pair_hash(left, right) & t->mask;
+    for (; t->merges[at].rank != NONE; at = (at + 1) & t->mask) {
+        if (t->merges[at].left == left && t->merges[at].right == right) {
+            return &t->merges[at];
+        }
+    }
+    return NULL;
+}
+
+/* Token bytes → id, only while the tables are made. */
+struct byte_map {
+    const struct cm_manifest *manifest;
+    uint32_t *places; /* id + 1 */
+    uint32_t mask;
+};
+
+static uint32_t bytes_hash(const uint8_t *bytes, uint32_t size)
+{
+    uint32_t hash = 2166136261u; /* FNV-1a */
+    for (uint32_t i = 0; i < size; i++) {
+        hash = (hash ^ bytes[i]) * 16777619u;
+    }
+    return hash;
+}
+
+static const uint8_t *token_bytes(const struct cm_manifest *m, uint32_t id, uint32_t *ret_size)
+{
+    *ret_size = m->token_offsets[id + 1] - m->token_offsets[id];
+    return m->token_bytes + m->token_offsets[id];
+}
+
+static uint32_t map_find(const struct byte_map *map, const uint8_t *bytes, uint32_t size)
+{
+    uint32_t at = bytes_hash(bytes, size) & map->mask;
+    for (; map->places[at] != 0; at = (at + 1) & map->mask) {
+        uint32_t found_size;
+        const uint8_t *found = token_bytes(map->manifest, map->places[at] - 1, &found_size);
+        if (found_size == size && memcmp(found, bytes, size) == 0) {
+            return map->places[at] - 1;
+        }
+    }
+    return NONE;
+}
+
+static bool map_make(struct byte_map *map, const struct cm_manifest *m)
+{
+    uint32_t size = 16;
+    while (size < m->vocabulary * 2) {
+        size *= 2;
+    }
+    map->manifest = m;
+    map->mask = size - 1;
+    map->places = calloc(size, sizeof(*map->places));
+    for (uint32_t i = 0; map->places != NULL && i < m->vocabulary; i++) {
+        uint32_t bytes;
+        const uint8_t *text = token_bytes(m, i, &bytes);
+        if (m->token_types[i] != CM_TOKEN_NORMAL || map_find(map, text, bytes) != NONE) {
+            continue;
+        }
+        uint32_t at = bytes_hash(text, bytes) & map->mask;
+        while (map->places[at] != 0) {
+            at = (at + 1) & map->mask;
+        }
+        map->places[at] = i + 1;
+    }
+    return map->places != NULL;
+}
+
+static enum cm_status merges_fill(struct cm_tokenizer *t, const struct byte_map *map,
+                                  struct cm_error *err)
+{
+    const struct cm_manifest *m = t->manifest;
+    uint8_t joined[2 * CM_MANIFEST_TOKEN_BYTES_MAX];
+    for (uint32_t i = 0; i <= t->mask; i++) {
+        t->merges[i].rank = NONE;
+    }
+    for (uint32_t rank = 0; rank < m->merge_count; rank++) {
+        uint32_t left = m->merges[2 * rank], right = m->merges[2 * rank + 1], sizes[2];
+        const uint8_t *bytes = token_bytes(m, left, &sizes[0]);
+        memcpy(joined, bytes, sizes[0]);
+        bytes = token_bytes(m, right, &sizes[1]);
+        memcpy(joined + sizes[0], bytes, sizes[1]);
+        uint32_t id = map_find(map, joined, sizes[0] + sizes[1]);
+        if (id == NONE) {
+            return cm_error_set(err, CM_E_PACKAGE, "CM-WRK-MERGE",
+                                "manifest: merge %u makes no token of the vocabulary", rank);
+        }
+        if (merge_find(t, left, right) != NULL) {
+            continue; /* the first rank counts */
+        }
+        uint32_t at = pair_hash(left, right) & t->mask;
+        while (t->merges[at].rank != NONE) {
+            at = (at + 1) & t->mask;
+        }
+        t->merges[at] = (struct merge){left, right, rank, id};
+    }
+    return CM_OK;
+}
+
+static enum cm_status tables_make(struct cm_tokenizer *t, struct cm_error *err)
+{
+    struct byte_map map = {.places = NULL};
+    uint32_t size = 16;
+    while (size < t->manifest->merge_count * 2) {
+        size *= 2;
+    }
+    t->mask = size - 1;
+    t->merges = malloc(size * sizeof(*t->merges));
+    t->nodes = malloc(PIECE_BYTES_MAX * sizeof(*t->nodes));
+    t->heap = malloc(3 * PIECE_BYTES_MAX * sizeof(*t->heap));
+    enum cm_status status = CM_OK;
+    if (t->merges == NULL || t->nodes == NULL || t->heap == NULL || !map_make(&map, t->manifest)) {
+        status = cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tokenizer");
+    }
+    for (uint32_t byte = 0; status == CM_OK && byte < 256; byte++) {
+        uint8_t value = (uint8_t)byte;
+        t->byte_ids[byte] = map_find(&map, &value, 1);
+    }
+    if (status == CM_OK) {
+        status = merges_fill(t, &map, err);
+    }
+    free(map.places);
+    return status;
+}
+
+enum cm_status cm_tokenizer_new(const struct cm_manifest *manifest,
+                                struct cm_tokenizer **ret_tokenizer, struct cm_error *err)
+{
+    struct cm_tokenizer *tokenizer = calloc(1, sizeof(*tokenizer));
+    if (tokenizer == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tokenizer");
+    }
+    tokenizer->manifest = manifest;
+    enum cm_status status = tables_make(tokenizer, err);
+    if (status != CM_OK) {
+        cm_tokenizer_free(tokenizer);
+        return status;
+    }
+    *ret_tokenizer = tokenizer;
+    return CM_OK;
+}
+
+void cm_tokenizer_free(struct cm_tokenizer *tokenizer)
+{
+    if (tokenizer != NULL) {
+        free(tokenizer->merges);
+        free(tokenizer->nodes);
+        free(tokenizer->heap);
+        free(tokenizer);
+    }
+}
+
+/* ------------------------------------------------------------------ the heap of pairs */
+
+static bool before(const struct pair *a, const struct pair *b)
+{
+    return a->rank < b->rank || (a->rank == b->rank && a->at < b->at);
+}
+
+static void heap_push(struct cm_tokenizer *t, struct pair pair)
+{
+    uint32_t at = t->heap_size++;
+    while (at > 0 && before(&pair, &t->heap[(at - 1) / 2])) {
+        t->heap[at] = t->heap[(at - 1) / 2];
+        at = (at - 1) / 2;
+    }
+    t->heap[at] = pair;
+}
+
+static struct pair heap_pop(struct cm_tokenizer *t)
+{
+    struct pair top = t->heap[0], last = t->heap[--t->heap_size];
+    uint32_t at = 0;
+    for (;;) {
+        uint32_t child = 2 * at + 1;
+        if (child + 1 < t->heap_size && before(&t->heap[child + 1], &t->heap[child])) {
+            child++;
+        }
+        if (child >= t->heap_size || !before(&t->heap[child], &last)) {
+            break;
+        }
+        t->heap[at] = t->heap[child];
+        at = child;
+    }
+    t->heap[at] = last;
+    return top;
+}
+
+static void pair_offer(struct cm_tokenizer *t, uint32_t at)
+{
+    uint32_t next = at == NONE ? NONE : t->nodes[at].next;
+    if (next == NONE) {
+        return;
+    }
+    const struct merge *merge = merge_find(t, t->nodes[at].id, t->nodes[next].id);
+    if (merge != NULL) {
+        heap_push(t, (struct pair){merge->rank, at, t->nodes[at].id, t->nodes[next].id});
+    }
+}
+
+void cm_token_add(struct cm_token_list *list, uint32_t id)
+{
+    if (list->count < list->capacity) {
+        list->ids[list->count] = id;
+    }
+    list->count += list->count < UINT32_MAX;
+}
+
+/* The list of byte tokens. A byte that the vocabulary lacks is left out, as by the peers: some
+ * vocabularies have no token for a few control characters. */
+static uint32_t nodes_make(struct cm_tokenizer *t, const uint8_t *text, uint32_t bytes)
+{
+    uint32_t size = 0;
+    for (uint32_t i = 0; i < bytes; i++) {
+        uint32_t id = t->byte_ids[text[i]];
+        if (id != NONE) {
+            t->nodes[size] = (struct node){size == 0 ? NONE : size - 1, size + 1, id};
+            size++;
+        }
+    }
+    if (size > 0) {
+        t->nodes[size - 1].next = NONE;
+    }
+    return size;
+}
+
+static void piece_encode(struct cm_tokenizer *t, const uint8_t *text, uint32_t bytes,
+                         struct cm_token_list *list)
+{
+    uint32_t size = nodes_make(t, text, bytes);
+    t->heap_size = 0;
+    for (uint32_t i = 0; i + 1 < size; i++) {
+        pair_offer(t, i);
+    }
+    while (t->heap_size > 0) {
+        struct pair pair = heap_pop(t);
+        struct node *left = &t->nodes[pair.at];
+        if (left->id != pair.left || left->next == NONE || t->nodes[left->next].id != pair.right) {
+            continue; /* stale */
+        }
+        struct node *right = &t->nodes[left->next];
+        left->id = merge_find(t, pair.left, pair.right)->id;
+        left->next = right->next;
+        right->id = NONE;
+        if (left->next != NONE) {
+            t->nodes[left->next].previous = pair.at;
+        }
+        pair_offer(t, left->previous);
+        pair_offer(t, pair.at);
+    }
+    for (uint32_t at = size > 0 ? 0 : NONE; at != NONE; at = t->nodes[at].next) {
+        cm_token_add(list, t->nodes[at].id);
+    }
+}
+
+void cm_tokenizer_text(struct cm_tokenizer *tokenizer, const uint8_t *text, size_t size,
+                       struct cm_token_list *list)
+{
+    for (size_t at = 0; at < size;) {
+        size_t piece = cm_split_next(tokenizer->manifest->split, text + at, size - at);
+        piece = piece < PIECE_BYTES_MAX ? piece : PIECE_BYTES_MAX;
+        piece_encode(tokenizer, text + at, (uint32_t)piece, list);
+        at += piece;
+    }
+}
+
+int64_t cm_tokenizer_control(const struct cm_tokenizer *tokenizer, const char *spelling)
+{
+    const struct cm_manifest *m = tokenizer->manifest;
+    for (uint32_t i = 0; i < m->vocabulary; i++) {
+        uint32_t size;
+        const uint8_t *bytes = token_bytes(m, i, &size);
+        if (m->token_types[i] == CM_TOKEN_CONTROL && size == strlen(spelling) &&
+            memcmp(bytes, spelling, size) == 0) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+bool cm_text_valid(const uint8_t *text, size_t size)
+{
+    for (size_t i = 0; i < size;) {
+        uint8_t lead = text[i];
+        size_t more = lead < 0x80 ? 0 : lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : 3;
+        uint8_t low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+        uint8_t high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+        if (lead == 0 || (lead >= 0x80 && lead < 0xc2) || lead > 0xf4 || more >= size - i) {
+            return false;
+        }
+        for (size_t k = 1; k <= more; k++, low = 0x80, high = 0xbf) {
+            if (text[i + k] < low || text[i + k] > high) {
+                return false;
+            }
+        }
+        i += more + 1;
+    }
+    return true;
+}
