@@ -1,0 +1,81 @@
+/* One GENERATE record. The gateway is the role that the network may have taken over. */
+#include "runtime/worker/intake.h"
+
+#include <math.h>
+
+#include "runtime/base/cursor.h"
+
+static bool sampling_valid(const struct cm_sampling *s)
+{
+    return s->temperature >= 0.0f && s->temperature <= 2.0f && s->top_p > 0.0f &&
+           s->top_p <= 1.0f && s->min_p >= 0.0f && s->min_p <= 1.0f &&
+           fabsf(s->frequency_penalty) <= 2.0f && fabsf(s->presence_penalty) <= 2.0f &&
+           s->repetition_penalty > 0.0f && s->repetition_penalty <= 4.0f;
+}
+
+static bool stops_parse(struct cm_cursor *cursor, uint32_t count, struct cm_slot_params *slot)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t bytes = cm_cursor_u32(cursor);
+        const uint8_t *text = cm_cursor_take(cursor, bytes);
+        if (text == NULL || bytes == 0 || bytes > CM_STOP_BYTES_MAX ||
+            !cm_text_valid(text, bytes)) {
+            return false;
+        }
+        slot->stops[i] = text;
+        slot->stop_bytes[i] = bytes;
+    }
+    slot->stop_count = count;
+    return true;
+}
+
+static bool parts_parse(struct cm_cursor *cursor, uint32_t count, struct cm_chat_part *parts)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        parts[i].role = cm_cursor_u32(cursor);
+        parts[i].bytes = cm_cursor_u32(cursor);
+        parts[i].text = cm_cursor_take(cursor, parts[i].bytes);
+        if (parts[i].text == NULL || !cm_text_valid(parts[i].text, parts[i].bytes)) {
+            return false;
+        }
+    }
+    return cm_cursor_left(cursor) == 0;
+}
+
+bool cm_intake_parse(const uint8_t *payload, size_t size, struct cm_chat *chat,
+                     struct cm_tokenizer *tokenizer, const struct cm_manifest *manifest,
+                     struct cm_scheduler_request *ret_request, struct cm_token_list *list)
+{
+    struct cm_wire_generate head;
+    struct cm_chat_part parts[CM_MESSAGES_MAX];
+    struct cm_scheduler_request request = {.id = ret_request->id};
+    struct cm_cursor cursor = cm_cursor_init(payload, size);
+    cm_cursor_copy(&cursor, &head, sizeof(head));
+    if (!cm_cursor_ok(&cursor) || head.stop_count > CM_STOPS_MAX || head.part_count == 0 ||
+        head.part_count > CM_MESSAGES_MAX || !sampling_valid(&head.sampling)) {
+        return false;
+    }
+    if (!stops_parse(&cursor, head.stop_count, &request.slot) ||
+        !parts_parse(&cursor, head.part_count, parts)) {
+        return false;
+    }
+    request.tenant = head.tenant;
+    request.max_tokens = head.max_tokens;
+    request.slot.sampling = head.sampling;
+    request.slot.min_tokens = head.min_tokens;
+    request.slot.ignore_eos = head.ignore_eos != 0;
+    if (manifest->add_begin) {
+        cm_token_add(list, manifest->begin_token);
+    }
+    if (head.prompt_kind == CM_PROMPT_CHAT) {
+        if (!cm_chat_render(chat, parts, head.part_count, list)) {
+            return false;
+        }
+    } else if (head.prompt_kind == CM_PROMPT_TEXT && head.part_count == 1 && parts[0].role == 0) {
+        cm_tokenizer_text(tokenizer, parts[0].text, parts[0].bytes, list);
+    } else {
+        return false;
+    }
+    *ret_request = request;
+    return true;
+}

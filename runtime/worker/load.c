@@ -1,0 +1,258 @@
+/* Loading: the only phase in which the worker holds a key. */
+#include "runtime/worker/worker.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static uint64_t now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+}
+
+struct reporter {
+    struct cm_worker *worker;
+    uint64_t started_us, said_us;
+};
+
+static void stage_report(struct reporter *reporter, enum cm_load_stage stage, uint64_t done,
+                         uint64_t total)
+{
+    struct cm_progress progress = {.stage = (uint32_t)stage,
+                                   .bytes_done = done,
+                                   .bytes_total = total,
+                                   .elapsed_us = now_us() - reporter->started_us};
+    /* A full socket loses a progress line, nothing else. */
+    (void)!cm_channel_send(&reporter->worker->channel, CM_FRAME_PROGRESS, &progress,
+                           sizeof(progress), NULL, 0, NULL);
+}
+
+static void bytes_report(void *context, uint64_t done, uint64_t total)
+{
+    struct reporter *reporter = context;
+    uint64_t now = now_us();
+    if (done == total || now - reporter->said_us > 50000) {
+        reporter->said_us = now;
+        stage_report(reporter, CM_LOAD_WEIGHTS, done, total);
+    }
+}
+
+/* Copy the key out of the page; the page is wiped at once, for both sides. */
+static enum cm_status key_take(struct cm_secret **ret_key, struct cm_error *err)
+{
+    uint8_t *page;
+    struct cm_secret *key;
+    enum cm_status status = cm_key_page_map(CM_FD_KEY_PAGE, &page, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    status = cm_secret_new(CM_KEY_BYTES, &key, err);
+    if (status == CM_OK) {
+        memcpy(cm_secret_bytes(key), page, CM_KEY_BYTES);
+        *ret_key = key;
+    }
+    cm_wipe(page, CM_KEY_PAGE_BYTES);
+    cm_key_page_unmap(page);
+    return status;
+}
+
+static enum cm_status package_open(struct cm_worker *worker, struct cm_error *err)
+{
+    struct cm_secret *key = NULL;
+    size_t bytes;
+    enum cm_status status = key_take(&key, err);
+    if (status == CM_OK) {
+        status = cm_package_open(CM_FD_INPUT, cm_secret_view(key), worker->config.owner_key,
+                                 &worker->package, err);
+    }
+    cm_secret_free(key);
+    if (status == CM_OK) {
+        const struct cm_package_core *core = &cm_package_head_of(worker->package)->core;
+        const uint8_t *manifest = cm_package_manifest(worker->package, &bytes);
+        status = cm_manifest_parse(manifest, bytes, core->payload_bytes, &worker->manifest, err);
+    }
+    return status == CM_OK ? cm_worker_model_make(&worker->manifest, &worker->model, err) : status;
+}
+
+/* Fill the limits: what the configuration leaves open follows from the model. */
+static enum cm_status limits_make(struct cm_worker *worker, struct cm_device_reserve *ret_reserve,
+                                  struct cm_error *err)
+{
+    const struct cm_config_worker *config = &worker->config;
+    const struct cm_package_core *core = &cm_package_head_of(worker->package)->core;
+    const struct cm_model *model = &worker->model.model;
+    uint32_t context = model->context_max;
+    uint64_t arena, page;
+    if (config->context_max != 0 && config->context_max < context) {
+        context = config->context_max;
+    }
+    *ret_reserve = (struct cm_device_reserve){.model = model,
+                                              .payload_bytes = core->payload_bytes,
+                                              .segment_bytes = core->segment_bytes,
+                                              .slots = config->sequences_max,
+                                              .kv_pages = 1,
+                                              .context_max = context,
+                                              .step_tokens_max = config->step_tokens_max};
+    enum cm_status status = cm_device_need(worker->device, ret_reserve, &arena, &page, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    uint64_t pages = config->kv_pages != 0 ? config->kv_pages : config->kv_bytes / page;
+    if (pages == 0) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-WRK-KV",
+                            "kv_bytes %llu is less than one KV page of this model (%llu bytes)",
+                            (unsigned long long)config->kv_bytes, (unsigned long long)page);
+    }
+    ret_reserve->kv_pages = (uint32_t)(pages < 1u << 24 ? pages : 1u << 24);
+    worker->limits = (struct cm_scheduler_limits){.sequences_max = config->sequences_max,
+                                                  .queue_max = config->queue_max,
+                                                  .kv_pages = ret_reserve->kv_pages,
+                                                  .context_max = context,
+                                                  .step_tokens_max = config->step_tokens_max};
+    return CM_OK;
+}
+
+static void hello_make(struct cm_worker *worker)
+{
+    struct cm_device_facts facts;
+    struct cm_wire_hello *hello = &worker->hello;
+    const struct cm_manifest_text *name = &worker->manifest.model_name;
+    const uint8_t *digest = cm_package_head_of(worker->package)->core.core_digest;
+    cm_device_describe(worker->device, &facts);
+    if (worker->config.model_name[0] != '\0') {
+        snprintf(hello->model_name, sizeof(hello->model_name), "%s", worker->config.model_name);
+    } else {
+        snprintf(hello->model_name, sizeof(hello->model_name), "%.*s", (int)name->size,
+                 name->bytes);
+    }
+    for (size_t i = 0; i < CM_DIGEST_BYTES; i++) {
+        snprintf(hello->package_digest + 2 * i, 3, "%02x", digest[i]);
+    }
+    snprintf(hello->device, sizeof(hello->device), "%.62s", facts.name);
+    hello->context_max = worker->limits.context_max;
+    hello->vocabulary = worker->manifest.vocabulary;
+    hello->sequences_max = worker->limits.sequences_max;
+    hello->queue_max = worker->limits.queue_max;
+    hello->kv_pages = worker->limits.kv_pages;
+    hello->kv_page_positions = CM_KV_PAGE_POSITIONS;
+    hello->created_unix_s = (uint64_t)time(NULL);
+}
+
+static enum cm_status weights_load(struct cm_worker *worker, struct reporter *reporter,
+                                   struct cm_loaded *ret_loaded, struct cm_error *err)
+{
+    struct cm_device_options options = {.threads = worker->config.threads};
+    struct cm_device_reserve reserve;
+    struct cm_device_facts facts;
+    struct cm_stream_times times;
+    uint64_t total = cm_package_head_of(worker->package)->core.payload_bytes;
+    enum cm_status status = cm_device_open(worker->config.device, &options, &worker->device, err);
+    if (status == CM_OK) {
+        status = limits_make(worker, &reserve, err);
+    }
+    if (status == CM_OK) {
+        stage_report(reporter, CM_LOAD_RESERVE, 0, total);
+        status = cm_device_reserve(worker->device, &reserve, err);
+    }
+    if (status == CM_OK) {
+        cm_device_describe(worker->device, &facts);
+        status = cm_stream_load(worker->package, CM_FD_INPUT, worker->device, facts.threads,
+                                bytes_report, reporter, NULL, &times, err);
+    }
+    if (status == CM_OK) {
+        stage_report(reporter, CM_LOAD_BIND, total, total);
+        status = cm_device_model_bind(worker->device, &worker->model.model, err);
+    }
+    if (status == CM_OK) {
+        *ret_loaded = (struct cm_loaded){.arena_locked = facts.arena_locked,
+                                         .bytes = times.bytes,
+                                         .read_us = times.read_us,
+                                         .verify_us = times.verify_us,
+                                         .decrypt_us = times.decrypt_us,
+                                         .total_us = times.total_us};
+    }
+    return status;
+}
+
+/* Same-tick emission into the response ring. */
+static bool emit(void *context, enum cm_wire_type type, uint64_t request, const void *part1,
+                 size_t bytes1, const void *part2, size_t bytes2)
+{
+    struct cm_worker *worker = context;
+    if (!worker->rings_open || cm_ring_put(&worker->responses, (uint32_t)type, request, part1,
+                                           bytes1, part2, bytes2, NULL) != CM_OK) {
+        return false;
+    }
+    worker->wake = true;
+    return true;
+}
+
+static enum cm_status serving_make(struct cm_worker *worker, struct cm_error *err)
+{
+    worker->payload_bytes = worker->config.ring_data_bytes / 4;
+    worker->payload = malloc(worker->payload_bytes);
+    if (worker->payload == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "request buffer");
+    }
+    enum cm_status status = cm_tokenizer_new(&worker->manifest, &worker->tokenizer, err);
+    if (status == CM_OK) {
+        status = cm_chat_new(&worker->manifest, worker->tokenizer, worker->payload_bytes,
+                             &worker->chat, err);
+    }
+    if (status == CM_OK) {
+        status = cm_scheduler_new(worker->device, &worker->limits, emit, worker, &worker->scheduler,
+                                  err);
+    }
+    return status;
+}
+
+enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err)
+{
+    struct reporter reporter = {.worker = worker, .started_us = now_us()};
+    struct cm_loaded loaded = {.bytes = 0};
+    stage_report(&reporter, CM_LOAD_HEAD, 0, 0);
+    enum cm_status status = package_open(worker, err);
+    if (status == CM_OK) {
+        status = weights_load(worker, &reporter, &loaded, err);
+    }
+    if (status == CM_OK) {
+        status = serving_make(worker, err);
+    }
+    close(CM_FD_KEY_PAGE);
+    close(CM_FD_INPUT);
+    if (status == CM_OK) {
+        hello_make(worker);
+        CM_LOG(&worker->log, CM_LOG_INFO, "loaded", CM_LOG_S("model", worker->hello.model_name),
+               CM_LOG_S("device", worker->hello.device), CM_LOG_I("payload_bytes", loaded.bytes),
+               CM_LOG_I("read_us", loaded.read_us), CM_LOG_I("verify_us", loaded.verify_us),
+               CM_LOG_I("decrypt_us", loaded.decrypt_us), CM_LOG_I("total_us", loaded.total_us),
+               CM_LOG_I("kv_pages", worker->limits.kv_pages),
+               CM_LOG_I("context_max", worker->limits.context_max),
+               CM_LOG_S("weights", loaded.arena_locked ? "locked" : "not locked"));
+        status = cm_channel_send(&worker->channel, CM_FRAME_LOADED, &loaded, sizeof(loaded), NULL,
+                                 0, err);
+    }
+    return status;
+}
+
+void cm_worker_done(struct cm_worker *worker)
+{
+    cm_ring_close(&worker->requests);
+    cm_ring_close(&worker->responses);
+    cm_scheduler_free(worker->scheduler);
+    cm_chat_free(worker->chat);
+    cm_tokenizer_free(worker->tokenizer);
+    cm_device_close(worker->device);
+    cm_worker_model_done(&worker->model);
+    cm_manifest_done(&worker->manifest);
+    cm_package_close(worker->package);
+    if (worker->payload != NULL) {
+        explicit_bzero(worker->payload, worker->payload_bytes);
+        free(worker->payload);
+    }
+}

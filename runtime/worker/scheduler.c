@@ -1,0 +1,466 @@
+/* Continuous batching, paged KV, preemption. */
+#include "runtime/worker/scheduler.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum state { FREE = 0, WAITING, RUNNING };
+
+struct request {
+    enum state state;
+    bool ended;  /* DONE is still to be emitted; nothing more is computed */
+    bool replay; /* tokens before `counted` were stepped before a preemption */
+    uint64_t id, tenant;
+    uint64_t order;    /* of arrival */
+    uint64_t admitted; /* of admission: the latest is preempted first */
+    uint32_t slot;
+    bool has_slot;
+    struct cm_slot_params params;
+    uint8_t stops[CM_STOPS_MAX][CM_STOP_BYTES_MAX];
+    uint32_t *tokens; /* [context_max] prompt, then reply */
+    uint32_t prompt_count, count;
+    uint32_t computed; /* tokens whose KV is there */
+    uint32_t *pages;   /* [pages per context] */
+    uint32_t page_count;
+    uint32_t held_bytes, held_tokens; /* text that the ring had no room for */
+    uint8_t held[2 * CM_STEP_BYTES_MAX];
+    struct cm_wire_done done;
+    uint64_t arrived_us, started_us, first_us;
+};
+
+struct cm_scheduler {
+    struct cm_device *device;
+    struct cm_scheduler_limits limits;
+    cm_scheduler_emit emit;
+    void *emit_context;
+    struct request *requests; /* [sequences_max + queue_max] */
+    uint32_t request_count;
+    uint32_t *token_memory, *page_memory;
+    uint32_t pages_per_context;
+    uint32_t *free_pages;
+    uint32_t free_count;
+    uint64_t next_order, next_admission;
+    uint64_t last_tenant;
+    struct cm_step_entry entries[CM_STEP_ENTRIES_MAX];
+    struct request *entry_owner[CM_STEP_ENTRIES_MAX];
+    struct cm_step_result results[CM_STEP_ENTRIES_MAX];
+    struct cm_wire_stats stats;
+};
+
+static uint64_t now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+}
+
+static uint32_t pages_for(uint32_t positions)
+{
+    return (positions + CM_KV_PAGE_POSITIONS - 1) / CM_KV_PAGE_POSITIONS;
+}
+
+enum cm_status cm_scheduler_new(struct cm_device *device, const struct cm_scheduler_limits *limits,
+                                cm_scheduler_emit emit, void *emit_context,
+                                struct cm_scheduler **ret_scheduler, struct cm_error *err)
+{
+    struct cm_scheduler *s = calloc(1, sizeof(*s));
+    if (s == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "scheduler");
+    }
+    s->device = device;
+    s->limits = *limits;
+    s->emit = emit;
+    s->emit_context = emit_context;
+    s->request_count = limits->sequences_max + limits->queue_max;
+    s->pages_per_context = pages_for(limits->context_max);
+    s->requests = calloc(s->request_count, sizeof(*s->requests));
+    s->token_memory = calloc((size_t)s->request_count * limits->context_max, sizeof(uint32_t));
+    s->page_memory = calloc((size_t)s->request_count * s->pages_per_context, sizeof(uint32_t));
+    s->free_pages = calloc(limits->kv_pages, sizeof(uint32_t));
+    if (s->requests == NULL || s->token_memory == NULL || s->page_memory == NULL ||
+        s->free_pages == NULL) {
+        cm_scheduler_free(s);
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "scheduler");
+    }
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        s->requests[i].tokens = s->token_memory + (size_t)i * limits->context_max;
+        s->requests[i].pages = s->page_memory + (size_t)i * s->pages_per_context;
+    }
+    for (uint32_t i = 0; i < limits->kv_pages; i++) {
+        s->free_pages[s->free_count++] = limits->kv_pages - 1 - i;
+    }
+    s->stats.kv_pages = limits->kv_pages;
+    *ret_scheduler = s;
+    return CM_OK;
+}
+
+void cm_scheduler_free(struct cm_scheduler *s)
+{
+    if (s == NULL) {
+        return;
+    }
+    if (s->token_memory != NULL) {
+        explicit_bzero(s->token_memory,
+                       (size_t)s->request_count * s->limits.context_max * sizeof(uint32_t));
+    }
+    if (s->requests != NULL) {
+        explicit_bzero(s->requests, s->request_count * sizeof(*s->requests));
+    }
+    free(s->requests);
+    free(s->token_memory);
+    free(s->page_memory);
+    free(s->free_pages);
+    free(s);
+}
+
+/* ------------------------------------------------------------------ coming and going */
+
+static struct request *free_find(struct cm_scheduler *s)
+{
+    uint32_t waiting = 0;
+    struct request *found = NULL;
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        waiting += s->requests[i].state == WAITING && !s->requests[i].has_slot;
+        found = s->requests[i].state == FREE ? &s->requests[i] : found;
+    }
+    return waiting < s->limits.queue_max ? found : NULL;
+}
+
+uint32_t *cm_scheduler_prompt(struct cm_scheduler *s)
+{
+    struct request *request = free_find(s);
+    return request != NULL ? request->tokens : NULL;
+}
+
+static void pages_return(struct cm_scheduler *s, struct request *r)
+{
+    cm_device_scrub_pages(s->device, r->pages, r->page_count);
+    for (uint32_t i = 0; i < r->page_count; i++) {
+        s->free_pages[s->free_count++] = r->pages[i];
+    }
+    r->page_count = 0;
+}
+
+/* Back to nothing; tokens and held text are wiped. */
+static void request_drop(struct cm_scheduler *s, struct request *r)
+{
+    uint32_t *tokens = r->tokens, *pages = r->pages;
+    pages_return(s, r);
+    if (r->has_slot) {
+        cm_device_slot_close(s->device, r->slot);
+    }
+    explicit_bzero(tokens, s->limits.context_max * sizeof(*tokens));
+    explicit_bzero(r, sizeof(*r));
+    r->tokens = tokens;
+    r->pages = pages;
+}
+
+static void refuse(struct cm_scheduler *s, uint64_t id, enum cm_refusal reason, uint32_t tokens,
+                   uint32_t limit)
+{
+    struct cm_wire_refused refused = {
+        .reason = (uint32_t)reason, .prompt_tokens = tokens, .limit = limit};
+    /* Refusals are small; a ring without room for one loses it and the gateway times out. */
+    (void)s->emit(s->emit_context, CM_WIRE_REFUSED, id, &refused, sizeof(refused), NULL, 0);
+}
+
+void cm_scheduler_submit(struct cm_scheduler *s, const struct cm_scheduler_request *request,
+                         uint32_t prompt_tokens)
+{
+    struct request *r = free_find(s);
+    uint64_t room = (uint64_t)s->limits.kv_pages * CM_KV_PAGE_POSITIONS;
+    uint32_t limit = room < s->limits.context_max ? (uint32_t)room : s->limits.context_max;
+    if (r == NULL) {
+        refuse(s, request->id, CM_REFUSAL_QUEUE, prompt_tokens, s->limits.queue_max);
+        return;
+    }
+    if (prompt_tokens == 0 || prompt_tokens >= limit) {
+        refuse(s, request->id, prompt_tokens == 0 ? CM_REFUSAL_EMPTY : CM_REFUSAL_CONTEXT,
+               prompt_tokens, limit);
+        return;
+    }
+    uint32_t left = limit - prompt_tokens;
+    uint32_t most =
+        request->max_tokens == 0 || request->max_tokens > left ? left : request->max_tokens;
+    struct cm_wire_accepted accepted = {.prompt_tokens = prompt_tokens, .max_tokens = most};
+    if (!s->emit(s->emit_context, CM_WIRE_ACCEPTED, request->id, &accepted, sizeof(accepted), NULL,
+                 0)) {
+        return; /* the gateway reads nothing: it is not there any more */
+    }
+    r->state = WAITING;
+    r->id = request->id;
+    r->tenant = request->tenant;
+    r->order = s->next_order++;
+    r->params = request->slot;
+    r->params.max_tokens = most;
+    for (uint32_t i = 0; i < r->params.stop_count; i++) {
+        memcpy(r->stops[i], request->slot.stops[i], request->slot.stop_bytes[i]);
+        r->params.stops[i] = r->stops[i];
+    }
+    r->prompt_count = r->count = prompt_tokens;
+    r->arrived_us = now_us();
+    s->stats.prompt_tokens_total += prompt_tokens;
+}
+
+void cm_scheduler_cancel(struct cm_scheduler *s, uint64_t id)
+{
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        if (s->requests[i].state != FREE && s->requests[i].id == id) {
+            request_drop(s, &s->requests[i]);
+        }
+    }
+}
+
+void cm_scheduler_cancel_all(struct cm_scheduler *s)
+{
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        if (s->requests[i].state != FREE) {
+            request_drop(s, &s->requests[i]);
+        }
+    }
+}
+
+bool cm_scheduler_busy(const struct cm_scheduler *s)
+{
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        if (s->requests[i].state != FREE) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* ------------------------------------------------------------------ text out */
+
+/* Offer held text, then DONE. True: nothing is held any more. */
+static bool held_flush(struct cm_scheduler *s, struct request *r)
+{
+    if (r->held_bytes > 0) {
+        struct cm_wire_text text = {r->held_tokens, r->held_bytes};
+        if (!s->emit(s->emit_context, CM_WIRE_TEXT, r->id, &text, sizeof(text), r->held,
+                     r->held_bytes)) {
+            return false;
+        }
+        r->held_bytes = 0;
+    }
+    if (r->ended) {
+        if (!s->emit(s->emit_context, CM_WIRE_DONE, r->id, &r->done, sizeof(r->done), NULL, 0)) {
+            return false;
+        }
+        request_drop(s, r);
+    }
+    return true;
+}
+
+static void result_take(struct cm_scheduler *s, struct request *r,
+                        const struct cm_step_result *result)
+{
+    CM_ASSERT(result->bytes <= sizeof(r->held) - r->held_bytes);
+    if (result->bytes > 0) {
+        memcpy(r->held + r->held_bytes, result->text, result->bytes);
+        r->held_bytes += result->bytes;
+    }
+    r->held_tokens = result->completion_tokens;
+    s->stats.completion_tokens_total++;
+    uint64_t now = now_us();
+    r->first_us = r->first_us == 0 ? now : r->first_us;
+    if (result->finish == CM_FINISH_NONE) {
+        r->tokens[r->count++] = result->token;
+    } else {
+        r->ended = true;
+        r->done = (struct cm_wire_done){.finish = (uint32_t)result->finish,
+                                        .prompt_tokens = r->prompt_count,
+                                        .completion_tokens = result->completion_tokens,
+                                        .queue_us = r->started_us - r->arrived_us,
+                                        .prefill_us = r->first_us - r->started_us,
+                                        .decode_us = now - r->first_us};
+        pages_return(s, r);
+    }
+    (void)held_flush(s, r);
+}
+
+/* ------------------------------------------------------------------ a step */
+
+/* The waiting request to admit next: preempted ones first, then the tenant after the last served
+ * one, then the oldest. */
+static struct request *waiting_next(const struct cm_scheduler *s)
+{
+    struct request *best = NULL;
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        struct request *r = &s->requests[i];
+        if (r->state != WAITING) {
+            continue;
+        }
+        if (best == NULL || r->has_slot != best->has_slot) {
+            best = best == NULL || r->has_slot ? r : best;
+            continue;
+        }
+        uint64_t turn = r->tenant - s->last_tenant - 1,
+                 best_turn = best->tenant - s->last_tenant - 1;
+        bool earlier = r->has_slot
+                           ? r->order < best->order
+                           : turn < best_turn || (turn == best_turn && r->order < best->order);
+        best = earlier ? r : best;
+    }
+    return best;
+}
+
+/* Start waiting requests while a slot and pages for all their tokens are free. */
+static void admit(struct cm_scheduler *s)
+{
+    for (;;) {
+        struct request *r = waiting_next(s);
+        if (r == NULL || pages_for(r->count + 1) > s->free_count) {
+            return;
+        }
+        if (!r->has_slot) {
+            if (cm_device_slot_open(s->device, &r->params, &r->slot, NULL) != CM_OK) {
+                return;
+            }
+            r->has_slot = true;
+            r->started_us = now_us();
+            s->last_tenant = r->tenant;
+        }
+        for (r->page_count = 0; r->page_count < pages_for(r->count + 1); r->page_count++) {
+            r->pages[r->page_count] = s->free_pages[--s->free_count];
+        }
+        r->state = RUNNING;
+        r->computed = 0;
+        r->admitted = s->next_admission++;
+    }
+}
+
+/* The latest admitted running request gives its pages back and waits again. False: it was `self`.
+ */
+static bool preempt_latest(struct cm_scheduler *s, const struct request *self)
+{
+    struct request *latest = NULL;
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        struct request *r = &s->requests[i];
+        if (r->state == RUNNING && !r->ended &&
+            (latest == NULL || r->admitted > latest->admitted)) {
+            latest = r;
+        }
+    }
+    CM_ASSERT(latest != NULL);
+    pages_return(s, latest);
+    latest->state = WAITING;
+    latest->replay = true;
+    latest->computed = 0;
+    s->stats.preemptions_total++;
+    return latest != self;
+}
+
+/* Make sure that the next token of a running request has a page. False: it was preempted itself. */
+static bool page_ensure(struct cm_scheduler *s, struct request *r)
+{
+    if (pages_for(r->count) <= r->page_count) {
+        return true;
+    }
+    while (s->free_count == 0) {
+        if (!preempt_latest(s, r)) {
+            return false;
+        }
+    }
+    r->pages[r->page_count++] = s->free_pages[--s->free_count];
+    return true;
+}
+
+static void entry_add(struct cm_scheduler *s, struct request *r, uint32_t take, uint32_t *count)
+{
+    s->entries[*count] = (struct cm_step_entry){.slot = r->slot,
+                                                .position = r->computed,
+                                                .token_count = take,
+                                                .tokens = r->tokens + r->computed,
+                                                .pages = r->pages,
+                                                .page_count = r->page_count,
+                                                .replay = r->replay,
+                                                .sample = r->computed + take == r->count};
+    s->entry_owner[(*count)++] = r;
+}
+
+/* Decodes first, so that running replies go on; prompts fill the rest. */
+static uint32_t batch_make(struct cm_scheduler *s)
+{
+    uint32_t count = 0, tokens = 0;
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        struct request *r = &s->requests[i];
+        if (r->state == RUNNING && !r->ended && r->computed + 1 == r->count) {
+            (void)page_ensure(s, r);
+        }
+    }
+    for (uint32_t turn = 0; turn < 2; turn++) {
+        for (uint32_t i = 0; i < s->request_count && count < CM_STEP_ENTRIES_MAX; i++) {
+            struct request *r = &s->requests[i];
+            bool decode = r->computed + 1 == r->count;
+            if (r->state != RUNNING || r->ended || r->held_bytes > 0 || decode != (turn == 0)) {
+                continue;
+            }
+            uint32_t left = s->limits.step_tokens_max - tokens;
+            uint32_t take = r->count - r->computed < left ? r->count - r->computed : left;
+            if (take > 0) {
+                entry_add(s, r, take, &count);
+                tokens += take;
+            }
+        }
+    }
+    return count;
+}
+
+static void all_failed(struct cm_scheduler *s)
+{
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        struct request *r = &s->requests[i];
+        if (r->state != FREE) {
+            struct cm_wire_done done = {.finish = CM_FINISH_FAILED,
+                                        .prompt_tokens = r->prompt_count};
+            (void)s->emit(s->emit_context, CM_WIRE_DONE, r->id, &done, sizeof(done), NULL, 0);
+        }
+    }
+}
+
+enum cm_status cm_scheduler_step(struct cm_scheduler *s, struct cm_error *err)
+{
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        if (s->requests[i].state == RUNNING) {
+            (void)held_flush(s, &s->requests[i]);
+        }
+    }
+    admit(s);
+    uint32_t count = batch_make(s);
+    if (count == 0) {
+        return CM_OK;
+    }
+    enum cm_status status = cm_device_step_submit(s->device, s->entries, count, err);
+    if (status == CM_OK) {
+        status = cm_device_step_wait(s->device, s->results, count, err);
+    }
+    if (status != CM_OK) {
+        all_failed(s);
+        return status;
+    }
+    s->stats.steps_total++;
+    s->stats.last_step_us = now_us();
+    for (uint32_t i = 0; i < count; i++) {
+        struct request *r = s->entry_owner[i];
+        r->computed += s->entries[i].token_count;
+        if (s->results[i].sampled) {
+            r->replay = false;
+            result_take(s, r, &s->results[i]);
+        }
+    }
+    explicit_bzero(s->results, count * sizeof(s->results[0]));
+    return CM_OK;
+}
+
+void cm_scheduler_stats(const struct cm_scheduler *s, struct cm_wire_stats *ret_stats)
+{
+    *ret_stats = s->stats;
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        ret_stats->running += s->requests[i].state == RUNNING;
+        ret_stats->waiting += s->requests[i].state == WAITING;
+    }
+    ret_stats->kv_pages_used = s->limits.kv_pages - s->free_count;
+}

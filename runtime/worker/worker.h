@@ -1,0 +1,51 @@
+/* The worker role: loads once, then serves until it is told to stop. */
+#ifndef CASEMATE_RUNTIME_WORKER_WORKER_H
+#define CASEMATE_RUNTIME_WORKER_WORKER_H
+
+#include "kernels/device.h"
+#include "loader/package/manifest.h"
+#include "loader/package/package.h"
+#include "loader/stream/stream.h"
+#include "runtime/base/frame.h"
+#include "runtime/base/log.h"
+#include "runtime/base/ring.h"
+#include "runtime/worker/bind.h"
+#include "runtime/worker/chat.h"
+#include "runtime/worker/scheduler.h"
+
+struct cm_worker {
+    struct cm_channel channel;
+    struct cm_log log;
+    struct cm_config_worker config;
+    struct cm_package *package;
+    struct cm_manifest manifest;
+    struct cm_worker_model model;
+    struct cm_device *device;
+    struct cm_tokenizer *tokenizer;
+    struct cm_chat *chat;
+    struct cm_scheduler *scheduler;
+    struct cm_scheduler_limits limits;
+    struct cm_wire_hello hello;
+    struct cm_ring requests, responses;
+    int request_event, response_event;
+    bool rings_open;
+    uint8_t *payload; /* one request record */
+    size_t payload_bytes;
+    bool wake; /* something was put since the gateway was last woken */
+    bool draining, drained, stopping;
+    uint64_t heartbeats, heartbeat_us, stats_us;
+};
+
+/* Key page → package → device → scheduler. On return the key page is wiped and descriptors 5 and 12
+ * are closed, whatever happened. Sends PROGRESS and, on success, LOADED. */
+CM_MUST_USE enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err);
+/* Rings at their fixed descriptors or from a RINGS frame; the first record is HELLO. */
+CM_MUST_USE enum cm_status cm_worker_rings_open(struct cm_worker *worker,
+                                                const int fds[CM_RING_FD_COUNT],
+                                                struct cm_error *err);
+/* Until STOP, or the supervisor is gone. */
+CM_MUST_USE enum cm_status cm_worker_serve(struct cm_worker *worker, struct cm_error *err);
+/* Wipe and free everything. */
+void cm_worker_done(struct cm_worker *worker);
+
+#endif
