@@ -1,0 +1,268 @@
+/* Enrolment of a node: its keys, its counter, and the record that tells the outside of them. */
+#include "loader/tpm/tpm_internal.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static const TPM2B_DATA no_data = {.size = 0};
+static const TPML_PCR_SELECTION no_pcrs = {.count = 0};
+static const TPM2B_SENSITIVE_CREATE no_sensitive = {.size = 0};
+
+static TPM2B_PUBLIC ecc_template(uint32_t attributes, bool signing)
+{
+    TPM2B_PUBLIC made = {.publicArea = {.type = TPM2_ALG_ECC,
+                                        .nameAlg = TPM2_ALG_SHA256,
+                                        .objectAttributes = attributes,
+                                        .parameters.eccDetail = {.curveID = TPM2_ECC_NIST_P256,
+                                                                 .kdf.scheme = TPM2_ALG_NULL}}};
+    TPMS_ECC_PARMS *ecc = &made.publicArea.parameters.eccDetail;
+    if (signing) {
+        ecc->symmetric.algorithm = TPM2_ALG_NULL;
+        ecc->scheme.scheme = TPM2_ALG_ECDSA;
+        ecc->scheme.details.ecdsa.hashAlg = TPM2_ALG_SHA256;
+    } else {
+        ecc->symmetric = (TPMT_SYM_DEF_OBJECT){
+            .algorithm = TPM2_ALG_AES, .keyBits.aes = 128, .mode.aes = TPM2_ALG_CFB};
+        ecc->scheme.scheme = TPM2_ALG_NULL;
+    }
+    return made;
+}
+
+static bool persistent_open(struct cm_tpm *tpm, TPM2_HANDLE handle, ESYS_TR *ret)
+{
+    return Esys_TR_FromTPMPublic(tpm->esys, handle, ESYS_TR_NONE, ESYS_TR_NONE, ESYS_TR_NONE,
+                                 ret) == TSS2_RC_SUCCESS;
+}
+
+/* Make a transient key persistent; the transient one is flushed. */
+static enum cm_status key_keep(struct cm_tpm *tpm, ESYS_TR *transient, TPM2_HANDLE handle,
+                               ESYS_TR *ret, struct cm_error *err)
+{
+    enum cm_status status =
+        cm_tpm_result(Esys_EvictControl(tpm->esys, ESYS_TR_RH_OWNER, *transient, ESYS_TR_PASSWORD,
+                                        ESYS_TR_NONE, ESYS_TR_NONE, handle, ret),
+                      "EvictControl", err);
+    cm_tpm_flush(tpm, transient);
+    return status;
+}
+
+static enum cm_status srk_make(struct cm_tpm *tpm, ESYS_TR *ret, struct cm_error *err)
+{
+    TPM2B_PUBLIC template = ecc_template(CM_TPM_SRK_ATTRIBUTES, false), *public = NULL;
+    TPM2B_CREATION_DATA *creation = NULL;
+    TPM2B_DIGEST *hash = NULL;
+    TPMT_TK_CREATION *ticket = NULL;
+    ESYS_TR transient = ESYS_TR_NONE;
+    if (persistent_open(tpm, CM_SRK_HANDLE, ret)) {
+        return CM_OK;
+    }
+    enum cm_status status = cm_tpm_result(
+        Esys_CreatePrimary(tpm->esys, ESYS_TR_RH_OWNER, ESYS_TR_PASSWORD, ESYS_TR_NONE,
+                           ESYS_TR_NONE, &no_sensitive, &template, &no_data, &no_pcrs, &transient,
+                           &public, &creation, &hash, &ticket),
+        "CreatePrimary of the storage key", err);
+    if (status == CM_OK) {
+        status = key_keep(tpm, &transient, CM_SRK_HANDLE, ret, err);
+    }
+    Esys_Free(public);
+    Esys_Free(creation);
+    Esys_Free(hash);
+    Esys_Free(ticket);
+    return status;
+}
+
+static enum cm_status ak_make(struct cm_tpm *tpm, ESYS_TR srk, ESYS_TR *ret, struct cm_error *err)
+{
+    TPM2B_PUBLIC template = ecc_template(CM_TPM_AK_ATTRIBUTES, true), *public = NULL;
+    TPM2B_PRIVATE *private = NULL;
+    TPM2B_CREATION_DATA *creation = NULL;
+    TPM2B_DIGEST *hash = NULL;
+    TPMT_TK_CREATION *ticket = NULL;
+    ESYS_TR transient = ESYS_TR_NONE;
+    if (persistent_open(tpm, CM_AK_HANDLE, ret)) {
+        return CM_OK;
+    }
+    enum cm_status status = cm_tpm_result(
+        Esys_Create(tpm->esys, srk, ESYS_TR_PASSWORD, ESYS_TR_NONE, ESYS_TR_NONE, &no_sensitive,
+                    &template, &no_data, &no_pcrs, &private, &public, &creation, &hash, &ticket),
+        "Create of the attestation key", err);
+    if (status == CM_OK) {
+        status = cm_tpm_result(Esys_Load(tpm->esys, srk, ESYS_TR_PASSWORD, ESYS_TR_NONE,
+                                         ESYS_TR_NONE, private, public, &transient),
+                               "Load of the attestation key", err);
+    }
+    if (status == CM_OK) {
+        status = key_keep(tpm, &transient, CM_AK_HANDLE, ret, err);
+    }
+    Esys_Free(private);
+    Esys_Free(public);
+    Esys_Free(creation);
+    Esys_Free(hash);
+    Esys_Free(ticket);
+    return status;
+}
+
+/* Find or define the counter; a new one is stepped once, so that its name is final. */
+static enum cm_status counter_make(struct cm_tpm *tpm, ESYS_TR *ret, struct cm_error *err)
+{
+    const TPM2B_AUTH no_auth = {.size = 0};
+    const TPM2B_NV_PUBLIC public = {
+        .nvPublic = {.nvIndex = CM_COUNTER_HANDLE,
+                     .nameAlg = TPM2_ALG_SHA256,
+                     .attributes = (TPM2_NT_COUNTER << TPMA_NV_TPM2_NT_SHIFT) | TPMA_NV_OWNERWRITE |
+                                   TPMA_NV_AUTHREAD | TPMA_NV_OWNERREAD | TPMA_NV_NO_DA,
+                     .dataSize = 8}};
+    if (persistent_open(tpm, CM_COUNTER_HANDLE, ret)) {
+        return CM_OK;
+    }
+    enum cm_status status =
+        cm_tpm_result(Esys_NV_DefineSpace(tpm->esys, ESYS_TR_RH_OWNER, ESYS_TR_PASSWORD,
+                                          ESYS_TR_NONE, ESYS_TR_NONE, &no_auth, &public, ret),
+                      "NV_DefineSpace of the counter", err);
+    if (status == CM_OK) {
+        status = cm_tpm_result(Esys_NV_Increment(tpm->esys, ESYS_TR_RH_OWNER, *ret,
+                                                 ESYS_TR_PASSWORD, ESYS_TR_NONE, ESYS_TR_NONE),
+                               "NV_Increment", err);
+    }
+    return status;
+}
+
+static enum cm_status name_take(struct cm_tpm *tpm, ESYS_TR object,
+                                uint8_t ret_name[CM_TPM_NAME_BYTES], struct cm_error *err)
+{
+    TPM2B_NAME *name = NULL;
+    enum cm_status status = cm_tpm_result(Esys_TR_GetName(tpm->esys, object, &name), "name", err);
+    if (status == CM_OK && name->size != CM_TPM_NAME_BYTES) {
+        status = cm_error_set(err, CM_E_TPM, "CM-TPM-NAME", "a TPM object has no SHA-256 name");
+    }
+    if (status == CM_OK) {
+        memcpy(ret_name, name->name, CM_TPM_NAME_BYTES);
+    }
+    Esys_Free(name);
+    return status;
+}
+
+static enum cm_status public_take(struct cm_tpm *tpm, ESYS_TR object, uint8_t *ret_bytes,
+                                  uint32_t *ret_size, struct cm_error *err)
+{
+    TPM2B_PUBLIC *public = NULL;
+    TPM2B_NAME *name = NULL, *qualified = NULL;
+    enum cm_status status =
+        cm_tpm_result(Esys_ReadPublic(tpm->esys, object, ESYS_TR_NONE, ESYS_TR_NONE, ESYS_TR_NONE,
+                                      &public, &name, &qualified),
+                      "ReadPublic", err);
+    if (status == CM_OK) {
+        status = cm_tpm_public_marshal(public, ret_bytes, ret_size, err);
+    }
+    Esys_Free(public);
+    Esys_Free(name);
+    Esys_Free(qualified);
+    return status;
+}
+
+/* Sign the record. The key is restricted: the TPM must hash the data itself to give a ticket. */
+static enum cm_status record_sign(struct cm_tpm *tpm, ESYS_TR ak, struct cm_enrolment *e,
+                                  struct cm_error *err)
+{
+    uint8_t bytes[CM_ENROLMENT_BYTES_MAX];
+    size_t used = 0;
+    TPM2B_MAX_BUFFER data = {.size = 0};
+    TPM2B_DIGEST *digest = NULL;
+    TPMT_TK_HASHCHECK *ticket = NULL;
+    TPMT_SIGNATURE *signature = NULL;
+    const TPMT_SIG_SCHEME scheme = {.scheme = TPM2_ALG_NULL};
+    enum cm_status status = cm_enrolment_encode(e, bytes, sizeof(bytes), &used, err);
+    used -= sizeof(e->signature);
+    if (status == CM_OK && used > sizeof(data.buffer)) {
+        status = cm_error_set(err, CM_E_BUG, "CM-SEAL-FORM", "record too long for one TPM2_Hash");
+    }
+    if (status == CM_OK) {
+        data.size = (UINT16)used;
+        memcpy(data.buffer, bytes, used);
+        status = cm_tpm_result(Esys_Hash(tpm->esys, ESYS_TR_NONE, ESYS_TR_NONE, ESYS_TR_NONE, &data,
+                                         TPM2_ALG_SHA256, ESYS_TR_RH_OWNER, &digest, &ticket),
+                               "Hash", err);
+    }
+    if (status == CM_OK) {
+        status = cm_tpm_result(Esys_Sign(tpm->esys, ak, ESYS_TR_PASSWORD, ESYS_TR_NONE,
+                                         ESYS_TR_NONE, digest, &scheme, ticket, &signature),
+                               "Sign", err);
+    }
+    if (status == CM_OK) {
+        const TPMS_SIGNATURE_ECC *ecc = &signature->signature.ecdsa;
+        memset(e->signature, 0, sizeof(e->signature));
+        memcpy(e->signature + 32 - ecc->signatureR.size, ecc->signatureR.buffer,
+               ecc->signatureR.size);
+        memcpy(e->signature + 64 - ecc->signatureS.size, ecc->signatureS.buffer,
+               ecc->signatureS.size);
+    }
+    Esys_Free(digest);
+    Esys_Free(ticket);
+    Esys_Free(signature);
+    return status;
+}
+
+static enum cm_status ek_take(struct cm_tpm *tpm, struct cm_enrolment *e, struct cm_error *err)
+{
+    ESYS_TR ek = ESYS_TR_NONE;
+    TPM2B_PUBLIC *public = NULL;
+    uint8_t name[CM_TPM_NAME_BYTES];
+    enum cm_status status = cm_tpm_ek_create(tpm, &ek, &public, err);
+    if (status == CM_OK) {
+        status = cm_tpm_public_marshal(public, e->ek_public, &e->ek_public_bytes, err);
+    }
+    if (status == CM_OK) {
+        status = cm_tpm_name(e->ek_public, e->ek_public_bytes, name, err);
+    }
+    if (status == CM_OK) {
+        memcpy(e->node, name + 2, CM_DIGEST_BYTES);
+    }
+    Esys_Free(public);
+    cm_tpm_flush(tpm, &ek);
+    return status;
+}
+
+enum cm_status cm_tpm_provision(struct cm_tpm *tpm, const char *node_name, bool development,
+                                struct cm_enrolment *ret_enrolment, struct cm_error *err)
+{
+    struct cm_enrolment e = {
+        .development = development, .counter_handle = CM_COUNTER_HANDLE, .pcr = CM_PCR_DEFAULT};
+    ESYS_TR srk = ESYS_TR_NONE, ak = ESYS_TR_NONE, counter = ESYS_TR_NONE;
+    snprintf(e.node_name, sizeof(e.node_name), "%s", node_name);
+    enum cm_status status = cm_tpm_pcr_read(tpm, e.pcr, e.pcr_value, err);
+    if (status == CM_OK) {
+        status = ek_take(tpm, &e, err);
+    }
+    if (status == CM_OK) {
+        status = srk_make(tpm, &srk, err);
+    }
+    if (status == CM_OK) {
+        status = public_take(tpm, srk, e.srk_public, &e.srk_public_bytes, err);
+    }
+    if (status == CM_OK) {
+        status = ak_make(tpm, srk, &ak, err);
+    }
+    if (status == CM_OK) {
+        status = public_take(tpm, ak, e.ak_public, &e.ak_public_bytes, err);
+    }
+    if (status == CM_OK) {
+        status = counter_make(tpm, &counter, err);
+    }
+    /* Known anew, so that the name has its WRITTEN bit. */
+    if (status == CM_OK) {
+        (void)Esys_TR_Close(tpm->esys, &counter);
+        status = persistent_open(tpm, CM_COUNTER_HANDLE, &counter)
+                     ? name_take(tpm, counter, e.counter_name, err)
+                     : cm_error_set(err, CM_E_TPM, "CM-TPM-COUNTER", "the counter is gone again");
+    }
+    if (status == CM_OK) {
+        status = cm_tpm_counter_read(tpm, counter, &e.counter_value, err);
+    }
+    if (status == CM_OK) {
+        status = record_sign(tpm, ak, &e, err);
+    }
+    if (status == CM_OK) {
+        *ret_enrolment = e;
+    }
+    return status;
+}

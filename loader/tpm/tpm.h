@@ -1,0 +1,40 @@
+/* Talking to the node's TPM over an inherited descriptor. Keeper only; blocks on the TPM.
+ *
+ * One own TCTI serves /dev/tpmrm0, swtpm's data socket and casemate-devtpm. Every command has a
+ * time limit. Errors carry the TPM's response code in subcode. */
+#ifndef CASEMATE_LOADER_TPM_TPM_H
+#define CASEMATE_LOADER_TPM_TPM_H
+
+#include "loader/package/package.h"
+#include "loader/tpm/enrolment.h"
+#include "runtime/base/secret.h"
+
+struct cm_tpm;
+
+/* Borrows fd. Flushes transient objects and sessions that an earlier user left behind (the
+ * development TPM has no resource manager). Fails: TPM. */
+CM_MUST_USE enum cm_status cm_tpm_open(int fd, struct cm_tpm **ret_tpm, struct cm_error *err);
+void cm_tpm_close(struct cm_tpm *tpm); /* NULL is fine */
+
+/* Make (or find) EK, SRK, AK and the counter, and sign the record. Idempotent. */
+CM_MUST_USE enum cm_status cm_tpm_provision(struct cm_tpm *tpm, const char *node_name,
+                                            bool development, struct cm_enrolment *ret_enrolment,
+                                            struct cm_error *err);
+
+/* Unseal a package key: the slot's payload under the policy list. Checks first that this is the
+ * enrolled TPM. Fails: TPM; POLICY CM-SEAL-PCR, CM-SEAL-COUNTER, CM-SEAL-POLICY, CM-SEAL-OBJECT,
+ * CM-SEAL-NODE … with what to do next. */
+CM_MUST_USE enum cm_status cm_tpm_unseal(struct cm_tpm *tpm, const struct cm_enrolment *enrolment,
+                                         const uint8_t *payload, size_t payload_bytes,
+                                         const struct cm_policy_list *list,
+                                         const uint8_t policy_key[static CM_PUBLIC_KEY_BYTES],
+                                         struct cm_secret **ret_key, struct cm_error *err);
+
+/* Extend a PCR, step the counter: for tests and for the issue that measures. */
+CM_MUST_USE enum cm_status cm_tpm_pcr_extend(struct cm_tpm *tpm, uint32_t pcr,
+                                             const uint8_t digest[static CM_DIGEST_BYTES],
+                                             struct cm_error *err);
+CM_MUST_USE enum cm_status cm_tpm_counter_step(struct cm_tpm *tpm, uint32_t handle,
+                                               struct cm_error *err);
+
+#endif
