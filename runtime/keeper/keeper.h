@@ -1,0 +1,42 @@
+/* The keeper role: unseal once, hand out key pages, own the TLS key. */
+#ifndef CASEMATE_RUNTIME_KEEPER_KEEPER_H
+#define CASEMATE_RUNTIME_KEEPER_KEEPER_H
+
+#include "loader/tpm/tpm.h"
+#include "runtime/base/frame.h"
+#include "runtime/base/log.h"
+
+#define CM_TLS_KEY_BYTES_MAX 1024u
+
+/* The service's TLS identity: PKCS#8 DER in secret memory, certificate DER in the clear. */
+struct cm_tls_identity {
+    struct cm_secret *key; /* u32 LE size ‖ PKCS#8 DER */
+    uint8_t certificate[CM_CERTIFICATE_BYTES_MAX];
+    uint32_t certificate_bytes;
+};
+
+/* A fresh P-256 key and a self-signed certificate for the names (DNS names or IP addresses), 90
+ * days. */
+CM_MUST_USE enum cm_status cm_tls_identity_make(const char (*names)[CM_NAME_BYTES], uint32_t count,
+                                                struct cm_tls_identity *ret_identity,
+                                                struct cm_error *err);
+
+struct cm_keeper {
+    struct cm_channel channel;
+    struct cm_log log;
+    struct cm_config_keeper config;
+    struct cm_secret *package_key;
+    struct cm_tls_identity tls;
+    uint8_t *handed; /* the page handed out last, until LOADED or the next */
+    uint32_t handed_generation;
+    uint64_t hand_outs_us[8]; /* times of the last hand-outs: the rate limit */
+    uint32_t hand_out_next;
+};
+
+/* Read head and policy list from CM_FD_INPUT, unseal, authenticate the head. */
+CM_MUST_USE enum cm_status cm_keeper_unseal(struct cm_keeper *keeper, struct cm_error *err);
+/* Until STOP, or the supervisor is gone. */
+CM_MUST_USE enum cm_status cm_keeper_serve(struct cm_keeper *keeper, struct cm_error *err);
+void cm_keeper_done(struct cm_keeper *keeper);
+
+#endif

@@ -1,0 +1,119 @@
+/* casemate-keeper: holds the package key and the TPM, and nothing else. `--provision` enrols a
+ * node. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "runtime/keeper/keeper.h"
+
+#define CONFIG_WAIT_MS 10000
+
+static enum cm_status restrict_early(struct cm_error *err)
+{
+    const struct rlimit none = {0, 0};
+    if (prctl(PR_SET_DUMPABLE, 0) != 0 || setrlimit(RLIMIT_CORE, &none) != 0) {
+        return cm_error_errno(err, errno, "CM-KEEPER-RESTRICT", "cannot forbid core dumps");
+    }
+    return CM_OK;
+}
+
+static bool node_name_valid(const char *name)
+{
+    size_t size = strlen(name);
+    return size >= 1 && size < CM_NAME_BYTES &&
+           strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._") ==
+               size;
+}
+
+/* TPM at descriptor 13, the record to standard output. */
+static enum cm_status provision(const char *node_name, bool development, struct cm_error *err)
+{
+    struct cm_tpm *tpm = NULL;
+    struct cm_enrolment enrolment;
+    uint8_t bytes[CM_ENROLMENT_BYTES_MAX];
+    size_t size = 0;
+    if (!node_name_valid(node_name)) {
+        return cm_error_set(err, CM_E_USAGE, "CM-KEEPER-NAME",
+                            "node name '%s' is not [A-Za-z0-9._-]{1,63}", node_name);
+    }
+    enum cm_status status = cm_tpm_open(CM_FD_TPM, &tpm, err);
+    if (status == CM_OK) {
+        status = cm_tpm_provision(tpm, node_name, development, &enrolment, err);
+    }
+    cm_tpm_close(tpm);
+    if (status == CM_OK) {
+        status = cm_enrolment_encode(&enrolment, bytes, sizeof(bytes), &size, err);
+    }
+    /* What we hand out must stand its own check. */
+    if (status == CM_OK) {
+        status = cm_enrolment_parse(bytes, size, &enrolment, err);
+    }
+    if (status == CM_OK && write(STDOUT_FILENO, bytes, size) != (ssize_t)size) {
+        status = cm_error_errno(err, errno, "CM-KEEPER-WRITE", "cannot write the enrolment record");
+    }
+    return status;
+}
+
+static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
+{
+    static struct cm_frame frame;
+    keeper->log = (struct cm_log){CM_FD_LOG, "keeper", CM_LOG_INFO};
+    cm_channel_init(&keeper->channel, CM_FD_CONTROL, CM_ROLE_KEEPER, CM_ROLE_SUPERVISOR);
+    enum cm_status status = cm_channel_wait(&keeper->channel, &frame, CONFIG_WAIT_MS, err);
+    if (status == CM_OK &&
+        (frame.type != CM_FRAME_CONFIG || frame.bytes != sizeof(keeper->config))) {
+        status =
+            cm_error_set(err, CM_E_BUG, "CM-KEEPER-CONFIG", "the first frame is no configuration");
+    }
+    if (status == CM_OK) {
+        memcpy(&keeper->config, frame.payload, sizeof(keeper->config));
+        uint32_t names = keeper->config.tls_name_count;
+        status = names <= 8
+                     ? cm_tls_identity_make(keeper->config.tls_names, names, &keeper->tls, err)
+                     : cm_error_set(err, CM_E_BUG, "CM-KEEPER-CONFIG", "too many names");
+    }
+    if (status == CM_OK) {
+        status = cm_keeper_unseal(keeper, err);
+    }
+    if (status == CM_OK) {
+        status = cm_channel_send(&keeper->channel, CM_FRAME_READY, NULL, 0, NULL, 0, err);
+    }
+    if (status == CM_OK) {
+        CM_LOG(&keeper->log, CM_LOG_INFO, "unsealed",
+               CM_LOG_S("tpm", keeper->config.development_tpm ? "development" : "real"));
+        status = cm_keeper_serve(keeper, err);
+    }
+    cm_keeper_done(keeper);
+    if (status != CM_OK) {
+        cm_log_error(&keeper->log, "failed", err);
+        (void)!cm_channel_send(&keeper->channel, CM_FRAME_FAILED, err, sizeof(*err), NULL, 0, NULL);
+    }
+    return status;
+}
+
+int main(int count, char **words)
+{
+    static struct cm_keeper keeper;
+    struct cm_error err = {.status = CM_OK};
+    enum cm_status status = restrict_early(&err);
+    bool enrols =
+        count >= 4 && strcmp(words[1], "--provision") == 0 && strcmp(words[2], "--node-name") == 0;
+    if (status == CM_OK && enrols) {
+        bool development = count == 5 && strcmp(words[4], "--development") == 0;
+        status = provision(words[3], development, &err);
+        if (status != CM_OK) {
+            fprintf(stderr, "casemate-keeper: %s (%s)\n", err.text, err.id);
+        }
+    } else if (status == CM_OK && count == 1) {
+        status = serve(&keeper, &err);
+    } else if (status == CM_OK) {
+        fprintf(stderr, "casemate-keeper is started by casemate-supervisor, or as\n"
+                        "casemate-keeper --provision --node-name NAME [--development] 13<>TPM\n");
+        status = CM_E_USAGE;
+    }
+    return cm_status_exit_code(status);
+}

@@ -1,0 +1,169 @@
+/* The keeper's life after the unseal: answer two requests, check one promise. */
+#include "runtime/keeper/keeper.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define RATE_WINDOW_US 60000000ull /* at most 8 hand-outs a minute: a crash loop gains nothing */
+#define RATE_COUNT     8u
+
+static uint64_t now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+}
+
+static void handed_wipe(struct cm_keeper *keeper)
+{
+    if (keeper->handed != NULL) {
+        cm_wipe(keeper->handed, CM_KEY_PAGE_BYTES);
+        cm_key_page_unmap(keeper->handed);
+        keeper->handed = NULL;
+    }
+}
+
+static enum cm_status rate_check(struct cm_keeper *keeper, struct cm_error *err)
+{
+    uint64_t *oldest = &keeper->hand_outs_us[keeper->hand_out_next % RATE_COUNT];
+    uint64_t now = now_us();
+    if (*oldest != 0 && now - *oldest < RATE_WINDOW_US) {
+        return cm_error_set(err, CM_E_BUSY, "CM-KEEPER-RATE",
+                            "more than %u key pages a minute: the worker is in a crash loop",
+                            RATE_COUNT);
+    }
+    *oldest = now;
+    keeper->hand_out_next++;
+    return CM_OK;
+}
+
+/* A fresh page with the given bytes; the keeper keeps a mapping only where it must check the wipe.
+ */
+static enum cm_status page_make(const void *bytes, size_t size, int *ret_fd, uint8_t **ret_page,
+                                bool *ret_secret_memory, struct cm_error *err)
+{
+    enum cm_status status = cm_key_page_new(ret_fd, ret_secret_memory, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    status = cm_key_page_map(*ret_fd, ret_page, err);
+    if (status != CM_OK) {
+        close(*ret_fd);
+        return status;
+    }
+    memcpy(*ret_page, bytes, size);
+    return CM_OK;
+}
+
+static enum cm_status key_hand_out(struct cm_keeper *keeper, uint32_t generation,
+                                   struct cm_error *err)
+{
+    int fd;
+    bool secret_memory;
+    enum cm_status status = rate_check(keeper, err);
+    handed_wipe(keeper); /* a worker that died before LOADED left its page full */
+    if (status == CM_OK) {
+        status = page_make(cm_secret_view(keeper->package_key), CM_KEY_BYTES, &fd, &keeper->handed,
+                           &secret_memory, err);
+    }
+    if (status != CM_OK) {
+        return status;
+    }
+    struct cm_key_page_info info = {generation, secret_memory};
+    status = cm_channel_send(&keeper->channel, CM_FRAME_KEY_PAGE, &info, sizeof(info), &fd, 1, err);
+    close(fd);
+    keeper->handed_generation = generation;
+    CM_LOG(&keeper->log, CM_LOG_INFO, "key_page", CM_LOG_I("generation", generation),
+           CM_LOG_S("memory", secret_memory ? "memfd_secret" : "memfd"));
+    return status;
+}
+
+static enum cm_status tls_hand_out(struct cm_keeper *keeper, uint32_t generation,
+                                   struct cm_error *err)
+{
+    static struct cm_tls_page frame;
+    uint8_t *page = NULL;
+    int fd;
+    bool secret_memory;
+    enum cm_status status =
+        page_make(cm_secret_view(keeper->tls.key), cm_secret_size(keeper->tls.key), &fd, &page,
+                  &secret_memory, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    cm_key_page_unmap(page); /* the gateway wipes it; the key stays here in its own secret */
+    frame.generation = generation;
+    frame.certificate_bytes = keeper->tls.certificate_bytes;
+    memcpy(frame.certificate, keeper->tls.certificate, keeper->tls.certificate_bytes);
+    status =
+        cm_channel_send(&keeper->channel, CM_FRAME_TLS_PAGE, &frame, sizeof(frame), &fd, 1, err);
+    close(fd);
+    return status;
+}
+
+/* The worker says that it has wiped the page: look. */
+static void loaded_check(struct cm_keeper *keeper)
+{
+    static const uint8_t zeros[CM_KEY_PAGE_BYTES];
+    if (keeper->handed != NULL && !cm_ct_equal(keeper->handed, zeros, sizeof(zeros))) {
+        CM_LOG(&keeper->log, CM_LOG_ERROR, "key_page_not_wiped",
+               CM_LOG_I("generation", keeper->handed_generation));
+    }
+    handed_wipe(keeper);
+}
+
+static enum cm_status frame_take(struct cm_keeper *keeper, const struct cm_frame *frame,
+                                 bool *ret_stop, struct cm_error *err)
+{
+    struct cm_key_request request;
+    switch (frame->type) {
+    case CM_FRAME_KEY_REQUEST:
+        memcpy(&request, frame->payload, sizeof(request));
+        return key_hand_out(keeper, request.generation, err);
+    case CM_FRAME_TLS_REQUEST:
+        memcpy(&request, frame->payload, sizeof(request));
+        return tls_hand_out(keeper, request.generation, err);
+    case CM_FRAME_LOADED:
+        loaded_check(keeper);
+        return CM_OK;
+    case CM_FRAME_STOP:
+        *ret_stop = true;
+        return CM_OK;
+    default:
+        return cm_error_set(err, CM_E_BUG, "CM-KEEPER-FRAME", "frame %u has no handler",
+                            frame->type);
+    }
+}
+
+enum cm_status cm_keeper_serve(struct cm_keeper *keeper, struct cm_error *err)
+{
+    static struct cm_frame frame;
+    bool stop = false;
+    uint64_t counter = 0;
+    while (!stop) {
+        enum cm_status status = cm_channel_wait(&keeper->channel, &frame, 1000, err);
+        if (status == CM_OK) {
+            status = frame_take(keeper, &frame, &stop, err);
+        } else if (status == CM_E_SYSTEM && err->subcode == EPIPE) {
+            return CM_OK;
+        } else if (status == CM_E_BUSY) {
+            struct cm_heartbeat heartbeat = {.counter = counter++};
+            status = cm_channel_send(&keeper->channel, CM_FRAME_HEARTBEAT, &heartbeat,
+                                     sizeof(heartbeat), NULL, 0, err);
+        }
+        if (status != CM_OK) {
+            return status;
+        }
+    }
+    return CM_OK;
+}
+
+void cm_keeper_done(struct cm_keeper *keeper)
+{
+    handed_wipe(keeper);
+    cm_secret_free(keeper->package_key);
+    cm_secret_free(keeper->tls.key);
+}
