@@ -5,7 +5,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "loader/package/write.h"
 #include "runtime/base/error.h"
+#include "runtime/base/secret.h"
 
 struct cm_pack_arguments {
     const char *input; /* model or package */
@@ -18,6 +20,10 @@ struct cm_pack_arguments {
     const char *recovery;
     const char *passphrase_file;
     const char *revision;
+    const char *policy_ref;
+    const char *nodes[CM_PACKAGE_SLOTS_MAX]; /* enrolment records */
+    uint32_t node_count;
+    const char *label; /* of a slot */
     bool json;
 };
 
@@ -30,5 +36,27 @@ CM_MUST_USE enum cm_status cm_command_inspect(const struct cm_pack_arguments *ar
 /* Open a package with its recovery file and check every segment. */
 CM_MUST_USE enum cm_status cm_command_recover(const struct cm_pack_arguments *arguments,
                                               struct cm_error *err);
+/* Change or show who a package is sealed to; needs no node and no TPM. */
+CM_MUST_USE enum cm_status cm_command_slots_add(const struct cm_pack_arguments *arguments,
+                                                struct cm_error *err);
+CM_MUST_USE enum cm_status cm_command_slots_remove(const struct cm_pack_arguments *arguments,
+                                                   struct cm_error *err);
+/* Sign the state of each node's enrolment record anew into <package>.policy. */
+CM_MUST_USE enum cm_status cm_command_policy_sign(const struct cm_pack_arguments *arguments,
+                                                  struct cm_error *err);
+
+/* nodes.c: seal a key to the nodes named in the arguments; write the policy list beside the
+ * package. */
+CM_MUST_USE enum cm_status cm_nodes_seal(const struct cm_pack_arguments *arguments,
+                                         const uint8_t key[static CM_KEY_BYTES],
+                                         struct cm_package_slot slots[CM_PACKAGE_SLOTS_MAX],
+                                         uint32_t *ret_count, struct cm_error *err);
+CM_MUST_USE enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments,
+                                                 const char *package, bool keep_others,
+                                                 struct cm_error *err);
+/* The key by the recovery file; *ret_head is the package's. fd stays the caller's. */
+CM_MUST_USE enum cm_status cm_recovery_open(const struct cm_pack_arguments *arguments, int fd,
+                                            struct cm_package_head *ret_head,
+                                            struct cm_secret **ret_key, struct cm_error *err);
 
 #endif

@@ -25,6 +25,8 @@ static const struct option_row option_rows[] = {
     {"--default-system", FIELD(default_system), "TEXT", "system prompt where a chat has none"},
     {"--recovery", FIELD(recovery), "FILE", "detached recovery file; keep it off the nodes"},
     {"--passphrase-file", FIELD(passphrase_file), "FILE", "its passphrase, first line"},
+    {"--policy-ref", FIELD(policy_ref), "REF", "what the policy is for (default: casemate)"},
+    {"--label", FIELD(label), "NAME", "name of the node whose slot is meant"},
 };
 
 static const struct {
@@ -39,14 +41,26 @@ static const struct {
     {"keygen", cm_command_keygen, NULL, " --owner ", "",
      "make the owner's and the policy authority's keys", "casemate-pack keygen --owner owner"},
     {"pack", cm_command_pack, "MODEL.gguf", " --out --owner ",
-     " --name --suite --revision --chat-format --default-system --recovery --passphrase-file ",
-     "convert a GGUF model and seal it into a package",
-     "casemate-pack pack model.gguf --out model.cmpkg --owner owner"},
+     " --node --name --suite --revision --chat-format --default-system --recovery "
+     "--passphrase-file --policy-ref ",
+     "convert a GGUF model and seal it into a package for nodes",
+     "casemate-pack pack model.gguf --out model.cmpkg --owner owner --node node1.bin"},
     {"inspect", cm_command_inspect, "PACKAGE", "", "", "explain a package without its key",
      "casemate-pack inspect model.cmpkg"},
     {"recover", cm_command_recover, "PACKAGE", " --recovery --passphrase-file ", "",
      "prove that a recovery file opens a package",
      "casemate-pack recover model.cmpkg --recovery model.recovery --passphrase-file pass.txt"},
+    {"slots-add", cm_command_slots_add, "PACKAGE", " --node --owner --recovery --passphrase-file ",
+     " --policy-ref ", "seal an existing package to further nodes",
+     "casemate-pack slots-add model.cmpkg --node node2.bin --owner owner --recovery m.recovery "
+     "--passphrase-file pass.txt"},
+    {"slots-remove", cm_command_slots_remove, "PACKAGE", " --label --recovery --passphrase-file ",
+     "", "take a node's slot away (no revocation: it has had the key)",
+     "casemate-pack slots-remove model.cmpkg --label node2 --recovery m.recovery "
+     "--passphrase-file pass.txt"},
+    {"policy-sign", cm_command_policy_sign, "PACKAGE", " --node --owner ", " --policy-ref ",
+     "sign the states of nodes into PACKAGE.policy",
+     "casemate-pack policy-sign model.cmpkg --node node1.bin --owner owner"},
 };
 #define COMMAND_COUNT (sizeof(commands) / sizeof(commands[0]))
 #define OPTION_COUNT  (sizeof(option_rows) / sizeof(option_rows[0]))
@@ -70,6 +84,11 @@ static void command_help(size_t row)
                    option_rows[i].help, needed ? " (required)" : "");
         }
     }
+    if (listed(commands[row].needs, "--node") || listed(commands[row].takes, "--node")) {
+        printf("  %-18s %-6s %s%s\n", "--node", "FILE",
+               "a node's enrolment record; repeat for more",
+               listed(commands[row].needs, "--node") ? " (required)" : "");
+    }
     printf("  %-18s %-6s %s\n\nexample: %s\n", "--json", "", "answer for a machine",
            commands[row].example);
 }
@@ -78,7 +97,7 @@ static void help(void)
 {
     printf("casemate-pack %s: seal models, offline, on the owner's machine\n\n", CASEMATE_VERSION);
     for (size_t i = 0; i < COMMAND_COUNT; i++) {
-        printf("  %-9s %s\n            %s\n", commands[i].name, commands[i].help,
+        printf("  %-12s %s\n               %s\n", commands[i].name, commands[i].help,
                commands[i].example);
     }
     printf(
@@ -97,6 +116,11 @@ static enum cm_status arguments_parse(size_t row, int count, char **words,
         }
         if (strcmp(words[i], "--json") == 0) {
             arguments->json = true;
+        } else if (strcmp(words[i], "--node") == 0 && i + 1 < count &&
+                   arguments->node_count < CM_PACKAGE_SLOTS_MAX &&
+                   (listed(commands[row].needs, "--node") ||
+                    listed(commands[row].takes, "--node"))) {
+            arguments->nodes[arguments->node_count++] = words[++i];
         } else if (option < OPTION_COUNT && (listed(commands[row].needs, words[i]) ||
                                              listed(commands[row].takes, words[i]))) {
             if (i + 1 == count) {
@@ -116,6 +140,9 @@ static enum cm_status arguments_parse(size_t row, int count, char **words,
     if (commands[row].positional != NULL && arguments->input == NULL) {
         return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE", "%s is missing",
                             commands[row].positional);
+    }
+    if (listed(commands[row].needs, "--node") && arguments->node_count == 0) {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE", "--node is missing");
     }
     for (size_t i = 0; i < OPTION_COUNT; i++) {
         const char *value;

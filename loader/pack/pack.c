@@ -174,7 +174,9 @@ static enum cm_status package_write(const struct cm_pack_arguments *arguments,
 {
     struct cm_owner_key *owner = NULL;
     struct cm_package_writer *writer = NULL;
+    static struct cm_package_slot slots[CM_PACKAGE_SLOTS_MAX];
     struct cm_package_write_options options = {
+        .slots = slots,
         .path = arguments->out,
         .revision = arguments->revision != NULL ? strtoull(arguments->revision, NULL, 10) : 1,
         .host_version_min = 1,
@@ -186,6 +188,9 @@ static enum cm_status package_write(const struct cm_pack_arguments *arguments,
     if (status == CM_OK) {
         options.sign_context = owner;
         cm_owner_public(owner, options.owner_key);
+        status = cm_nodes_seal(arguments, cm_secret_view(key), slots, &options.slot_count, err);
+    }
+    if (status == CM_OK) {
         status = cm_package_write_begin(&options, cm_secret_view(key), &plan->manifest,
                                         plan->payload_bytes, &writer, err);
     }
@@ -272,6 +277,9 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
     if (status == CM_OK) {
         status = package_write(arguments, gguf, &plan, key, &loss, err);
     }
+    if (status == CM_OK && arguments->node_count > 0) {
+        status = cm_nodes_policy_write(arguments, arguments->out, false, err);
+    }
     if (status == CM_OK && arguments->recovery != NULL) {
         status = recovery_make(arguments, key, err);
     }
@@ -307,29 +315,43 @@ static enum cm_status segments_check(const struct cm_package *package, int fd, s
     return status;
 }
 
-enum cm_status cm_command_recover(const struct cm_pack_arguments *arguments, struct cm_error *err)
+enum cm_status cm_recovery_open(const struct cm_pack_arguments *arguments, int fd,
+                                struct cm_package_head *ret_head, struct cm_secret **ret_key,
+                                struct cm_error *err)
 {
     char passphrase[PASSPHRASE_BYTES_MAX + 1];
     struct cm_secret *key = NULL;
-    struct cm_package *package = NULL;
-    struct cm_package_head *head = malloc(sizeof(*head));
-    int fd = open(arguments->input, O_RDONLY | O_CLOEXEC);
     enum cm_status status =
-        fd >= 0 && head != NULL
-            ? passphrase_read(arguments->passphrase_file, passphrase, err)
-            : cm_error_errno(err, errno, "CM-PKG-READ", "cannot open %s", arguments->input);
+        fd >= 0 ? passphrase_read(arguments->passphrase_file, passphrase, err)
+                : cm_error_errno(err, errno, "CM-PKG-READ", "cannot open %s", arguments->input);
     if (status == CM_OK) {
-        status = head_load(arguments->input, head, err);
+        status = head_load(arguments->input, ret_head, err);
     }
     if (status == CM_OK) {
         status = cm_secret_new(CM_KEY_BYTES, &key, err);
     }
     if (status == CM_OK) {
-        status = cm_recovery_read(arguments->recovery, passphrase, head->core.core_digest,
+        status = cm_recovery_read(arguments->recovery, passphrase, ret_head->core.core_digest,
                                   cm_secret_bytes(key), err);
     }
+    cm_wipe(passphrase, sizeof(passphrase));
+    if (status != CM_OK) {
+        cm_secret_free(key);
+        return status;
+    }
+    *ret_key = key;
+    return CM_OK;
+}
+
+enum cm_status cm_command_recover(const struct cm_pack_arguments *arguments, struct cm_error *err)
+{
+    static struct cm_package_head head;
+    struct cm_secret *key = NULL;
+    struct cm_package *package = NULL;
+    int fd = open(arguments->input, O_RDONLY | O_CLOEXEC);
+    enum cm_status status = cm_recovery_open(arguments, fd, &head, &key, err);
     if (status == CM_OK) {
-        status = cm_package_open(fd, cm_secret_view(key), head->core.owner_key, &package, err);
+        status = cm_package_open(fd, cm_secret_view(key), head.core.owner_key, &package, err);
     }
     if (status == CM_OK) {
         status = segments_check(package, fd, err);
@@ -339,10 +361,8 @@ enum cm_status cm_command_recover(const struct cm_pack_arguments *arguments, str
                                : "%s opens with this recovery file: every segment is authentic\n",
                arguments->input);
     }
-    cm_wipe(passphrase, sizeof(passphrase));
     cm_package_close(package);
     cm_secret_free(key);
-    free(head);
     if (fd >= 0) {
         close(fd);
     }

@@ -1,0 +1,287 @@
+/* Nodes: sealing a package's key to them, and the signed list of their allowed states. */
+#include "loader/pack/commands.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "loader/pack/owner.h"
+#include "loader/tpm/enrolment.h"
+
+#define POLICY_REF_DEFAULT "casemate"
+
+static const char *policy_ref(const struct cm_pack_arguments *arguments)
+{
+    return arguments->policy_ref != NULL ? arguments->policy_ref : POLICY_REF_DEFAULT;
+}
+
+static enum cm_status file_read(const char *path, uint8_t *bytes, size_t room, size_t *ret_size,
+                                struct cm_error *err)
+{
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t size = fd >= 0 ? read(fd, bytes, room) : -1;
+    int error_number = errno;
+    if (fd >= 0) {
+        close(fd);
+    }
+    if (size < 0) {
+        return cm_error_errno(err, error_number, "CM-PACK-READ", "cannot read %s", path);
+    }
+    *ret_size = (size_t)size;
+    return CM_OK;
+}
+
+static enum cm_status enrolment_read(const char *path, struct cm_enrolment *ret_enrolment,
+                                     struct cm_error *err)
+{
+    uint8_t bytes[CM_ENROLMENT_BYTES_MAX];
+    size_t size = 0;
+    enum cm_status status = file_read(path, bytes, sizeof(bytes), &size, err);
+    if (status == CM_OK) {
+        status = cm_enrolment_parse(bytes, size, ret_enrolment, err);
+        if (status != CM_OK && err != NULL) {
+            status = cm_error_wrap(err, "%s", path);
+        }
+    }
+    return status;
+}
+
+static enum cm_status key_load(const struct cm_pack_arguments *arguments,
+                               struct cm_owner_key **ret_key,
+                               uint8_t ret_point[CM_PUBLIC_KEY_BYTES], struct cm_error *err)
+{
+    enum cm_status status = cm_owner_load(arguments->owner, "policy", ret_key, err);
+    if (status == CM_OK) {
+        cm_owner_public(*ret_key, ret_point);
+    }
+    return status;
+}
+
+enum cm_status cm_nodes_seal(const struct cm_pack_arguments *arguments,
+                             const uint8_t key[static CM_KEY_BYTES],
+                             struct cm_package_slot slots[CM_PACKAGE_SLOTS_MAX],
+                             uint32_t *ret_count, struct cm_error *err)
+{
+    struct cm_owner_key *policy = NULL;
+    uint8_t point[CM_PUBLIC_KEY_BYTES];
+    enum cm_status status =
+        arguments->node_count > 0 ? key_load(arguments, &policy, point, err) : CM_OK;
+    for (uint32_t i = 0; status == CM_OK && i < arguments->node_count; i++) {
+        struct cm_enrolment enrolment;
+        struct cm_package_slot *slot = &slots[i];
+        *slot = (struct cm_package_slot){.kind = CM_SLOT_TPM};
+        status = enrolment_read(arguments->nodes[i], &enrolment, err);
+        if (status == CM_OK) {
+            memcpy(slot->label, enrolment.node_name, sizeof(slot->label));
+            memcpy(slot->node, enrolment.node, sizeof(slot->node));
+            status = cm_seal_to_node(&enrolment, point, policy_ref(arguments), key, slot->payload,
+                                     sizeof(slot->payload), &slot->payload_bytes, err);
+        }
+    }
+    cm_owner_free(policy);
+    if (status == CM_OK) {
+        *ret_count = arguments->node_count;
+    }
+    return status;
+}
+
+/* One state: the PCR and the counter as they stood at enrolment. */
+static enum cm_status state_sign(const struct cm_pack_arguments *arguments,
+                                 const struct cm_enrolment *enrolment, struct cm_owner_key *policy,
+                                 struct cm_policy_state *ret_state, struct cm_error *err)
+{
+    struct cm_policy_state state = {
+        .pcr_count = 1, .pcrs = {enrolment->pcr}, .counter_max = enrolment->counter_value};
+    uint8_t digest[CM_DIGEST_BYTES];
+    if (!enrolment->development) {
+        return cm_error_set(
+            err, CM_E_POLICY, "CM-PACK-BOOT-CHAIN",
+            "node %s has a real TPM: a policy for it must name boot-chain PCRs (7 and 4 "
+            "or 11), which this version cannot predict yet",
+            enrolment->node_name);
+    }
+    memcpy(state.pcr_values[0], enrolment->pcr_value, CM_DIGEST_BYTES);
+    memcpy(state.counter_name, enrolment->counter_name, sizeof(state.counter_name));
+    if (strlen(policy_ref(arguments)) >= sizeof(state.policy_ref)) {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE",
+                            "--policy-ref is longer than 63 bytes");
+    }
+    snprintf(state.policy_ref, sizeof(state.policy_ref), "%s", policy_ref(arguments));
+    enum cm_status status = cm_policy_state_to_sign(&state, digest, err);
+    if (status == CM_OK) {
+        status = cm_owner_sign(policy, digest, state.signature, err);
+    }
+    if (status == CM_OK) {
+        *ret_state = state;
+    }
+    return status;
+}
+
+/* Put a state into the list, in place of an earlier one of the same node. */
+static enum cm_status state_put(struct cm_policy_list *list, const struct cm_policy_state *state,
+                                struct cm_error *err)
+{
+    uint32_t at = 0;
+    while (at < list->count && memcmp(list->states[at].counter_name, state->counter_name,
+                                      sizeof(state->counter_name)) != 0) {
+        at++;
+    }
+    if (at == CM_POLICY_ENTRIES_MAX) {
+        return cm_error_set(err, CM_E_POLICY, "CM-PACK-POLICY", "a policy list takes %u states",
+                            CM_POLICY_ENTRIES_MAX);
+    }
+    list->count += at == list->count;
+    list->states[at] = *state;
+    return CM_OK;
+}
+
+static enum cm_status list_write(const char *path, const struct cm_policy_list *list,
+                                 struct cm_error *err)
+{
+    static uint8_t bytes[CM_POLICY_LIST_BYTES_MAX];
+    char partial[4096 + 16];
+    size_t size = 0;
+    enum cm_status status = cm_policy_list_encode(list, bytes, sizeof(bytes), &size, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    snprintf(partial, sizeof(partial), "%s.partial", path);
+    int fd = open(partial, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    if (fd < 0 || write(fd, bytes, size) != (ssize_t)size || fsync(fd) != 0 ||
+        rename(partial, path) != 0) {
+        status = cm_error_errno(err, errno, "CM-PACK-POLICY", "cannot write %s", path);
+        unlink(partial);
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    return status;
+}
+
+enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, const char *package,
+                                     bool keep_others, struct cm_error *err)
+{
+    static struct cm_policy_list list;
+    static uint8_t bytes[CM_POLICY_LIST_BYTES_MAX];
+    struct cm_owner_key *policy = NULL;
+    uint8_t point[CM_PUBLIC_KEY_BYTES];
+    char path[4096];
+    size_t size = 0;
+    if (strlen(package) + 8 > sizeof(path)) {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-PATH", "path is too long: %s", package);
+    }
+    snprintf(path, sizeof(path), "%s.policy", package);
+    enum cm_status status = key_load(arguments, &policy, point, err);
+    if (status == CM_OK && keep_others && access(path, F_OK) == 0) {
+        status = file_read(path, bytes, sizeof(bytes), &size, err);
+        if (status == CM_OK) {
+            status = cm_policy_list_parse(bytes, size, point, &list, err);
+        }
+    }
+    for (uint32_t i = 0; status == CM_OK && i < arguments->node_count; i++) {
+        struct cm_enrolment enrolment;
+        struct cm_policy_state state;
+        status = enrolment_read(arguments->nodes[i], &enrolment, err);
+        if (status == CM_OK) {
+            status = state_sign(arguments, &enrolment, policy, &state, err);
+        }
+        if (status == CM_OK) {
+            status = state_put(&list, &state, err);
+        }
+    }
+    cm_owner_free(policy);
+    return status == CM_OK ? list_write(path, &list, err) : status;
+}
+
+enum cm_status cm_command_policy_sign(const struct cm_pack_arguments *arguments,
+                                      struct cm_error *err)
+{
+    enum cm_status status = cm_nodes_policy_write(arguments, arguments->input, true, err);
+    if (status == CM_OK) {
+        printf(arguments->json ? "{\"signed\": %u}\n" : "signed the states of %u node(s)\n",
+               arguments->node_count);
+    }
+    return status;
+}
+
+enum cm_status cm_command_slots_add(const struct cm_pack_arguments *arguments, struct cm_error *err)
+{
+    static struct cm_package_head head;
+    static struct cm_package_slot slots[CM_PACKAGE_SLOTS_MAX];
+    static struct cm_package_slot fresh[CM_PACKAGE_SLOTS_MAX];
+    struct cm_secret *key = NULL;
+    uint32_t added = 0, count = 0;
+    int fd = open(arguments->input, O_RDWR | O_CLOEXEC);
+    enum cm_status status = cm_recovery_open(arguments, fd, &head, &key, err);
+    if (status == CM_OK) {
+        status = cm_nodes_seal(arguments, cm_secret_view(key), fresh, &added, err);
+    }
+    /* A node that is there already gets its new slot. */
+    for (uint32_t i = 0; status == CM_OK && i < head.slot_count; i++) {
+        bool replaced = false;
+        for (uint32_t k = 0; k < added; k++) {
+            replaced = replaced || memcmp(fresh[k].node, head.slots[i].node, CM_DIGEST_BYTES) == 0;
+        }
+        if (!replaced) {
+            slots[count++] = head.slots[i];
+        }
+    }
+    if (status == CM_OK && count + added > CM_PACKAGE_SLOTS_MAX) {
+        status = cm_error_set(err, CM_E_PACKAGE, "CM-PACK-SLOTS", "a package has at most %u slots",
+                              CM_PACKAGE_SLOTS_MAX);
+    }
+    if (status == CM_OK) {
+        memcpy(&slots[count], fresh, added * sizeof(fresh[0]));
+        status = cm_package_slots_replace(fd, cm_secret_view(key), slots, count + added, err);
+    }
+    if (status == CM_OK) {
+        status = cm_nodes_policy_write(arguments, arguments->input, true, err);
+    }
+    if (status == CM_OK) {
+        printf(arguments->json ? "{\"slots\": %u}\n" : "the package has %u slot(s) now\n",
+               count + added);
+    }
+    cm_secret_free(key);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return status;
+}
+
+enum cm_status cm_command_slots_remove(const struct cm_pack_arguments *arguments,
+                                       struct cm_error *err)
+{
+    static struct cm_package_head head;
+    static struct cm_package_slot slots[CM_PACKAGE_SLOTS_MAX];
+    struct cm_secret *key = NULL;
+    uint32_t count = 0;
+    int fd = open(arguments->input, O_RDWR | O_CLOEXEC);
+    enum cm_status status = cm_recovery_open(arguments, fd, &head, &key, err);
+    for (uint32_t i = 0; status == CM_OK && i < head.slot_count; i++) {
+        if (strcmp(head.slots[i].label, arguments->label) != 0) {
+            slots[count++] = head.slots[i];
+        }
+    }
+    if (status == CM_OK && count == head.slot_count) {
+        status = cm_error_set(err, CM_E_USAGE, "CM-PACK-SLOTS", "no slot is labelled '%s'",
+                              arguments->label);
+    }
+    if (status == CM_OK) {
+        status = cm_package_slots_replace(fd, cm_secret_view(key), slots, count, err);
+    }
+    if (status == CM_OK) {
+        printf(arguments->json
+                   ? "{\"slots\": %u}\n"
+                   : "the package has %u slot(s) now; this revokes nothing: the node has "
+                     "had the key\n",
+               count);
+    }
+    cm_secret_free(key);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return status;
+}
