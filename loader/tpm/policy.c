@@ -155,8 +155,12 @@ static bool state_take(struct cm_cursor *cursor, struct cm_policy_state *state)
     cm_cursor_copy(cursor, state->counter_name, sizeof(state->counter_name));
     cm_cursor_copy(cursor, state->policy_ref, sizeof(state->policy_ref));
     cm_cursor_copy(cursor, state->signature, sizeof(state->signature));
-    return cm_cursor_ok(cursor) &&
-           memchr(state->policy_ref, '\0', sizeof(state->policy_ref)) != NULL;
+    /* Terminated, and zeros after that: one form only. */
+    size_t used = strnlen(state->policy_ref, sizeof(state->policy_ref));
+    for (size_t i = used; i < sizeof(state->policy_ref); i++) {
+        used += state->policy_ref[i] != '\0' ? sizeof(state->policy_ref) : 0;
+    }
+    return cm_cursor_ok(cursor) && used < sizeof(state->policy_ref);
 }
 
 enum cm_status cm_policy_list_parse(const uint8_t *bytes, size_t size, const uint8_t *policy_key,
