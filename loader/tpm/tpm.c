@@ -8,6 +8,10 @@
 #include <tss2/tss2_mu.h>
 #include <tss2/tss2_rc.h>
 
+/* Part 2, table 7.5. (The header's own macros shift into the sign bit.) */
+#define TRANSIENT_FIRST 0x80000000u
+#define SESSIONS_FIRST  0x02000000u
+
 enum cm_status cm_tpm_result(TSS2_RC code, const char *command, struct cm_error *err)
 {
     if (code == TSS2_RC_SUCCESS) {
@@ -68,10 +72,10 @@ enum cm_status cm_tpm_open(int fd, struct cm_tpm **ret_tpm, struct cm_error *err
         status = cm_tpm_result(Esys_Initialize(&tpm->esys, tpm->tcti, NULL), "open", err);
     }
     if (status == CM_OK) {
-        status = stale_flush(tpm, TPM2_TRANSIENT_FIRST, err);
+        status = stale_flush(tpm, TRANSIENT_FIRST, err);
     }
     if (status == CM_OK) {
-        status = stale_flush(tpm, TPM2_LOADED_SESSION_FIRST, err);
+        status = stale_flush(tpm, SESSIONS_FIRST, err);
     }
     if (status != CM_OK) {
         cm_tpm_close(tpm);

@@ -5,7 +5,6 @@
 #ifndef CASEMATE_LOADER_TPM_TPM_H
 #define CASEMATE_LOADER_TPM_TPM_H
 
-#include "loader/package/package.h"
 #include "loader/tpm/enrolment.h"
 #include "runtime/base/secret.h"
 

@@ -73,7 +73,7 @@ void cm_metrics_response(struct cm_metrics *metrics, const struct cm_route *rout
             return;
         }
     }
-    CM_ASSERT(!"a status outside the table");
+    CM_ASSERT(false && "a status outside the table");
 }
 
 static void head(struct evbuffer *out, const char *name, const char *kind, const char *help)

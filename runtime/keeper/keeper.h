@@ -2,6 +2,7 @@
 #ifndef CASEMATE_RUNTIME_KEEPER_KEEPER_H
 #define CASEMATE_RUNTIME_KEEPER_KEEPER_H
 
+#include "loader/package/package.h"
 #include "loader/tpm/tpm.h"
 #include "runtime/base/frame.h"
 #include "runtime/base/log.h"

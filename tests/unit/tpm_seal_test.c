@@ -14,6 +14,7 @@
 #include <openssl/ecdsa.h>
 #include <openssl/evp.h>
 
+#include "loader/package/package.h"
 #include "loader/tpm/tpm.h"
 #include "loader/tpm/tpm_internal.h"
 
