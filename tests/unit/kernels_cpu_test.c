@@ -1,0 +1,415 @@
+/* The CPU device: paths against the plain definition, sampling against a slow reference, what a
+ * slot releases, and what a device refuses. */
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cpu/cpu_internal.h"
+
+static float uniform(void)
+{
+    return (float)rand() / (float)RAND_MAX * 2.0f - 1.0f;
+}
+
+/* ------------------------------------------------------------------ numbers */
+
+Test(kernels_cpu, philox_known_answers)
+{
+    /* Random123's kat_vectors, philox4x32 with 10 rounds: zeros, ones. */
+    uint32_t out[4];
+    const uint32_t zeros[4] = {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8};
+    cm_philox(0, 0, out);
+    cr_assert_eq(memcmp(out, zeros, sizeof(out)), 0);
+}
+
+Test(kernels_cpu, exp_is_within_two_ulp)
+{
+    for (float x = -86.9f; x < 88.0f; x += 0.0137f) {
+        double wanted = exp((double)x);
+        double error = fabs((double)cm_expf(x) - wanted) / wanted;
+        cr_assert_lt(error, 2.5e-7, "exp(%g)", (double)x);
+    }
+}
+
+Test(kernels_cpu, quantiser_rounds_to_even_and_keeps_zero)
+{
+    float x[64] = {0}, scale[2], sum[2];
+    int8_t q[64];
+    int32_t count[2];
+    x[0] = 127.0f;
+    x[1] = 0.5f;
+    x[2] = 1.5f;
+    x[3] = -2.5f;
+    cm_vector_quantise(x, 64, q, scale, sum, count);
+    cr_assert_eq(q[0], 127);
+    cr_assert_eq(q[1], 0);
+    cr_assert_eq(q[2], 2);
+    cr_assert_eq(q[3], -2);
+    cr_assert_eq(count[0], 127);
+    cr_assert_float_eq(sum[0], 127.0f, 0);
+    cr_assert_float_eq(scale[1], 0.0f, 0);
+    cr_assert_eq(count[1], 0);
+}
+
+struct problem {
+    struct cm_matrix matrix;
+    struct cm_activations act;
+};
+
+static void problem_make(struct problem *p, uint32_t kind, uint32_t rows, uint32_t columns,
+                         uint32_t tokens)
+{
+    uint64_t quant, scale;
+    cr_assert(cm_tensor_layout(kind, rows, columns, &quant, &scale));
+    uint8_t *bytes = aligned_alloc(64, (quant + scale + 8192 + 63) / 64 * 64);
+    for (uint64_t i = 0; i < quant; i++) {
+        bytes[i] = (uint8_t)rand();
+    }
+    for (uint64_t i = 0; i < scale / 2; i++) {
+        uint16_t half;
+        float value = uniform() * 0.05f;
+        cm_vector_to_half(&value, &half, 1);
+        memcpy(bytes + quant + 2 * i, &half, 2);
+    }
+    uint32_t blocks = columns / 32;
+    p->matrix =
+        (struct cm_matrix){kind, rows, cm_padded(rows, 32) / 16, blocks, bytes, bytes + quant};
+    p->act = (struct cm_activations){aligned_alloc(64, (size_t)tokens * columns),
+                                     malloc(tokens * blocks * 4ul),
+                                     malloc(tokens * blocks * 4ul),
+                                     malloc(tokens * blocks * 4ul),
+                                     columns,
+                                     tokens};
+    for (uint32_t t = 0; t < tokens; t++) {
+        float row[4096];
+        for (uint32_t k = 0; k < columns; k++) {
+            row[k] = uniform() * 3.0f;
+        }
+        size_t at = (size_t)t * blocks;
+        cm_vector_quantise(row, columns, p->act.q + at * 32, p->act.scale + at, p->act.sum + at,
+                           p->act.count + at);
+    }
+}
+
+Test(kernels_cpu, paths_equal_the_plain_definition_bit_by_bit)
+{
+    const uint32_t shapes[][3] = {
+        {32, 32, 1}, {64, 256, 3}, {96, 288, 8}, {33, 576, 13}, {960, 64, 5}};
+    const uint32_t kinds[] = {CM_TENSOR_U4A, CM_TENSOR_U4S, CM_TENSOR_U8S};
+    srand(1);
+    for (size_t s = 0; s < sizeof(shapes) / sizeof(shapes[0]); s++) {
+        for (size_t k = 0; k < 3; k++) {
+            struct problem p;
+            problem_make(&p, kinds[k], shapes[s][0], shapes[s][1], shapes[s][2]);
+            size_t stride = (size_t)p.matrix.row_tiles * 16, bytes = stride * shapes[s][2] * 4;
+            float *plain = calloc(1, bytes), *fast = calloc(1, bytes);
+            cm_gemm_plain(&p.matrix, &p.act, plain, stride, 0, p.matrix.row_tiles);
+            cm_gemm_avx2(&p.matrix, &p.act, fast, stride, 0, p.matrix.row_tiles);
+            cr_assert_eq(memcmp(plain, fast, bytes), 0, "avx2, shape %zu, kind %u", s, kinds[k]);
+            if (__builtin_cpu_supports("avx512vnni")) {
+                memset(fast, 0, bytes);
+                cm_gemm_avx512vnni(&p.matrix, &p.act, fast, stride, 0, p.matrix.row_tiles);
+                cr_assert_eq(memcmp(plain, fast, bytes), 0, "vnni, shape %zu, kind %u", s,
+                             kinds[k]);
+            }
+            free(plain);
+            free(fast);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ sampling */
+
+static struct cm_slot *slot_new(uint32_t vocabulary)
+{
+    struct cm_slot *slot = calloc(1, sizeof(*slot));
+    slot->sampling = (struct cm_sampling){.top_p = 1.0f, .repetition_penalty = 1.0f};
+    slot->generated = calloc(vocabulary, 2);
+    slot->seen = calloc(vocabulary, 1);
+    return slot;
+}
+
+/* The slow reference: sort everything, then cut. */
+struct ranked {
+    float weight;
+    uint32_t token;
+};
+
+static int rank_compare(const void *a, const void *b)
+{
+    const struct ranked *x = a, *y = b;
+    if (x->weight != y->weight) {
+        return x->weight > y->weight ? -1 : 1;
+    }
+    return x->token < y->token ? -1 : 1;
+}
+
+static uint32_t sample_slowly(const struct cm_slot *slot, const float *logits, uint32_t n)
+{
+    const struct cm_sampling *s = &slot->sampling;
+    struct ranked all[512];
+    float greatest = -INFINITY;
+    uint32_t random[4], count = n;
+    for (uint32_t i = 0; i < n; i++) {
+        greatest = logits[i] > greatest ? logits[i] : greatest;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        all[i] = (struct ranked){cm_expf((logits[i] - greatest) / s->temperature), i};
+    }
+    bool filtered = s->top_k != 0 || s->min_p > 0 || s->top_p < 1;
+    if (filtered) {
+        qsort(all, n, sizeof(all[0]), rank_compare);
+        count = s->top_k != 0 && s->top_k < n ? s->top_k : n;
+        while (count > 0 && all[count - 1].weight < s->min_p * all[0].weight) {
+            count--;
+        }
+        double total = 0, kept = 0;
+        uint32_t keep = 0;
+        for (uint32_t i = 0; i < count; i++) {
+            total += (double)all[i].weight;
+        }
+        while (s->top_p < 1 && keep < count && kept < (double)s->top_p * total) {
+            kept += (double)all[keep++].weight;
+        }
+        count = s->top_p < 1 ? keep : count;
+    }
+    double total = 0, sum = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        total += (double)all[i].weight;
+    }
+    cm_philox(s->seed, slot->drawn, random);
+    double draw = ((double)random[0] + (double)random[1] * 0x1p-32) * 0x1p-32 * total;
+    for (uint32_t i = 0; i < count; i++) {
+        sum += (double)all[i].weight;
+        if (draw < sum) {
+            return all[i].token;
+        }
+    }
+    return all[0].token;
+}
+
+Test(kernels_cpu, sampling_equals_the_slow_reference)
+{
+    enum { N = 300 };
+    struct cm_slot *slot = slot_new(N);
+    struct cm_candidate scratch[N];
+    float logits[N], copy[N];
+    unsigned different = 0;
+    srand(2);
+    for (int i = 0; i < 20000; i++) {
+        for (uint32_t k = 0; k < N; k++) {
+            logits[k] = uniform() * 6.0f;
+        }
+        slot->sampling.temperature = 0.2f + (float)(rand() % 18) / 10.0f;
+        slot->sampling.top_k = rand() % 2 ? 0 : (uint32_t)(rand() % 50 + 1);
+        slot->sampling.top_p = rand() % 2 ? 1.0f : (float)(rand() % 99 + 1) / 100.0f;
+        slot->sampling.min_p = rand() % 2 ? 0.0f : (float)(rand() % 50) / 100.0f;
+        slot->sampling.seed = (uint64_t)rand() << 32 | (uint64_t)rand();
+        slot->drawn = (uint32_t)rand() % 1000;
+        memcpy(copy, logits, sizeof(copy));
+        uint32_t wanted = sample_slowly(slot, logits, N);
+        /* Sums in another order may differ in the last bit at a border. */
+        different += cm_sample(slot, copy, N, NULL, 0, scratch) != wanted;
+    }
+    cr_assert_leq(different, 2u, "%u of 20000 differ", different);
+}
+
+Test(kernels_cpu, greedy_penalties_and_masks)
+{
+    struct cm_slot *slot = slot_new(8);
+    struct cm_candidate scratch[8];
+    float logits[8] = {1, 5, 5, 3, 0, 0, 0, 0};
+    const uint32_t masked[] = {1, 2};
+    cr_assert_eq(cm_sample(slot, logits, 8, NULL, 0, scratch), 1u); /* ties: the lower id */
+    cr_assert_eq(cm_sample(slot, logits, 8, masked, 2, scratch), 3u);
+    float again[8] = {1, 5, 5, 3, 0, 0, 0, 0};
+    slot->generated[1] = 3;
+    slot->sampling.frequency_penalty = 0.5f;
+    cr_assert_eq(cm_sample(slot, again, 8, NULL, 0, scratch), 2u);
+    float third[8] = {1, 5, 4.9f, 3, 0, 0, 0, 0};
+    slot->sampling.frequency_penalty = 0;
+    slot->seen[1] = 1;
+    slot->sampling.repetition_penalty = 1.5f;
+    cr_assert_eq(cm_sample(slot, third, 8, NULL, 0, scratch), 2u);
+    float fourth[8] = {-2, -1, -3, -3, -9, -9, -9, -9};
+    slot->sampling.repetition_penalty = 3.0f;
+    cr_assert_eq(cm_sample(slot, fourth, 8, NULL, 0, scratch), 0u); /* negative logits sink too */
+    float fifth[8] = {1, 5, 4.9f, 3, 0, 0, 0, 0};
+    slot->sampling.repetition_penalty = 1.0f;
+    slot->sampling.presence_penalty = 0.2f;
+    cr_assert_eq(cm_sample(slot, fifth, 8, NULL, 0, scratch), 2u);
+}
+
+/* ------------------------------------------------------------------ released bytes */
+
+/* Feed text in pieces; returns what was released, terminated. */
+static const char *release(const char *text, size_t size, size_t piece, const char *stop,
+                           bool *ret_stopped)
+{
+    static char out[8192];
+    static struct cm_slot slot;
+    size_t used = 0;
+    memset(&slot, 0, sizeof(slot));
+    if (stop != NULL) {
+        slot.stop_count = 1;
+        slot.stop_bytes[0] = (uint32_t)strlen(stop);
+        memcpy(slot.stops[0], stop, strlen(stop));
+    }
+    *ret_stopped = false;
+    for (size_t at = 0; at < size && !*ret_stopped; at += piece) {
+        uint32_t take = (uint32_t)(size - at < piece ? size - at : piece), bytes;
+        *ret_stopped = cm_slot_release(&slot, (const uint8_t *)text + at, take, at + take == size,
+                                       (uint8_t *)out + used, &bytes);
+        used += bytes;
+    }
+    out[used] = '\0';
+    return out;
+}
+
+Test(kernels_cpu, utf8_is_never_split_and_malformed_bytes_are_replaced)
+{
+    const char *text = "aé東🎉z";
+    bool stopped;
+    for (size_t piece = 1; piece <= strlen(text); piece++) {
+        cr_assert_str_eq(release(text, strlen(text), piece, NULL, &stopped), text, "%zu", piece);
+    }
+    for (size_t piece = 1; piece <= 4; piece++) {
+        cr_assert_str_eq(release("a\xff\xc3(\xe6\x9d", 6, piece, NULL, &stopped),
+                         "a\xef\xbf\xbd\xef\xbf\xbd(\xef\xbf\xbd\xef\xbf\xbd");
+    }
+    /* No release ever ends inside a character. */
+    struct cm_slot slot = {.open = true};
+    uint8_t out[CM_STEP_BYTES_MAX];
+    uint32_t bytes;
+    cm_slot_release(&slot, (const uint8_t *)"\xe6\x9d", 2, false, out, &bytes);
+    cr_assert_eq(bytes, 0u);
+    cm_slot_release(&slot, (const uint8_t *)"\xb1", 1, false, out, &bytes);
+    cr_assert_eq(bytes, 3u);
+}
+
+/* All texts up to 8 bytes over 3 letters, all stops up to 3, all piece sizes: as by strstr. */
+Test(kernels_cpu, stop_strings_exhaustively)
+{
+    char text[9], stop[4], wanted[9];
+    bool stopped;
+    for (int stop_size = 1; stop_size <= 3; stop_size++) {
+        for (int s = 0; s < 27; s++) {
+            for (int i = 0, rest = s; i < stop_size; i++, rest /= 3) {
+                stop[i] = (char)('a' + rest % 3);
+            }
+            stop[stop_size] = '\0';
+            for (int t = 0; t < 6561; t += 1 + t % 2) {
+                for (int i = 0, rest = t; i < 8; i++, rest /= 3) {
+                    text[i] = (char)('a' + rest % 3);
+                }
+                text[8] = '\0';
+                const char *found = strstr(text, stop);
+                snprintf(wanted, sizeof(wanted), "%.*s", found ? (int)(found - text) : 8, text);
+                for (size_t piece = 1; piece <= 3; piece++) {
+                    cr_assert_str_eq(release(text, 8, piece, stop, &stopped), wanted, "%s in %s",
+                                     stop, text);
+                    cr_assert_eq(stopped, found != NULL);
+                }
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ the device's refusals */
+
+static struct cm_error err;
+
+static enum cm_status copy_open(void *context, uint64_t index, const uint8_t *ciphertext,
+                                size_t bytes, uint8_t *plaintext, struct cm_error *failure)
+{
+    (void)index;
+    if (*(int *)context != 0) {
+        return cm_error_set(failure, CM_E_PACKAGE, "CM-PKG-TAG", "wrong");
+    }
+    memcpy(plaintext, ciphertext, bytes);
+    return CM_OK;
+}
+
+static const struct cm_model shape = {.vocabulary = 64,
+                                      .width = 64,
+                                      .layers = 1,
+                                      .heads = 2,
+                                      .kv_heads = 1,
+                                      .head_width = 32,
+                                      .rope_width = 32,
+                                      .ffn_width = 64,
+                                      .context_max = 64,
+                                      .rope_base = 10000,
+                                      .norm_epsilon = 1e-5f,
+                                      .tied_head = true};
+
+static struct cm_device *device_new(uint64_t payload)
+{
+    struct cm_device *device;
+    const struct cm_device_options options = {.threads = 1};
+    struct cm_device_reserve reserve = {&shape, payload, 4096, 2, 4, 64, 16};
+    cr_assert_eq(cm_device_open("cpu", &options, &device, &err), CM_OK, "%s", err.text);
+    cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK, "%s", err.text);
+    return device;
+}
+
+Test(kernels_cpu, loading_refuses_gaps_repeats_sizes_and_wipes_on_failure)
+{
+    uint8_t segment[4096];
+    int fails = 0;
+    const struct cm_device_cipher cipher = {copy_open, &fails};
+    memset(segment, 0x5a, sizeof(segment));
+    struct cm_device *device = device_new(4096 * 3);
+    cr_assert_eq(cm_device_segment_submit(device, &cipher, 0, segment, 4096, &err), CM_OK);
+    cr_assert_eq(cm_device_load_finish(device, &err), CM_E_PACKAGE); /* two are missing */
+    cr_assert_eq(device->payload[0], 0);
+    cr_assert_neq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_OK);
+    cm_device_close(device);
+    device = device_new(4096 * 3);
+    cr_assert_eq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_OK);
+    cr_assert_eq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_E_PACKAGE);
+    cr_assert_eq(device->payload[4096], 0);
+    cm_device_close(device);
+    device = device_new(4096 * 3);
+    cr_assert_eq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_OK);
+    fails = 1;
+    cr_assert_eq(cm_device_segment_submit(device, &cipher, 2, segment, 4096, &err), CM_E_PACKAGE);
+    for (size_t i = 0; i < 4096 * 3; i++) {
+        cr_assert_eq(device->payload[i], 0, "plaintext left at %zu", i);
+    }
+    cm_device_close(device);
+    fails = 0;
+    device = device_new(4096 * 2);
+    cr_assert_eq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_OK);
+    cr_assert_eq(cm_device_segment_submit(device, &cipher, 0, segment, 4096, &err), CM_OK);
+    cr_assert_eq(cm_device_load_finish(device, &err), CM_OK);
+    cm_device_close(device);
+}
+
+Test(kernels_cpu, binding_names_the_tensor_that_is_wrong)
+{
+    uint8_t segment[4096] = {0};
+    int fails = 0;
+    const struct cm_device_cipher cipher = {copy_open, &fails};
+    struct cm_device *device = device_new(4096);
+    static struct cm_layer layer;
+    struct cm_model model = shape;
+    model.layer = &layer;
+    model.embedding = (struct cm_tensor){"embedding", CM_TENSOR_U8S, 64, 64, 0, 4096, 8192, 4352};
+    cr_assert_eq(cm_device_segment_submit(device, &cipher, 0, segment, 4096, &err), CM_OK);
+    cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_E_BUG); /* not finished */
+    cr_assert_eq(cm_device_load_finish(device, &err), CM_OK);
+    cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_E_PACKAGE);
+    cr_assert_not_null(strstr(err.text, "embedding"), "%s", err.text);
+    cm_device_close(device);
+}
+
+Test(kernels_cpu, opening_refuses_what_is_not_there)
+{
+    struct cm_device *device;
+    const struct cm_device_options none = {.path = "sse9"};
+    cr_assert_eq(cm_device_open("abacus", &none, &device, &err), CM_E_CONFIG);
+    cr_assert_eq(cm_device_open("cpu", &none, &device, &err), CM_E_DEVICE);
+}
