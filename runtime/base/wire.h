@@ -34,7 +34,8 @@ extern const struct cm_wire_row cm_wire_rows[CM_WIRE_TYPE_COUNT];
 #define CM_MESSAGES_MAX   256 /* messages per request */
 
 /* How the next token is chosen. Order: penalties, temperature, top-k, min-p, top-p, draw by
- * Philox(seed, position). temperature 0 = greedy, the rest is then without effect but penalties. */
+ * Philox(seed, index of the token in the reply). temperature 0 = greedy, the rest is then without
+ * effect but penalties. */
 struct cm_sampling {
     float temperature;        /* 0 .. 2 */
     float top_p;              /* (0, 1]; 1: off */

@@ -271,13 +271,25 @@ static const char *release(const char *text, size_t size, size_t piece, const ch
 Test(kernels_cpu, utf8_is_never_split_and_malformed_bytes_are_replaced)
 {
     const char *text = "aé東🎉z";
+    /* As bytes.decode("utf-8", "replace") in Python. */
+    static const char *const malformed[][2] = {
+        {"a\xff\xc3(\xe6\x9d", "a\xef\xbf\xbd\xef\xbf\xbd(\xef\xbf\xbd"},
+        {"\xe2\x82\x41", "\xef\xbf\xbd\x41"},
+        {"\xed\xa0\x80", "\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"},
+        {"\xf0\x9f\x8e\xe6\x9d\xb1", "\xef\xbf\xbd\xe6\x9d\xb1"},
+        {"\xc0\xaf", "\xef\xbf\xbd\xef\xbf\xbd"},
+        {"\x80z", "\xef\xbf\xbdz"},
+    };
     bool stopped;
     for (size_t piece = 1; piece <= strlen(text); piece++) {
         cr_assert_str_eq(release(text, strlen(text), piece, NULL, &stopped), text, "%zu", piece);
     }
     for (size_t piece = 1; piece <= 4; piece++) {
-        cr_assert_str_eq(release("a\xff\xc3(\xe6\x9d", 6, piece, NULL, &stopped),
-                         "a\xef\xbf\xbd\xef\xbf\xbd(\xef\xbf\xbd\xef\xbf\xbd");
+        for (size_t i = 0; i < sizeof(malformed) / sizeof(malformed[0]); i++) {
+            cr_assert_str_eq(
+                release(malformed[i][0], strlen(malformed[i][0]), piece, NULL, &stopped),
+                malformed[i][1], "row %zu, pieces of %zu", i, piece);
+        }
     }
     /* No release ever ends inside a character. */
     struct cm_slot slot = {.open = true};
@@ -313,6 +325,36 @@ Test(kernels_cpu, stop_strings_exhaustively)
                     cr_assert_eq(stopped, found != NULL);
                 }
             }
+        }
+    }
+}
+
+/* Two stops that overlap: the one complete first wins, however the bytes come. */
+Test(kernels_cpu, of_two_stops_the_first_complete_wins)
+{
+    static const char *const rows[][4] = {/* stops, text, released */
+                                          {"abcd", "bc", "xabcdz", "xa"},
+                                          {"abc", "bc", "xabcz", "x"},
+                                          {"abcd", "ce", "xabcez", "xab"}};
+    for (size_t r = 0; r < sizeof(rows) / sizeof(rows[0]); r++) {
+        for (uint32_t piece = 1; piece <= 6; piece++) {
+            struct cm_slot slot = {.open = true, .stop_count = 2};
+            uint8_t out[CM_STEP_BYTES_MAX + 64];
+            uint32_t used = 0, bytes, size = (uint32_t)strlen(rows[r][2]);
+            bool stopped = false;
+            for (uint32_t s = 0; s < 2; s++) {
+                slot.stop_bytes[s] = (uint32_t)strlen(rows[r][s]);
+                memcpy(slot.stops[s], rows[r][s], slot.stop_bytes[s]);
+            }
+            for (uint32_t at = 0; at < size && !stopped; at += piece) {
+                uint32_t take = size - at < piece ? size - at : piece;
+                stopped = cm_slot_release(&slot, (const uint8_t *)rows[r][2] + at, take,
+                                          at + take == size, out + used, &bytes);
+                used += bytes;
+            }
+            cr_assert(stopped);
+            cr_assert_eq(used, strlen(rows[r][3]), "row %zu, pieces of %u", r, piece);
+            cr_assert_eq(memcmp(out, rows[r][3], used), 0);
         }
     }
 }
