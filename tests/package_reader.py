@@ -30,6 +30,7 @@ class Package:
         (m_at, m_bytes, t_at, segments, p_at, p_bytes, file_bytes) = \
             struct.unpack_from("<7Q", core, 72)
         assert file_bytes == len(blob) == p_at + p_bytes
+        assert not any(blob[m_at + m_bytes:t_at]) and not any(blob[t_at + 48 * segments:p_at])
         digest = hashlib.sha256(core[:256]).digest()
         self.core_digest = digest
         owner = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\4" + core[192:256])

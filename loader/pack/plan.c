@@ -286,6 +286,27 @@ static enum cm_status texts_read(const struct cm_gguf *gguf, const struct cm_pla
     return status;
 }
 
+/* Nothing is sealed that the host's reader would refuse: its limits are the reader's own. */
+static enum cm_status readable_check(const struct cm_plan *plan, struct cm_error *err)
+{
+    uint8_t *bytes = NULL;
+    size_t size;
+    struct cm_manifest again;
+    struct cm_error cause = {.text = ""};
+    enum cm_status status = cm_manifest_encode(&plan->manifest, &bytes, &size, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    status = cm_manifest_parse(bytes, size, plan->payload_bytes, &again, &cause);
+    free(bytes);
+    if (status == CM_OK) {
+        cm_manifest_done(&again);
+        return CM_OK;
+    }
+    return cm_error_set(err, status, "CM-GGUF-MODEL", "GGUF: no host could load this model: %s",
+                        cause.text);
+}
+
 enum cm_status cm_plan_make(const struct cm_gguf *gguf, const struct cm_plan_options *options,
                             struct cm_plan *ret_plan, struct cm_error *err)
 {
@@ -314,6 +335,9 @@ enum cm_status cm_plan_make(const struct cm_gguf *gguf, const struct cm_plan_opt
     }
     if (status == CM_OK) {
         status = tensors_plan(gguf, &plan, err);
+    }
+    if (status == CM_OK) {
+        status = readable_check(&plan, err);
     }
     if (status != CM_OK) {
         cm_plan_done(&plan);

@@ -2,6 +2,7 @@
  * are changed, then digests, MACs, checksums and the signature are made right again, so that the
  * deep checks are reached. Nothing may crash, and nothing but the sealed content may be accepted.
  */
+#include "tests/unit/mutate.h"
 #include "tests/unit/package_sample.h"
 
 #include "loader/package/internal.h"
@@ -29,28 +30,6 @@ static void core_seal_again(uint8_t *head)
         cr_assert_eq(cm_sha256(slots, CM_SLOTS_SUM_OFFSET, slots + CM_SLOTS_SUM_OFFSET, &err),
                      CM_OK);
     }
-}
-
-static void value_mutate(uint8_t *at, size_t size)
-{
-    static const uint64_t odd[] = {0, 1, 0x7f, 0xff, 0x7fffffff, 0xffffffff, 1ull << 40, ~0ull};
-    uint64_t value = 0;
-    memcpy(&value, at, size);
-    switch (rand() % 4) {
-    case 0:
-        value = odd[rand() % 8];
-        break;
-    case 1:
-        value += (uint64_t)(rand() % 9) - 4;
-        break;
-    case 2:
-        value ^= 1ull << (rand() % (int)(size * 8));
-        break;
-    default:
-        value = value * 2 + 4096;
-        break;
-    }
-    memcpy(at, &value, size);
 }
 
 /* Offsets and sizes of the core header's numbers, and of the slot region's. */

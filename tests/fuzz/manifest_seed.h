@@ -1,0 +1,40 @@
+/* The smallest manifest there is. */
+#ifndef CASEMATE_TESTS_FUZZ_MANIFEST_SEED_H
+#define CASEMATE_TESTS_FUZZ_MANIFEST_SEED_H
+
+#include "loader/package/manifest.h"
+
+#define SEED_PAYLOAD_BYTES 4096u
+
+static inline struct cm_manifest manifest_seed(void)
+{
+    static const uint8_t token_bytes[] = "ab", types[] = {1, 1};
+    static const uint32_t offsets[] = {0, 1, 2}, merges[] = {0, 1};
+    static const struct cm_manifest_tensor tensor = {
+        {"t", 1}, CM_MANIFEST_NO_LAYER, CM_GLOBAL_EMBEDDING, 1, 64, 1, 0, 0, SEED_PAYLOAD_BYTES};
+    return (struct cm_manifest){.model_name = {"seed", 4},
+                                .architecture = CM_ARCH_LLAMA,
+                                .vocabulary = 2,
+                                .width = 64,
+                                .layers = 1,
+                                .heads = 2,
+                                .kv_heads = 1,
+                                .head_width = 32,
+                                .rope_width = 32,
+                                .ffn_width = 64,
+                                .context_max = 128,
+                                .rope_base = 10000.0f,
+                                .norm_epsilon = 1e-5f,
+                                .tokenizer = CM_TOKENIZER_BYTE_BPE,
+                                .split = CM_SPLIT_GPT2,
+                                .end_token_count = 1,
+                                .token_offsets = offsets,
+                                .token_bytes = token_bytes,
+                                .token_types = types,
+                                .merges = merges,
+                                .merge_count = 1,
+                                .tensors = &tensor,
+                                .tensor_count = 1};
+}
+
+#endif
