@@ -50,6 +50,26 @@ const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
     [CM_FRAME_STOP] = {"stop", S, C, P0 | P1 | P2, true, 0, 0, 0, "exit now with 0"},
 };
 
+#define T CM_ROLE_DEVTPM
+
+const struct cm_fd_row cm_fd_rows[CM_FD_COUNT] = {
+    [CM_FD_CONTROL] = {"control", C, "the channel to the supervisor"},
+    [CM_FD_LOG] = {"log", C, "JSON lines out"},
+    [CM_FD_INPUT] = {"input", C,
+                     "gateway: listener; worker: package; keeper: head and policy list in a "
+                     "memfd; devtpm: state file"},
+    [CM_FD_REQUEST_DATA] = {"request_data", G | W, "request ring: records"},
+    [CM_FD_REQUEST_CURSOR] = {"request_cursor", G | W, "request ring: how far the worker has read"},
+    [CM_FD_RESPONSE_DATA] = {"response_data", G | W, "response ring: records"},
+    [CM_FD_RESPONSE_CURSOR] = {"response_cursor", G | W,
+                               "response ring: how far the gateway has read"},
+    [CM_FD_REQUEST_EVENT] = {"request_event", G | W, "eventfd that wakes the worker"},
+    [CM_FD_RESPONSE_EVENT] = {"response_event", G | W, "eventfd that wakes the gateway"},
+    [CM_FD_KEY_PAGE] = {"key_page", G | W,
+                        "worker: package key; gateway: TLS key; wiped after use"},
+    [CM_FD_TPM] = {"tpm", K | T, "raw TPM frames"},
+};
+
 struct header {
     uint16_t type;
     uint16_t fd_count;

@@ -33,6 +33,15 @@ enum cm_fd {
     CM_FD_COUNT
 };
 
+/* Indexed by enum cm_fd: which roles may hold it, and as what. 0 to 2 are /dev/null in every role.
+ */
+struct cm_fd_row {
+    const char *name;
+    uint32_t roles; /* enum cm_role bits */
+    const char *meaning;
+};
+extern const struct cm_fd_row cm_fd_rows[CM_FD_COUNT];
+
 #define CM_RING_FD_COUNT 6 /* CM_FD_REQUEST_DATA .. CM_FD_RESPONSE_EVENT, in this order */
 
 enum cm_role {
