@@ -202,3 +202,31 @@ def test_a_flipped_byte_serves_nothing(build, tiny, tmp_path, where, part):
     log = node.log.read_text()
     assert part in log and "offset" in log and "CM-PKG-" in log
     assert '"worker_hello"' not in log
+
+
+def child_of(parent: int, program: str) -> int:
+    """pid of the child that runs `program`, as soon as there is one."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        for pid in pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            try:
+                if os.readlink(f"/proc/{pid}/exe").endswith(program):
+                    return int(pid)
+            except OSError:
+                continue
+    raise AssertionError(f"{program} never came")
+
+
+@pytest.mark.parametrize("role", ["worker", "gateway"])
+def test_a_role_killed_while_it_starts_is_started_again(build, tiny, tmp_path, role):
+    node = nodes.Node(build / "bin", tmp_path / "node", tiny.owner)
+    node.make(tiny.state.parent / "tiny.gguf", "tiny")
+    node.start(wait=False)
+    pid = child_of(node.service.pid, f"casemate-{role}")
+    os.kill(pid, signal.SIGKILL)
+    node.ready(pid_not=pid)
+    assert node.status()["roles"][role]["restarts"] == 1
+    node.api_key = node.key("after")
+    time.sleep(0.6)
+    assert ask(node, "hello").usage.completion_tokens == 24
+    assert node.stop() == 0
