@@ -53,6 +53,16 @@ Test(kernels_cpu, quantiser_rounds_to_even_and_keeps_zero)
     cr_assert_eq(count[1], 0);
 }
 
+/* Whole cache lines; they live until the test's process ends. */
+static void *lines_new(size_t bytes)
+{
+    static void *kept[256];
+    static size_t count;
+    void *lines = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    cr_assert(lines != NULL && count < 256);
+    return kept[count++] = lines;
+}
+
 struct problem {
     struct cm_matrix matrix;
     struct cm_activations act;
@@ -63,7 +73,7 @@ static void problem_make(struct problem *p, uint32_t kind, uint32_t rows, uint32
 {
     uint64_t quant, scale;
     cr_assert(cm_tensor_layout(kind, rows, columns, &quant, &scale));
-    uint8_t *bytes = aligned_alloc(64, (quant + scale + 8192 + 63) / 64 * 64);
+    uint8_t *bytes = lines_new(quant + scale + 8192);
     for (uint64_t i = 0; i < quant; i++) {
         bytes[i] = (uint8_t)rand();
     }
@@ -76,10 +86,10 @@ static void problem_make(struct problem *p, uint32_t kind, uint32_t rows, uint32
     uint32_t blocks = columns / 32;
     p->matrix =
         (struct cm_matrix){kind, rows, cm_padded(rows, 32) / 16, blocks, bytes, bytes + quant};
-    p->act = (struct cm_activations){aligned_alloc(64, (size_t)tokens * columns),
-                                     malloc(tokens * blocks * 4ul),
-                                     malloc(tokens * blocks * 4ul),
-                                     malloc(tokens * blocks * 4ul),
+    p->act = (struct cm_activations){lines_new((size_t)tokens * columns),
+                                     lines_new(tokens * blocks * 4ul),
+                                     lines_new(tokens * blocks * 4ul),
+                                     lines_new(tokens * blocks * 4ul),
                                      columns,
                                      tokens};
     for (uint32_t t = 0; t < tokens; t++) {
@@ -124,10 +134,11 @@ Test(kernels_cpu, paths_equal_the_plain_definition_bit_by_bit)
 
 static struct cm_slot *slot_new(uint32_t vocabulary)
 {
-    struct cm_slot *slot = calloc(1, sizeof(*slot));
+    struct cm_slot *slot = lines_new(sizeof(*slot));
+    memset(slot, 0, sizeof(*slot));
     slot->sampling = (struct cm_sampling){.top_p = 1.0f, .repetition_penalty = 1.0f};
-    slot->generated = calloc(vocabulary, 2);
-    slot->seen = calloc(vocabulary, 1);
+    slot->generated = memset(lines_new(vocabulary * 2ul), 0, vocabulary * 2ul);
+    slot->seen = memset(lines_new(vocabulary), 0, vocabulary);
     return slot;
 }
 
