@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -69,6 +70,12 @@ const struct cm_fd_row cm_fd_rows[CM_FD_COUNT] = {
                         "worker: package key; gateway: TLS key; wiped after use"},
     [CM_FD_TPM] = {"tpm", K | T, "raw TPM frames"},
 };
+
+void cm_role_begin(const char *name)
+{
+    (void)close_range(CM_FD_COUNT, ~0u, 0);
+    (void)prctl(PR_SET_NAME, name); /* the loader's descriptor number stands there otherwise */
+}
 
 struct header {
     uint16_t type;

@@ -42,6 +42,10 @@ struct cm_fd_row {
 };
 extern const struct cm_fd_row cm_fd_rows[CM_FD_COUNT];
 
+/* First thing in a role's main: close the descriptors of the image that it was loaded from, so that
+ * only those of the table are left, and take its name in process lists. */
+void cm_role_begin(const char *name);
+
 #define CM_RING_FD_COUNT 6 /* CM_FD_REQUEST_DATA .. CM_FD_RESPONSE_EVENT, in this order */
 
 enum cm_role {

@@ -221,6 +221,7 @@ int main(void)
     static struct cm_frame frame;
     struct cm_channel channel;
     struct cm_error err = {.status = CM_OK};
+    cm_role_begin("casemate-devtpm");
     prctl(PR_SET_DUMPABLE, 0);
     cm_channel_init(&channel, CM_FD_CONTROL, CM_ROLE_DEVTPM, CM_ROLE_SUPERVISOR);
     enum cm_status status = cm_channel_wait(&channel, &frame, CONFIG_WAIT_MS, &err);

@@ -41,6 +41,7 @@ static int serve(void)
 int main(int argc, char **argv)
 {
     if (argc == 1) {
+        cm_role_begin("casemate-gateway");
         /* Without the supervisor's socket there is nothing to talk to. */
         return fcntl(CM_FD_CONTROL, F_GETFD) >= 0 ? serve() : usage();
     }

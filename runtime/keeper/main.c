@@ -61,6 +61,7 @@ static enum cm_status provision(const char *node_name, bool development, struct 
 static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
 {
     static struct cm_frame frame;
+    cm_role_begin("casemate-keeper");
     keeper->log = (struct cm_log){CM_FD_LOG, "keeper", CM_LOG_INFO};
     cm_channel_init(&keeper->channel, CM_FD_CONTROL, CM_ROLE_KEEPER, CM_ROLE_SUPERVISOR);
     enum cm_status status = cm_channel_wait(&keeper->channel, &frame, CONFIG_WAIT_MS, err);

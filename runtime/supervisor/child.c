@@ -60,7 +60,8 @@ enum cm_status child_start(struct service *service, struct child *child, int inp
     if (rings != NULL) {
         memcpy(fds + CM_FD_REQUEST_DATA, rings, CM_RING_FD_COUNT * sizeof(int));
     }
-    status = spawn(service->programs_fd, child->program, fds, &child->pid, &child->pidfd, err);
+    status =
+        spawn(&service->store, &child->image, child->program, fds, &child->pid, &child->pidfd, err);
     if (status != CM_OK) {
         goto out;
     }

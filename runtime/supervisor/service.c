@@ -400,6 +400,20 @@ static void children_kill(struct service *service)
     service->end = why;
 }
 
+/* Every program that will run, copied and sealed once: replacements run the same bytes. */
+static enum cm_status images_load(struct service *service, struct cm_error *err)
+{
+    enum cm_status status = CM_OK;
+    for (size_t i = 0; status == CM_OK && i < CHILD_COUNT; i++) {
+        struct child *child = &service->children[i];
+        if (child->role != CM_ROLE_DEVTPM || service->keeper_config.development_tpm == 1) {
+            status = cm_image_load(&service->store, service->programs_fd, child->program,
+                                   &child->image, err);
+        }
+    }
+    return status;
+}
+
 enum cm_status service_open(struct service *service, const struct cm_configuration *configuration,
                             int programs_fd, struct cm_error *err)
 {
@@ -418,6 +432,9 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     child_init(&service->children[CHILD_DEVTPM], CM_ROLE_DEVTPM, "devtpm", "casemate-devtpm");
     state_reason_set(service, "loading");
     enum cm_status status = service_files_open(service, err);
+    if (status == CM_OK) {
+        status = images_load(service, err);
+    }
     if (status == CM_OK) {
         keys_refresh(service);
         CM_LOG(&service->log, CM_LOG_INFO, "listening", CM_LOG_S("address", service->address));
@@ -458,4 +475,5 @@ void service_close(struct service *service)
         }
     }
     rings_close(&service->rings);
+    cm_image_store_close(&service->store);
 }

@@ -16,8 +16,8 @@
 
 #include "runtime/supervisor/supervisor_internal.h"
 
-#define PROGRAM_FD CM_FD_COUNT /* right behind the table; close-on-exec */
-#define HIGH_FD    64
+#define HIGH_FD  128 /* above the table and any image */
+#define FDS_MOST (CM_IMAGE_FD_FIRST + (int)CM_IMAGE_FILES_MAX)
 
 static void signals_default(void)
 {
@@ -29,14 +29,14 @@ static void signals_default(void)
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-/* Move every descriptor out of the way first, then to its number: no order of dup2 can clobber. */
-static bool descriptors_place(const int fds[static CM_FD_COUNT], int program_fd)
+/* Move every descriptor out of the way first, then to its number: no order of dup2 can clobber. The
+ * image's are not close-on-exec: its loader opens them; the role closes them first of all. */
+static bool descriptors_place(const int fds[static FDS_MOST])
 {
-    int high[CM_FD_COUNT + 1];
-    for (int i = CM_FD_CONTROL; i <= CM_FD_COUNT; i++) {
-        int source = i == PROGRAM_FD ? program_fd : fds[i];
-        high[i] = source >= 0 ? fcntl(source, F_DUPFD_CLOEXEC, HIGH_FD) : -1;
-        if (source >= 0 && high[i] < 0) {
+    int high[FDS_MOST];
+    for (int i = CM_FD_CONTROL; i < FDS_MOST; i++) {
+        high[i] = fds[i] >= 0 ? fcntl(fds[i], F_DUPFD_CLOEXEC, HIGH_FD) : -1;
+        if (fds[i] >= 0 && high[i] < 0) {
             return false;
         }
     }
@@ -45,21 +45,19 @@ static bool descriptors_place(const int fds[static CM_FD_COUNT], int program_fd)
         dup2(high[CM_FD_LOG], 2) < 0) {
         return false;
     }
-    for (int i = CM_FD_CONTROL; i <= CM_FD_COUNT; i++) {
+    for (int i = CM_FD_CONTROL; i < FDS_MOST; i++) {
         close(i);
-        if (high[i] >= 0 && dup3(high[i], i, i == PROGRAM_FD ? O_CLOEXEC : 0) < 0) {
+        if (high[i] >= 0 && dup2(high[i], i) < 0) {
             return false;
         }
     }
-    return syscall(SYS_close_range, PROGRAM_FD + 1, ~0u, 0) == 0;
+    return syscall(SYS_close_range, FDS_MOST, ~0u, 0) == 0;
 }
 
-__attribute__((noreturn)) static void child_run(const char *program, int program_fd,
-                                                const int fds[static CM_FD_COUNT], pid_t parent)
+__attribute__((noreturn)) static void child_run(const char *program, const struct cm_image *image,
+                                                const int fds[static FDS_MOST], pid_t parent)
 {
     static const char lost[] = "{\"level\":\"error\",\"event\":\"exec_failed\"}\n";
-    char *const arguments[] = {(char *)program, NULL};
-    char *const environment[] = {NULL};
     const struct rlimit none = {0, 0};
     /* Here: own namespaces and the cgroup (clone3 instead of fork), and the wait for "go". */
     setsid();
@@ -69,38 +67,33 @@ __attribute__((noreturn)) static void child_run(const char *program, int program
     if (getppid() != parent) {
         _exit(127); /* the supervisor died between fork and prctl */
     }
-    if (!descriptors_place(fds, program_fd)) {
+    if (!descriptors_place(fds)) {
         _exit(127);
     }
     /* Here: root file system, exact descriptor check. */
     setrlimit(RLIMIT_CORE, &none);
     /* Here: the other limits, capabilities, no new namespaces, no_new_privs, Landlock; the role
      * itself allocates its memory and sets the filter before it says READY. */
-    syscall(SYS_execveat, PROGRAM_FD, "", arguments, environment, AT_EMPTY_PATH);
+    cm_image_exec(image, program);
     ssize_t written = write(CM_FD_LOG, lost, sizeof(lost) - 1);
     (void)written;
     _exit(127);
 }
 
-enum cm_status spawn(int programs_fd, const char *program, const int fds[static CM_FD_COUNT],
-                     pid_t *ret_pid, int *ret_pidfd, struct cm_error *err)
+enum cm_status spawn(const struct cm_image_store *store, const struct cm_image *image,
+                     const char *program, const int fds[static CM_FD_COUNT], pid_t *ret_pid,
+                     int *ret_pidfd, struct cm_error *err)
 {
-    int program_fd = openat(programs_fd, program, O_PATH | O_CLOEXEC);
-    if (program_fd < 0 || faccessat(programs_fd, program, X_OK, 0) != 0) {
-        int error_number = errno;
-        if (program_fd >= 0) {
-            close(program_fd);
-        }
-        return cm_error_errno(err, error_number, "CM-SUP-PROGRAM",
-                              "cannot run %s beside the supervisor", program);
-    }
+    int all[FDS_MOST];
+    memset(all, 0xff, sizeof(all)); /* -1 each */
+    memcpy(all, fds, CM_FD_COUNT * sizeof(int));
+    (void)cm_image_fds(store, image, all + CM_IMAGE_FD_FIRST);
     pid_t parent = getpid();
     pid_t pid = fork();
     if (pid == 0) {
-        child_run(program, program_fd, fds, parent);
+        child_run(program, image, all, parent);
     }
     int error_number = errno;
-    close(program_fd);
     if (pid < 0) {
         return cm_error_errno(err, error_number, "CM-SUP-FORK", "cannot fork for %s", program);
     }

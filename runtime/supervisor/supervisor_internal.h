@@ -14,6 +14,7 @@
 #include "policies/config/config.h"
 #include "runtime/base/frame.h"
 #include "runtime/base/log.h"
+#include "sandbox/image.h"
 
 #define LOG_LINE_BYTES   4096
 #define BACKOFF_LEAST_MS 100u
@@ -44,6 +45,7 @@ struct child {
     enum cm_role role;
     const char *name;
     const char *program;
+    struct cm_image image; /* what runs, and what was measured */
     enum child_state state;
     pid_t pid;
     int pidfd;
@@ -77,6 +79,7 @@ struct service {
     const struct cm_configuration *configuration;
     struct cm_log log;
     int programs_fd; /* folder of our own executable */
+    struct cm_image_store store;
     int listener_fd, package_fd, tpm_fd, devtpm_end_fd, devtpm_state_fd, head_fd, signal_fd;
     int run_fd; /* <state>/run */
     int lock_fd;
@@ -112,11 +115,11 @@ struct service {
 
 uint64_t clock_ms(void);
 
-/* spawn.c: fork and exec `program` of folder programs_fd; fds[number] or -1 become the child's
- * descriptors 3.., everything else is closed. Fails: SYSTEM. */
-CM_MUST_USE enum cm_status spawn(int programs_fd, const char *program,
-                                 const int fds[static CM_FD_COUNT], pid_t *ret_pid, int *ret_pidfd,
-                                 struct cm_error *err);
+/* spawn.c: fork and exec an image; fds[number] or -1 become the child's descriptors 3.., everything
+ * else but the image is closed. Fails: SYSTEM. */
+CM_MUST_USE enum cm_status spawn(const struct cm_image_store *store, const struct cm_image *image,
+                                 const char *program, const int fds[static CM_FD_COUNT],
+                                 pid_t *ret_pid, int *ret_pidfd, struct cm_error *err);
 
 /* rings.c */
 void rings_init(struct ring_set *rings);

@@ -45,6 +45,7 @@ int main(void)
                                                    CM_FD_RESPONSE_DATA, CM_FD_RESPONSE_CURSOR,
                                                    CM_FD_REQUEST_EVENT, CM_FD_RESPONSE_EVENT};
     struct cm_error err = {.status = CM_OK};
+    cm_role_begin("casemate-worker");
     worker.log = (struct cm_log){CM_FD_LOG, "worker", CM_LOG_INFO};
     cm_channel_init(&worker.channel, CM_FD_CONTROL, CM_ROLE_WORKER, CM_ROLE_SUPERVISOR);
     enum cm_status status = restrict_early(&err);

@@ -210,7 +210,7 @@ def child_of(parent: int, program: str) -> int:
     while time.monotonic() < end:
         for pid in pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
             try:
-                if os.readlink(f"/proc/{pid}/exe").endswith(program):
+                if program in pathlib.Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
                     return int(pid)
             except OSError:
                 continue
@@ -230,3 +230,13 @@ def test_a_role_killed_while_it_starts_is_started_again(build, tiny, tmp_path, r
     time.sleep(0.6)
     assert ask(node, "hello").usage.completion_tokens == 24
     assert node.stop() == 0
+
+
+def test_what_runs_is_sealed_memory(tiny):
+    """No role maps code of a file that somebody could exchange."""
+    for role in ("gateway", "worker", "keeper", "devtpm"):
+        code = [line.split(maxsplit=5) for line in
+                pathlib.Path(f"/proc/{tiny.pid(role)}/maps").read_text().splitlines()]
+        names = {line[5] for line in code if "x" in line[1] and len(line) > 5}
+        assert any("casemate-" + role in name for name in names)
+        assert all(name.startswith(("/memfd:", "[vdso]", "[vsyscall]")) for name in names), names

@@ -217,7 +217,10 @@ int main(int argc, char **argv)
 {
     char path[4200];
     (void)argc;
-    ssize_t size = readlink("/proc/self/exe", folder, sizeof(folder) - 1);
+    cm_role_begin(argv[0]);
+    /* We run from sealed memory: our folder is the supervisor's. */
+    snprintf(path, sizeof(path), "/proc/%d/exe", (int)getppid());
+    ssize_t size = readlink(path, folder, sizeof(folder) - 1);
     folder[size > 0 ? size : 0] = '\0';
     *strrchr(folder, '/') = '\0';
     role = strchr(argv[0], '-') + 1;

@@ -10,6 +10,7 @@ TABLE = {
     "runtime/base": ((), ()),
     "policies": ((BASE,), ("yaml.h",)),
     "kernels": ((BASE,), ()),
+    "sandbox": ((BASE, "policies"), ("cap-ng.h",)),
     "loader/package": ((BASE,), ("openssl/",)),
     "loader/stream": ((BASE, "kernels/device.h", "kernels/model.h", "loader/package"), ("openssl/",)),
     "loader/tpm": ((BASE,), ("openssl/", "tss2/")),
@@ -21,7 +22,7 @@ TABLE = {
                         "loader/stream"), ()),
     "runtime/gateway": ((BASE,), ("openssl/", "event2/", "jansson.h")),
     # Of the package and the policy list the supervisor knows sizes alone.
-    "runtime/supervisor": ((BASE, "policies", "loader/package/package.h",
+    "runtime/supervisor": ((BASE, "policies", "sandbox", "loader/package/package.h",
                             "loader/tpm/enrolment.h"), ("cap-ng.h",)),
     "runtime/cli": ((BASE, "policies", "loader/package", "loader/tpm/enrolment.h"),
                     ("sqlite3.h", "jansson.h", "openssl/")),
