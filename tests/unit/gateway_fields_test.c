@@ -1,0 +1,238 @@
+/* Each row of the field table: values that pass at the edge of what is permitted, values that do
+ * not, wrong JSON types, and what an applied field does to the record for the worker. */
+#include <criterion/criterion.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime/gateway/request.h"
+
+#define BODY_BYTES 65536
+#define MESSAGE(x) "[{\"role\":\"user\",\"content\":" x "}]"
+#define X16        "xxxxxxxxxxxxxxxx"
+#define X64        X16 X16 X16 X16
+#define X256       X64 X64 X64 X64
+
+static const struct cm_request_limits limits = {
+    .model = "m", .max_tokens_default = 100, .record_bytes_max = 4096};
+static char body[BODY_BYTES];
+static struct cm_request request;
+static struct cm_api_error error;
+
+/* A whole body in which `name` has `value`; stream_options need a stream. */
+static size_t body_make(enum cm_endpoint endpoint, const char *name, const char *value)
+{
+    const char *prompt = endpoint == CM_ENDPOINT_CHAT ? "messages" : "prompt";
+    size_t used = (size_t)snprintf(body, BODY_BYTES, "{\"%s\":%s", name, value);
+    if (strcmp(name, "model") != 0) {
+        used += (size_t)snprintf(body + used, BODY_BYTES - used, ",\"model\":\"m\"");
+    }
+    if (strcmp(name, prompt) != 0) {
+        used += (size_t)snprintf(body + used, BODY_BYTES - used, ",\"%s\":%s", prompt,
+                                 endpoint == CM_ENDPOINT_CHAT ? MESSAGE("\"hi\"") : "\"hi\"");
+    }
+    if (strcmp(name, "stream_options") == 0) {
+        used += (size_t)snprintf(body + used, BODY_BYTES - used, ",\"stream\":true");
+    }
+    return used + (size_t)snprintf(body + used, BODY_BYTES - used, "}");
+}
+
+/* On CM_OK the caller frees `request`. */
+static enum cm_status parse(enum cm_endpoint endpoint, const char *name, const char *value)
+{
+    memset(&error, 0, sizeof(error));
+    return cm_request_parse(endpoint, body, body_make(endpoint, name, value), &limits, &request,
+                            &error);
+}
+
+static void passes(enum cm_endpoint endpoint, const char *name, const char *value)
+{
+    enum cm_status status = parse(endpoint, name, value);
+    cr_expect_eq(status, CM_OK, "%s: %s: %s", name, value, error.message);
+    if (status == CM_OK) {
+        cm_request_free(&request);
+    }
+}
+
+/* `code` NULL: any. The parameter is the field, or a place in it. */
+static void fails(enum cm_endpoint endpoint, const char *name, const char *value, const char *code)
+{
+    enum cm_status status = parse(endpoint, name, value);
+    cr_expect_eq(status, CM_E_INPUT, "%s: %s passed", name, value);
+    if (status == CM_OK) {
+        cm_request_free(&request);
+        return;
+    }
+    bool model = error.status == 404 && strcmp(error.code, "model_not_found") == 0;
+    cr_expect(error.status == 400 || model, "%s: %s: %d", name, value, error.status);
+    cr_expect(code == NULL || strcmp(error.code, code) == 0, "%s: %s: %s", name, value, error.code);
+    cr_expect_eq(strncmp(error.param, name, strlen(name)), 0, "%s: %s: param %s", name, value,
+                 error.param);
+    cr_expect(error.message[0] != '\0' && strcmp(error.type, "invalid_request_error") == 0);
+}
+
+#define VALUES_MAX 16
+#define OBJECT     1u
+#define LIST       2u
+#define STRING     4u
+#define INTEGER    8u
+#define REAL       16u
+#define BOOLEAN    32u
+#define NUMBER     (INTEGER | REAL)
+
+/* Every applied field. */
+static const struct {
+    const char *name;
+    unsigned types; /* others are refused, whatever their value */
+    const char *good[VALUES_MAX];
+    const char *bad[VALUES_MAX];
+} applied[] = {
+    {"model", STRING, {"\"m\""}, {"\"\"", "\"M\"", "\"m \"", "\"other\""}},
+    {"messages",
+     LIST,
+     {MESSAGE("\"\""), MESSAGE("[{\"type\":\"text\",\"text\":\"a\"}]"),
+      "[{\"role\":\"developer\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\","
+      "\"name\":\"n\",\"tool_calls\":null}]"},
+     {"[]", "[1]", "[[]]", "[{}]", "[{\"role\":\"user\"}]", "[{\"content\":\"a\"}]",
+      "[{\"role\":\"tool\",\"content\":\"a\"}]", "[{\"role\":1,\"content\":\"a\"}]",
+      MESSAGE("null"), MESSAGE("1"), MESSAGE("[]"), MESSAGE("[\"a\"]"),
+      MESSAGE("[{\"type\":\"image_url\",\"image_url\":\"u\"}]"),
+      MESSAGE("[{\"type\":\"text\",\"text\":1}]"),
+      MESSAGE("[{\"type\":\"text\",\"text\":\"a\",\"x\":1}]"),
+      "[{\"role\":\"user\",\"content\":\"a\",\"tool_calls\":[]}]"}},
+    {"prompt", STRING, {"\"\"", "\"a\""}, {0}},
+    {"max_tokens", INTEGER, {"1", "1000000"}, {"0", "-1", "1000001", "4294967297"}},
+    {"max_completion_tokens", INTEGER, {"1", "1000000"}, {"0", "-1", "1000001"}},
+    {"min_tokens", INTEGER, {"0", "100"}, {"-1", "101", "1000001"}},
+    {"temperature", NUMBER, {"0", "2", "0.5", "2.0", "-0.0"}, {"-0.001", "2.001", "3", "1e30"}},
+    {"top_p", NUMBER, {"1", "0.001", "1e-30"}, {"0", "0.0", "-1", "1.001", "1e-300"}},
+    {"top_k", INTEGER, {"-1", "0", "1", "1000000"}, {"-2", "1000001"}},
+    {"min_p", NUMBER, {"0", "1"}, {"-0.001", "1.001"}},
+    {"frequency_penalty", NUMBER, {"-2", "2", "0"}, {"-2.001", "2.001"}},
+    {"presence_penalty", NUMBER, {"-2", "2", "0"}, {"-2.001", "2.001"}},
+    {"repetition_penalty", NUMBER, {"4", "0.001"}, {"0", "4.001", "-1", "1e-300"}},
+    {"seed", INTEGER, {"0", "-9223372036854775808", "9223372036854775807"}, {0}},
+    {"stop",
+     STRING | LIST,
+     {"\"a\"", "[]", "[\"a\",\"b\",\"c\",\"d\"]", "\"" X256 "\"", "[\"" X256 "\"]"},
+     {"\"\"", "[\"\"]", "[1]", "[null]", "[[\"a\"]]", "[\"a\",\"b\",\"c\",\"d\",\"e\"]",
+      "\"" X256 "x\"", "[\"a\",\"" X256 "x\"]"}},
+    {"stream", BOOLEAN, {"true", "false"}, {0}},
+    {"stream_options",
+     OBJECT,
+     {"{}", "{\"include_usage\":true,\"continuous_usage_stats\":false}",
+      "{\"include_usage\":null,\"include_obfuscation\":false}"},
+     {"{\"include_usage\":1}", "{\"include_obfuscation\":true}", "{\"other\":true}"}},
+    {"ignore_eos", BOOLEAN, {"true", "false"}, {0}},
+    {"n", INTEGER, {"1"}, {"0", "2", "-1"}},
+    {"best_of", INTEGER, {"1"}, {"0", "2"}},
+    {"echo", BOOLEAN, {"false"}, {"true"}},
+    {"logprobs", BOOLEAN, {"false"}, {"true"}},
+    {"use_beam_search", BOOLEAN, {"false"}, {"true"}},
+    {"include_stop_str_in_output", BOOLEAN, {"false"}, {"true"}},
+    {"continue_final_message", BOOLEAN, {"false"}, {"true"}},
+    {"return_tokens_as_token_ids", BOOLEAN, {"false"}, {"true"}},
+    {"add_generation_prompt", BOOLEAN, {"true"}, {"false"}},
+    {"skip_special_tokens", BOOLEAN, {"true"}, {"false"}},
+    {"spaces_between_special_tokens", BOOLEAN, {"true"}, {"false"}},
+    {"response_format",
+     OBJECT,
+     {"{\"type\":\"text\"}"},
+     {"{}", "{\"type\":\"json_object\"}", "{\"type\":1}", "{\"type\":\"text\",\"x\":1}"}},
+    {"modalities", LIST, {"[\"text\"]"}, {"[]", "[\"audio\"]", "[\"text\",\"audio\"]", "[1]"}},
+    {"tool_choice", STRING, {"\"none\"", "\"auto\""}, {"\"required\"", "\"\""}},
+};
+#define APPLIED_COUNT (sizeof(applied) / sizeof(applied[0]))
+
+static const struct {
+    unsigned type;
+    const char *value;
+} of_type[] = {{OBJECT, "{}"},   {OBJECT, "{\"a\":1}"}, {LIST, "[]"},      {LIST, "[1]"},
+               {STRING, "\"\""}, {STRING, "\"1\""},     {INTEGER, "1"},    {INTEGER, "0"},
+               {REAL, "0.5"},    {REAL, "1.0"},         {BOOLEAN, "true"}, {BOOLEAN, "false"}};
+#define TYPED_COUNT (sizeof(of_type) / sizeof(of_type[0]))
+
+static void applied_check(size_t row, enum cm_endpoint endpoint)
+{
+    const char *name = applied[row].name;
+    for (size_t i = 0; i < VALUES_MAX && applied[row].good[i] != NULL; i++) {
+        passes(endpoint, name, applied[row].good[i]);
+    }
+    for (size_t i = 0; i < VALUES_MAX && applied[row].bad[i] != NULL; i++) {
+        fails(endpoint, name, applied[row].bad[i], NULL);
+    }
+    for (size_t i = 0; i < TYPED_COUNT; i++) {
+        if ((applied[row].types & of_type[i].type) == 0) {
+            fails(endpoint, name, of_type[i].value, NULL);
+        }
+    }
+}
+
+static bool required(const char *name)
+{
+    return strcmp(name, "model") == 0 || strcmp(name, "messages") == 0 ||
+           strcmp(name, "prompt") == 0;
+}
+
+/* One row of the table at one endpoint; where it does not stand, its name is unknown. */
+static void row_check(const struct cm_field_row *row, enum cm_endpoint endpoint)
+{
+    bool known = false;
+    if (!required(row->name)) {
+        passes(endpoint, row->name, "null"); /* as if it were not there */
+    } else {
+        fails(endpoint, row->name, "null", "missing_required_parameter");
+    }
+    switch (row->fate) {
+    case CM_FIELD_APPLIED:
+        for (size_t i = 0; i < APPLIED_COUNT; i++) {
+            if (strcmp(applied[i].name, row->name) == 0) {
+                known = true;
+                applied_check(i, endpoint);
+            }
+        }
+        cr_expect(known, "%s has no cases in this test", row->name);
+        return;
+    case CM_FIELD_IGNORED:
+    case CM_FIELD_REFUSED:
+        for (size_t i = 0; i < TYPED_COUNT; i++) {
+            if (row->fate == CM_FIELD_IGNORED) {
+                passes(endpoint, row->name, of_type[i].value);
+            } else {
+                fails(endpoint, row->name, of_type[i].value, "unsupported_parameter");
+                cr_expect_not_null(strstr(error.message, row->note), "%s: why?", row->name);
+            }
+        }
+        return;
+    }
+}
+
+static const struct cm_field_row *row_of(const char *name, enum cm_endpoint endpoint)
+{
+    const struct cm_field_row *found = NULL;
+    for (size_t i = 0; i < cm_field_count; i++) {
+        if (strcmp(cm_field_rows[i].name, name) == 0 &&
+            (cm_field_rows[i].endpoints & endpoint) != 0) {
+            cr_expect_null(found, "%s stands twice", name);
+            found = &cm_field_rows[i];
+        }
+    }
+    return found;
+}
+
+Test(gateway_fields, every_row_at_both_endpoints)
+{
+    static const enum cm_endpoint endpoints[] = {CM_ENDPOINT_CHAT, CM_ENDPOINT_TEXT};
+    cr_assert_gt(cm_field_count, APPLIED_COUNT);
+    for (size_t i = 0; i < cm_field_count; i++) {
+        for (size_t k = 0; k < 2; k++) {
+            const struct cm_field_row *row = row_of(cm_field_rows[i].name, endpoints[k]);
+            if (row != NULL) {
+                row_check(row, endpoints[k]);
+            } else {
+                fails(endpoints[k], cm_field_rows[i].name, "null", "unknown_parameter");
+                fails(endpoints[k], cm_field_rows[i].name, "1", "unknown_parameter");
+            }
+        }
+    }
+}
