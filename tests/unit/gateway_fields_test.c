@@ -236,3 +236,166 @@ Test(gateway_fields, every_row_at_both_endpoints)
         }
     }
 }
+
+/* ------------------------------------------------------------------ what fields do */
+
+static enum cm_status parse_text(enum cm_endpoint endpoint, const char *text)
+{
+    memset(&error, 0, sizeof(error));
+    return cm_request_parse(endpoint, text, strlen(text), &limits, &request, &error);
+}
+
+Test(gateway_fields, each_value_arrives)
+{
+    const char *text = "{\"model\":\"m\",\"messages\":" MESSAGE(
+        "\"a\"") ",\"temperature\":0.25,"
+                 "\"top_p\":0.5,\"top_k\":7,\"min_p\":0.125,\"frequency_penalty\":-1.5,"
+                 "\"presence_penalty\":1.5,\"repetition_penalty\":2.5,\"seed\":-2,"
+                 "\"max_completion_tokens\":9,\"min_tokens\":3,\"ignore_eos\":true,"
+                 "\"stop\":[\"x\",\"yz\"],\"stream\":true,\"stream_options\":"
+                 "{\"include_usage\":true,\"continuous_usage_stats\":true}}";
+    cr_assert_eq(parse_text(CM_ENDPOINT_CHAT, text), CM_OK, "%s", error.message);
+    const struct cm_wire_generate *wire = &request.wire;
+    const struct cm_sampling *s = &wire->sampling;
+    cr_expect(s->temperature == 0.25f && s->top_p == 0.5f && s->top_k == 7 && s->min_p == 0.125f);
+    cr_expect(s->frequency_penalty == -1.5f && s->presence_penalty == 1.5f);
+    cr_expect(s->repetition_penalty == 2.5f && s->seed == UINT64_MAX - 1);
+    cr_expect(wire->max_tokens == 9 && wire->min_tokens == 3 && wire->ignore_eos == 1);
+    cr_expect(wire->stop_count == 2 && strcmp(request.stops[1], "yz") == 0);
+    cr_expect(wire->prompt_kind == CM_PROMPT_CHAT && wire->part_count == 1 && wire->tenant == 0);
+    cr_expect(request.stream && request.include_usage && request.continuous_usage);
+    cm_request_free(&request);
+}
+
+Test(gateway_fields, defaults)
+{
+    const struct cm_request_limits none = {.model = "m", .record_bytes_max = 4096};
+    const char *text = "{\"model\":\"m\",\"prompt\":\"a\",\"top_k\":-1}";
+    cr_assert_eq(parse_text(CM_ENDPOINT_TEXT, text), CM_OK);
+    const struct cm_sampling *s = &request.wire.sampling;
+    cr_expect(s->temperature == 1 && s->top_p == 1 && s->top_k == 0 && s->min_p == 0);
+    cr_expect(s->frequency_penalty == 0 && s->presence_penalty == 0 && s->repetition_penalty == 1);
+    cr_expect(!request.stream && !request.include_usage && request.wire.ignore_eos == 0);
+    cr_expect_eq(request.wire.max_tokens, 100u, "the server's default");
+    uint64_t seed = s->seed;
+    cm_request_free(&request);
+    cr_assert_eq(cm_request_parse(CM_ENDPOINT_TEXT, text, strlen(text), &none, &request, &error),
+                 CM_OK);
+    cr_expect_eq(request.wire.max_tokens, 16u, "as the specification has it");
+    cr_expect_neq(request.wire.sampling.seed, seed, "a random seed is drawn anew");
+    cm_request_free(&request);
+    text = "{\"model\":\"m\",\"messages\":" MESSAGE("\"a\"") "}";
+    cr_assert_eq(cm_request_parse(CM_ENDPOINT_CHAT, text, strlen(text), &none, &request, &error),
+                 CM_OK);
+    cr_expect_eq(request.wire.max_tokens, 0u, "up to the context");
+    cm_request_free(&request);
+}
+
+/* What a single field cannot tell, and what is no object at all. */
+Test(gateway_fields, whole_bodies)
+{
+#define CHAT(x) "{\"model\":\"m\",\"messages\":" MESSAGE("\"a\"") x "}"
+#define DEEP    "[[[[[[[[[[[[[[[" /* 15 */
+    static const struct {
+        const char *text;
+        const char *code; /* NULL: passes */
+    } rows[] = {
+        {CHAT(""), NULL},
+        {" \r\n\t" CHAT(" ") "\n", NULL},
+        {CHAT(",\"max_tokens\":5,\"max_completion_tokens\":5"), NULL},
+        {CHAT(",\"max_tokens\":5,\"max_completion_tokens\":6"), "invalid_value"},
+        {CHAT(",\"max_tokens\":5,\"min_tokens\":5"), NULL},
+        {CHAT(",\"max_tokens\":5,\"min_tokens\":6"), "invalid_value"},
+        {CHAT(",\"stream_options\":{}"), "invalid_value"},
+        {CHAT(",\"stream\":false,\"stream_options\":{}"), "invalid_value"},
+        {CHAT(",\"stream_options\":{},\"stream\":true"), NULL},
+        {CHAT(",\"user\":\"\\u00e4\\ud83d\\ude00\""), NULL},
+        {CHAT(",\"metadata\":" DEEP "]]]]]]]]]]]]]]]"), NULL},
+        {CHAT(",\"metadata\":[" DEEP "]]]]]]]]]]]]]]]]"), "invalid_json"},
+        {CHAT(",\"user\":\"[[[[[[[[[[[[[[[[[[[[\\\"[[[[[[[[[[[[[[[[[[[[\""), NULL},
+        {CHAT(",\"nowhere\":1"), "unknown_parameter"},
+        {CHAT(",\"\":1"), "unknown_parameter"},
+        {CHAT(",\"Temperature\":1"), "unknown_parameter"},
+        {CHAT(",\"model\":\"m\""), "invalid_json"},
+        {CHAT(",\"user\":\"a\",\"user\":\"b\""), "invalid_json"},
+        {CHAT(",\"metadata\":{\"a\":1,\"a\":2}"), "invalid_json"},
+        {CHAT(",\"user\":\"\\u0000\""), "invalid_json"},
+        {CHAT(",\"user\":\"\\ud800\""), "invalid_json"},
+        {CHAT(",\"user\":\"\xff\""), "invalid_json"},
+        {CHAT(",\"user\":\"\xc0\x80\""), "invalid_json"},
+        {CHAT(",\"user\":\"\xed\xa0\x80\""), "invalid_json"},
+        {CHAT(",\"user\":\"a\nb\""), "invalid_json"},
+        {CHAT(",\"seed\":9223372036854775808"), "invalid_json"},
+        {CHAT(",\"seed\":1e999"), "invalid_json"},
+        {CHAT(",\"temperature\":NaN"), "invalid_json"},
+        {CHAT(",\"temperature\":01"), "invalid_json"},
+        {CHAT(",\"temperature\":.5"), "invalid_json"},
+        {CHAT(","), "invalid_json"},
+        {CHAT("") "x", "invalid_json"},
+        {CHAT("") CHAT(""), "invalid_json"},
+        {"\xef\xbb\xbf" CHAT(""), "invalid_json"},
+        {"", "invalid_json"},
+        {"{", "invalid_json"},
+        {"null", "invalid_json"},
+        {"[]", "invalid_json"},
+        {"\"a\"", "invalid_json"},
+        {"1", "invalid_json"},
+        {"{}", "missing_required_parameter"},
+        {"{\"model\":\"m\"}", "missing_required_parameter"},
+        {"{\"messages\":" MESSAGE("\"a\"") "}", "missing_required_parameter"},
+        {"{\"model\":\"x\",\"messages\":" MESSAGE("\"a\"") "}", "model_not_found"},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        enum cm_status status = parse_text(CM_ENDPOINT_CHAT, rows[i].text);
+        const char *code = status == CM_OK ? NULL : error.code;
+        cr_expect((code == NULL) == (rows[i].code == NULL) &&
+                      (code == NULL || strcmp(code, rows[i].code) == 0),
+                  "%s: %s, not %s", rows[i].text, code, rows[i].code);
+        if (status == CM_OK) {
+            cm_request_free(&request);
+        }
+    }
+}
+
+Test(gateway_fields, as_many_messages_as_are_permitted)
+{
+    static char list[BODY_BYTES];
+    for (size_t count = CM_MESSAGES_MAX - 1; count <= CM_MESSAGES_MAX + 1; count++) {
+        size_t used = 0;
+        for (size_t i = 0; i < count; i++) {
+            used += (size_t)snprintf(list + used, sizeof(list) - used,
+                                     "%c{\"role\":\"user\",\"content\":\"\"}", i > 0 ? ',' : '[');
+        }
+        snprintf(list + used, sizeof(list) - used, "]");
+        if (count <= CM_MESSAGES_MAX) {
+            passes(CM_ENDPOINT_CHAT, "messages", list);
+        } else {
+            fails(CM_ENDPOINT_CHAT, "messages", list, "invalid_value");
+        }
+    }
+}
+
+/* The bytes behind the record, as wire.h has them. */
+Test(gateway_fields, the_encoded_record)
+{
+    static const uint8_t wanted[] = "\1\0\0\0x\2\0\0\0yz"
+                                    "\1\0\0\0\1\0\0\0s\1\0\0\0\0\0\0\0"
+                                    "\2\0\0\0\3\0\0\0a\nb\3\0\0\0\2\0\0\0\xc3\xa4";
+    const size_t size = sizeof(wanted) - 1;
+    uint8_t *bytes = NULL;
+    size_t got = 0;
+    cr_assert_eq(parse_text(CM_ENDPOINT_CHAT,
+                            "{\"model\":\"m\",\"stop\":[\"x\",\"yz\"],\"messages\":["
+                            "{\"role\":\"system\",\"content\":\"s\"},"
+                            "{\"role\":\"developer\",\"content\":\"\"},"
+                            "{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"a\"},"
+                            "{\"type\":\"text\",\"text\":\"b\"}]},"
+                            "{\"role\":\"assistant\",\"content\":\"\\u00e4\"}]}"),
+                 CM_OK, "%s", error.message);
+    cr_assert_eq(cm_request_encode(&request, size, &bytes, &got, &error), CM_OK);
+    cr_expect(got == size && memcmp(bytes, wanted, size) == 0);
+    free(bytes);
+    cr_expect_eq(cm_request_encode(&request, size - 1, &bytes, &got, &error), CM_E_INPUT);
+    cr_expect(error.status == 413 && strcmp(error.code, "request_too_large") == 0);
+    cm_request_free(&request);
+}
