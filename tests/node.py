@@ -32,9 +32,24 @@ class Node:
             self.run("casemate", "init", "--state", self.state, "--owner-key",
                      self.owner / "owner.pub", "--policy-key", self.owner / "policy.pub", "--package",
                      self.package, "--node-name", "node-1", "--tpm", "development")
+        measure = self.measure()
         if not self.package.exists():
             self.run("casemate-pack", "pack", model, "--out", self.package, "--owner", self.owner,
-                     "--node", self.state / "enrolment.bin", "--name", name, *pack_options)
+                     "--node", self.state / "enrolment.bin", "--measurement", measure, "--name", name,
+                     *pack_options)
+        else:
+            self.sign()
+
+    def measure(self) -> pathlib.Path:
+        """What a start would measure now, for the owner to sign."""
+        out = self.state / "node.measure"
+        self.run("casemate", "measure", "--state", self.state, "--out", out)
+        return out
+
+    def sign(self, command="policy-sign") -> None:
+        """The owner signs this node's present state."""
+        self.run("casemate-pack", command, self.package, "--owner", self.owner, "--node",
+                 self.state / "enrolment.bin", "--measurement", self.measure())
 
     def key(self, name: str) -> str:
         return self.run("casemate", "keys", "add", name, "--state", self.state).stdout.strip()

@@ -23,7 +23,9 @@ struct cm_pack_arguments {
     const char *policy_ref;
     const char *nodes[CM_PACKAGE_SLOTS_MAX]; /* enrolment records */
     uint32_t node_count;
-    const char *label; /* of a slot */
+    const char *counter;     /* greatest value at which the state may be used */
+    const char *measurement; /* of the nodes: `casemate measure --out` */
+    const char *label;       /* of a slot */
     bool json;
 };
 
@@ -44,6 +46,8 @@ CM_MUST_USE enum cm_status cm_command_slots_remove(const struct cm_pack_argument
 /* Sign the state of each node's enrolment record anew into <package>.policy. */
 CM_MUST_USE enum cm_status cm_command_policy_sign(const struct cm_pack_arguments *arguments,
                                                   struct cm_error *err);
+CM_MUST_USE enum cm_status cm_command_policy_revoke(const struct cm_pack_arguments *arguments,
+                                                    struct cm_error *err);
 
 /* nodes.c: seal a key to the nodes named in the arguments; write the policy list beside the
  * package. */
@@ -53,7 +57,10 @@ CM_MUST_USE enum cm_status cm_nodes_seal(const struct cm_pack_arguments *argumen
                                          uint32_t *ret_count, struct cm_error *err);
 CM_MUST_USE enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments,
                                                  const char *package, bool keep_others,
-                                                 struct cm_error *err);
+                                                 uint64_t steps, struct cm_error *err);
+/* Fails where a --node has no usable --measurement: before anything is written. */
+CM_MUST_USE enum cm_status cm_nodes_check(const struct cm_pack_arguments *arguments,
+                                          struct cm_error *err);
 /* The key by the recovery file; *ret_head is the package's. fd stays the caller's. */
 CM_MUST_USE enum cm_status cm_recovery_open(const struct cm_pack_arguments *arguments, int fd,
                                             struct cm_package_head *ret_head,

@@ -26,6 +26,10 @@ static const struct option_row option_rows[] = {
     {"--recovery", FIELD(recovery), "FILE", "detached recovery file; keep it off the nodes"},
     {"--passphrase-file", FIELD(passphrase_file), "FILE", "its passphrase, first line"},
     {"--policy-ref", FIELD(policy_ref), "REF", "what the policy is for (default: casemate)"},
+    {"--measurement", FIELD(measurement), "FILE",
+     "what the nodes measure: `casemate measure --out FILE` there"},
+    {"--counter", FIELD(counter), "N",
+     "the node's counter may stand at most at N (default: as enrolled)"},
     {"--label", FIELD(label), "NAME", "name of the node whose slot is meant"},
 };
 
@@ -41,26 +45,36 @@ static const struct {
     {"keygen", cm_command_keygen, NULL, " --owner ", "",
      "make the owner's and the policy authority's keys", "casemate-pack keygen --owner owner"},
     {"pack", cm_command_pack, "MODEL.gguf", " --out --owner ",
-     " --node --name --suite --revision --chat-format --default-system --recovery "
+     " --node --measurement --name --suite --revision --chat-format --default-system --recovery "
      "--passphrase-file --policy-ref ",
      "convert a GGUF model and seal it into a package for nodes",
-     "casemate-pack pack model.gguf --out model.cmpkg --owner owner --node node1.bin"},
+     "casemate-pack pack model.gguf --out model.cmpkg --owner owner --node node1.bin --measurement "
+     "node1.measure"},
     {"inspect", cm_command_inspect, "PACKAGE", "", "", "explain a package without its key",
      "casemate-pack inspect model.cmpkg"},
     {"recover", cm_command_recover, "PACKAGE", " --recovery --passphrase-file ", "",
      "prove that a recovery file opens a package",
      "casemate-pack recover model.cmpkg --recovery model.recovery --passphrase-file pass.txt"},
-    {"slots-add", cm_command_slots_add, "PACKAGE", " --node --owner --recovery --passphrase-file ",
-     " --policy-ref ", "seal an existing package to further nodes",
-     "casemate-pack slots-add model.cmpkg --node node2.bin --owner owner --recovery m.recovery "
-     "--passphrase-file pass.txt"},
+    {"slots-add", cm_command_slots_add, "PACKAGE",
+     " --node --measurement --owner --recovery --passphrase-file ", " --policy-ref ",
+     "seal an existing package to further nodes",
+     "casemate-pack slots-add model.cmpkg --node node2.bin --measurement node2.measure --owner "
+     "owner --recovery m.recovery --passphrase-file pass.txt"},
     {"slots-remove", cm_command_slots_remove, "PACKAGE", " --label --recovery --passphrase-file ",
      "", "take a node's slot away (no revocation: it has had the key)",
      "casemate-pack slots-remove model.cmpkg --label node2 --recovery m.recovery "
      "--passphrase-file pass.txt"},
-    {"policy-sign", cm_command_policy_sign, "PACKAGE", " --node --owner ", " --policy-ref ",
-     "sign the states of nodes into PACKAGE.policy",
-     "casemate-pack policy-sign model.cmpkg --node node1.bin --owner owner"},
+    {"policy-sign", cm_command_policy_sign, "PACKAGE", " --node --measurement --owner ",
+     " --policy-ref --counter ", "sign one more state of nodes into PACKAGE.policy",
+     "casemate-pack policy-sign model.cmpkg --node node1.bin --measurement new.measure --owner "
+     "owner"},
+    {"policy-revoke", cm_command_policy_revoke, "PACKAGE", " --node --measurement --owner ",
+     " --policy-ref --counter ",
+     "sign this state alone, for one counter step more; then `casemate revoke` on the node ends "
+     "all "
+     "older states",
+     "casemate-pack policy-revoke model.cmpkg --node node1.bin --measurement new.measure --owner "
+     "owner"},
 };
 #define COMMAND_COUNT (sizeof(commands) / sizeof(commands[0]))
 #define OPTION_COUNT  (sizeof(option_rows) / sizeof(option_rows[0]))

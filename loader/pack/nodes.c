@@ -10,6 +10,7 @@
 
 #include "loader/pack/owner.h"
 #include "loader/tpm/enrolment.h"
+#include "loader/tpm/measure.h"
 
 #define POLICY_REF_DEFAULT "casemate"
 
@@ -88,14 +89,72 @@ enum cm_status cm_nodes_seal(const struct cm_pack_arguments *arguments,
     return status;
 }
 
-/* One state: the PCR and the counter as they stood at enrolment. */
-static enum cm_status state_sign(const struct cm_pack_arguments *arguments,
-                                 const struct cm_enrolment *enrolment, struct cm_owner_key *policy,
-                                 struct cm_policy_state *ret_state, struct cm_error *err)
+/* What the nodes measure before the package: the log that `casemate measure --out` wrote there. */
+static enum cm_status measurement_read(const char *path, struct cm_measurement *ret_measurement,
+                                       struct cm_error *err)
 {
-    struct cm_policy_state state = {
-        .pcr_count = 1, .pcrs = {enrolment->pcr}, .counter_max = enrolment->counter_value};
+    static uint8_t bytes[CM_LOG_BYTES_MAX];
+    size_t size = 0;
+    if (path == NULL) {
+        return cm_error_set(
+            err, CM_E_USAGE, "CM-PACK-USAGE",
+            "--measurement is missing: run `casemate measure --out FILE` on the node "
+            "and give FILE");
+    }
+    enum cm_status status = file_read(path, bytes, sizeof(bytes), &size, err);
+    if (status == CM_OK) {
+        status = cm_measurement_parse(bytes, size, ret_measurement, err);
+    }
+    if (status == CM_OK &&
+        (ret_measurement->count == 0 ||
+         ret_measurement->events[ret_measurement->count - 1].type >= CM_EVENT_PACKAGE)) {
+        status = cm_error_set(err, CM_E_POLICY, "CM-PACK-MEASUREMENT",
+                              "%s is no prediction: it is empty or has the package in it", path);
+    }
+    return status;
+}
+
+/* The core digest of the package that the states are for. */
+static enum cm_status core_digest_read(const char *package, uint8_t ret_digest[CM_DIGEST_BYTES],
+                                       struct cm_error *err)
+{
+    static struct cm_package_head head;
+    static uint8_t bytes[CM_PACKAGE_HEAD_BYTES];
+    size_t size = 0;
+    enum cm_status status = file_read(package, bytes, sizeof(bytes), &size, err);
+    if (status == CM_OK) {
+        status = cm_package_head_parse(bytes, size, &head, err);
+    }
+    if (status == CM_OK) {
+        memcpy(ret_digest, head.core.core_digest, CM_DIGEST_BYTES);
+    }
+    return status;
+}
+
+static bool counter_parse(const char *text, uint64_t otherwise, uint64_t *ret_value)
+{
+    char *end;
+    if (text == NULL) {
+        *ret_value = otherwise;
+        return true;
+    }
+    errno = 0;
+    *ret_value = strtoull(text, &end, 10);
+    return errno == 0 && end != text && *end == '\0' && text[0] != '-';
+}
+
+/* One state: our PCR after all events, the counter as it stood at enrolment. */
+static enum cm_status state_sign(const struct cm_pack_arguments *arguments,
+                                 const struct cm_enrolment *enrolment,
+                                 const struct cm_measurement *measurement, uint64_t steps,
+                                 struct cm_owner_key *policy, struct cm_policy_state *ret_state,
+                                 struct cm_error *err)
+{
+    struct cm_policy_state state = {.pcr_count = 1, .pcrs = {enrolment->pcr}};
     uint8_t digest[CM_DIGEST_BYTES];
+    if (!counter_parse(arguments->counter, enrolment->counter_value + steps, &state.counter_max)) {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE", "--counter takes a whole number");
+    }
     if (!enrolment->development) {
         return cm_error_set(
             err, CM_E_POLICY, "CM-PACK-BOOT-CHAIN",
@@ -110,7 +169,11 @@ static enum cm_status state_sign(const struct cm_pack_arguments *arguments,
                             "--policy-ref is longer than 63 bytes");
     }
     snprintf(state.policy_ref, sizeof(state.policy_ref), "%s", policy_ref(arguments));
-    enum cm_status status = cm_policy_state_to_sign(&state, digest, err);
+    enum cm_status status =
+        cm_measurement_replay(measurement, 0, measurement->count, state.pcr_values[0], err);
+    if (status == CM_OK) {
+        status = cm_policy_state_to_sign(&state, digest, err);
+    }
     if (status == CM_OK) {
         status = cm_owner_sign(policy, digest, state.signature, err);
     }
@@ -120,13 +183,20 @@ static enum cm_status state_sign(const struct cm_pack_arguments *arguments,
     return status;
 }
 
-/* Put a state into the list, in place of an earlier one of the same node. */
+static bool state_same(const struct cm_policy_state *a, const struct cm_policy_state *b)
+{
+    return memcmp(a->counter_name, b->counter_name, sizeof(a->counter_name)) == 0 &&
+           a->pcr_count == b->pcr_count &&
+           memcmp(a->pcrs, b->pcrs, a->pcr_count * sizeof(a->pcrs[0])) == 0 &&
+           memcmp(a->pcr_values, b->pcr_values, a->pcr_count * sizeof(a->pcr_values[0])) == 0;
+}
+
+/* Put a state into the list: an update adds one, the same state is signed anew in its place. */
 static enum cm_status state_put(struct cm_policy_list *list, const struct cm_policy_state *state,
                                 struct cm_error *err)
 {
     uint32_t at = 0;
-    while (at < list->count && memcmp(list->states[at].counter_name, state->counter_name,
-                                      sizeof(state->counter_name)) != 0) {
+    while (at < list->count && !state_same(&list->states[at], state)) {
         at++;
     }
     if (at == CM_POLICY_ENTRIES_MAX) {
@@ -136,6 +206,19 @@ static enum cm_status state_put(struct cm_policy_list *list, const struct cm_pol
     list->count += at == list->count;
     list->states[at] = *state;
     return CM_OK;
+}
+
+/* Forget a node's states: what is revoked. */
+static void states_drop(struct cm_policy_list *list, const struct cm_enrolment *enrolment)
+{
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < list->count; i++) {
+        if (memcmp(list->states[i].counter_name, enrolment->counter_name,
+                   sizeof(enrolment->counter_name)) != 0) {
+            list->states[kept++] = list->states[i];
+        }
+    }
+    list->count = kept;
 }
 
 static enum cm_status list_write(const char *path, const struct cm_policy_list *list,
@@ -162,7 +245,7 @@ static enum cm_status list_write(const char *path, const struct cm_policy_list *
 }
 
 enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, const char *package,
-                                     bool keep_others, struct cm_error *err)
+                                     bool keep_others, uint64_t steps, struct cm_error *err)
 {
     static struct cm_policy_list list;
     static uint8_t bytes[CM_POLICY_LIST_BYTES_MAX];
@@ -174,7 +257,19 @@ enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, 
         return cm_error_set(err, CM_E_USAGE, "CM-PACK-PATH", "path is too long: %s", package);
     }
     snprintf(path, sizeof(path), "%s.policy", package);
-    enum cm_status status = key_load(arguments, &policy, point, err);
+    static struct cm_measurement measurement;
+    uint8_t core_digest[CM_DIGEST_BYTES];
+    enum cm_status status = measurement_read(arguments->measurement, &measurement, err);
+    if (status == CM_OK) {
+        status = core_digest_read(package, core_digest, err);
+    }
+    if (status == CM_OK) {
+        status = cm_measurement_add(&measurement, CM_EVENT_PACKAGE, core_digest,
+                                    sizeof(core_digest), err);
+    }
+    if (status == CM_OK) {
+        status = key_load(arguments, &policy, point, err);
+    }
     if (status == CM_OK && keep_others && access(path, F_OK) == 0) {
         status = file_read(path, bytes, sizeof(bytes), &size, err);
         if (status == CM_OK) {
@@ -186,7 +281,10 @@ enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, 
         struct cm_policy_state state;
         status = enrolment_read(arguments->nodes[i], &enrolment, err);
         if (status == CM_OK) {
-            status = state_sign(arguments, &enrolment, policy, &state, err);
+            status = state_sign(arguments, &enrolment, &measurement, steps, policy, &state, err);
+        }
+        if (status == CM_OK && steps > 0) {
+            states_drop(&list, &enrolment);
         }
         if (status == CM_OK) {
             status = state_put(&list, &state, err);
@@ -199,12 +297,33 @@ enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, 
 enum cm_status cm_command_policy_sign(const struct cm_pack_arguments *arguments,
                                       struct cm_error *err)
 {
-    enum cm_status status = cm_nodes_policy_write(arguments, arguments->input, true, err);
+    enum cm_status status = cm_nodes_policy_write(arguments, arguments->input, true, 0, err);
     if (status == CM_OK) {
         printf(arguments->json ? "{\"signed\": %u}\n" : "signed the states of %u node(s)\n",
                arguments->node_count);
     }
     return status;
+}
+
+enum cm_status cm_command_policy_revoke(const struct cm_pack_arguments *arguments,
+                                        struct cm_error *err)
+{
+    enum cm_status status = cm_nodes_policy_write(arguments, arguments->input, true, 1, err);
+    if (status == CM_OK) {
+        printf(arguments->json
+                   ? "{\"signed\": %u}\n"
+                   : "signed this state of %u node(s) alone; copy the policy list there, "
+                     "then `casemate revoke` on each ends the older states\n",
+               arguments->node_count);
+    }
+    return status;
+}
+
+enum cm_status cm_nodes_check(const struct cm_pack_arguments *arguments, struct cm_error *err)
+{
+    static struct cm_measurement measurement;
+    return arguments->node_count == 0 ? CM_OK
+                                      : measurement_read(arguments->measurement, &measurement, err);
 }
 
 enum cm_status cm_command_slots_add(const struct cm_pack_arguments *arguments, struct cm_error *err)
@@ -215,7 +334,10 @@ enum cm_status cm_command_slots_add(const struct cm_pack_arguments *arguments, s
     struct cm_secret *key = NULL;
     uint32_t added = 0, count = 0;
     int fd = open(arguments->input, O_RDWR | O_CLOEXEC);
-    enum cm_status status = cm_recovery_open(arguments, fd, &head, &key, err);
+    enum cm_status status = cm_nodes_check(arguments, err);
+    if (status == CM_OK) {
+        status = cm_recovery_open(arguments, fd, &head, &key, err);
+    }
     if (status == CM_OK) {
         status = cm_nodes_seal(arguments, cm_secret_view(key), fresh, &added, err);
     }
@@ -238,7 +360,7 @@ enum cm_status cm_command_slots_add(const struct cm_pack_arguments *arguments, s
         status = cm_package_slots_replace(fd, cm_secret_view(key), slots, count + added, err);
     }
     if (status == CM_OK) {
-        status = cm_nodes_policy_write(arguments, arguments->input, true, err);
+        status = cm_nodes_policy_write(arguments, arguments->input, true, 0, err);
     }
     if (status == CM_OK) {
         printf(arguments->json ? "{\"slots\": %u}\n" : "the package has %u slot(s) now\n",

@@ -264,7 +264,10 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
         return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE",
                             "--recovery and --passphrase-file go together");
     }
-    enum cm_status status = cm_gguf_open(arguments->input, &gguf, err);
+    enum cm_status status = cm_nodes_check(arguments, err);
+    if (status == CM_OK) {
+        status = cm_gguf_open(arguments->input, &gguf, err);
+    }
     if (status == CM_OK) {
         status = cm_plan_make(gguf, &options, &plan, err);
     }
@@ -278,7 +281,7 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
         status = package_write(arguments, gguf, &plan, key, &loss, err);
     }
     if (status == CM_OK && arguments->node_count > 0) {
-        status = cm_nodes_policy_write(arguments, arguments->out, false, err);
+        status = cm_nodes_policy_write(arguments, arguments->out, false, 0, err);
     }
     if (status == CM_OK && arguments->recovery != NULL) {
         status = recovery_make(arguments, key, err);

@@ -29,7 +29,10 @@ CM_MUST_USE enum cm_status cm_tpm_unseal(struct cm_tpm *tpm, const struct cm_enr
                                          const uint8_t policy_key[static CM_PUBLIC_KEY_BYTES],
                                          struct cm_secret **ret_key, struct cm_error *err);
 
-/* Extend a PCR, step the counter: for tests and for the issue that measures. */
+/* SHA-256 bank. Fails: TPM CM-TPM-BANK. */
+CM_MUST_USE enum cm_status cm_tpm_pcr_read(struct cm_tpm *tpm, uint32_t pcr,
+                                           uint8_t ret_value[static CM_DIGEST_BYTES],
+                                           struct cm_error *err);
 CM_MUST_USE enum cm_status cm_tpm_pcr_extend(struct cm_tpm *tpm, uint32_t pcr,
                                              const uint8_t digest[static CM_DIGEST_BYTES],
                                              struct cm_error *err);

@@ -34,10 +34,6 @@ CM_MUST_USE enum cm_status cm_tpm_ek_create(struct cm_tpm *tpm, ESYS_TR *ret_ek,
 /* A policy session that satisfies the EK's policy once. */
 CM_MUST_USE enum cm_status cm_tpm_ek_session(struct cm_tpm *tpm, ESYS_TR *ret_session,
                                              struct cm_error *err);
-/* Read a PCR of the SHA-256 bank. */
-CM_MUST_USE enum cm_status cm_tpm_pcr_read(struct cm_tpm *tpm, uint32_t pcr,
-                                           uint8_t ret_value[static CM_DIGEST_BYTES],
-                                           struct cm_error *err);
 CM_MUST_USE enum cm_status cm_tpm_counter_read(struct cm_tpm *tpm, ESYS_TR counter,
                                                uint64_t *ret_value, struct cm_error *err);
 /* Marshalled TPM2B_PUBLIC. */

@@ -133,6 +133,13 @@ enum cm_status cm_config_complete(const struct cm_configuration *configuration, 
                                 needed[i].name, needed[i].name);
         }
     }
+    if (configuration->attest_mode[0] == '\0' && strcmp(configuration->tpm, "development") != 0) {
+        return cm_error_set(
+            err, CM_E_CONFIG, "CM-CONFIG-MISSING",
+            "%s: sealed: attest_mode is missing: choose strict (one start per boot) or "
+            "restartable for the TPM %s",
+            path, configuration->tpm);
+    }
     if (configuration->requests_per_key_max > configuration->requests_max) {
         return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-BOUNDS",
                             "%s: requests_per_key_max %llu is larger than requests_max %llu", path,

@@ -54,7 +54,7 @@ struct cm_config_names {
     char names[CM_CONFIG_TLS_NAMES][CM_NAME_BYTES];
 };
 
-#define CM_CONFIG_ROW_COUNT 28
+#define CM_CONFIG_ROW_COUNT 29
 
 struct cm_configuration {
     /* sealed */
@@ -63,6 +63,7 @@ struct cm_configuration {
     char policy_authority[CM_CONFIG_TEXT_BYTES];
     char device[CM_CONFIG_TEXT_BYTES];
     char tpm[CM_CONFIG_TEXT_BYTES];
+    char attest_mode[CM_CONFIG_TEXT_BYTES];
     /* site */
     char state[CM_CONFIG_TEXT_BYTES];
     char listen[CM_CONFIG_TEXT_BYTES];
@@ -108,6 +109,18 @@ CM_MUST_USE enum cm_status cm_config_value_set(struct cm_configuration *configur
 CM_MUST_USE enum cm_status cm_config_text_read(struct cm_configuration *configuration,
                                                const uint8_t *text, size_t bytes, const char *name,
                                                const char *folder, struct cm_error *err);
+
+/* "strict" or "restartable": as written, or the development TPM's default. */
+const char *cm_config_attest_mode(const struct cm_configuration *configuration);
+
+/* The `sealed:` part as it is measured: one "key value" line each, keys by content and not by path.
+ * The package itself is measured by its core digest. */
+#define CM_CONFIG_SEALED_BYTES 1024
+CM_MUST_USE enum cm_status cm_config_sealed_text(const struct cm_configuration *configuration,
+                                                 const uint8_t owner[static CM_PUBLIC_KEY_BYTES],
+                                                 const uint8_t policy[static CM_PUBLIC_KEY_BYTES],
+                                                 char ret_text[static CM_CONFIG_SEALED_BYTES],
+                                                 size_t *ret_bytes, struct cm_error *err);
 
 /* Ring size that carries the greatest body: a power of two. */
 uint32_t cm_config_ring_bytes(const struct cm_configuration *configuration);

@@ -1,6 +1,7 @@
 /* The schema of casemate.yaml: every key there is, one row each. */
 #include "policies/config/config.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,6 +20,7 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     {"policy_authority", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(policy_authority), "PEM public key (P-256) of who signs allowed states"},
     {"device", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "cpu", "cpu", AT(device), "where the model computes"},
     {"tpm", SEALED, CM_CONFIG_CHOICE, 1, 32, "", "development", "development|/dev/tpmrm0", AT(tpm), "the TPM; the development TPM protects nothing"},
+    {"attest_mode", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "", "strict|restartable", AT(attest_mode), "strict: one start per boot, then a cap; restartable: the same state may start again. Must be said for a real TPM"},
     {"state", SITE, CM_CONFIG_PATH, 1, 400, "", "", "", AT(state), "folder of keys, enrolment record and status"},
     {"listen", SITE, CM_CONFIG_ADDRESS, 1, 63, "", "127.0.0.1:8443", "", AT(listen), "address and port of the API"},
     {"tls_names", SITE, CM_CONFIG_NAMES, 1, CM_NAME_BYTES - 1, "", "localhost,127.0.0.1", "", AT(tls_names), "names in the server's certificate"},
@@ -96,4 +98,37 @@ const char *cm_config_nearest(const char *name, size_t size)
         }
     }
     return nearest;
+}
+
+static void hex_put(const uint8_t *bytes, size_t size, char *ret_text)
+{
+    for (size_t i = 0; i < size; i++) {
+        snprintf(ret_text + 2 * i, 3, "%02x", bytes[i]);
+    }
+}
+
+enum cm_status cm_config_sealed_text(const struct cm_configuration *configuration,
+                                     const uint8_t owner[static CM_PUBLIC_KEY_BYTES],
+                                     const uint8_t policy[static CM_PUBLIC_KEY_BYTES],
+                                     char ret_text[static CM_CONFIG_SEALED_BYTES],
+                                     size_t *ret_bytes, struct cm_error *err)
+{
+    char owner_hex[2 * CM_PUBLIC_KEY_BYTES + 1], policy_hex[2 * CM_PUBLIC_KEY_BYTES + 1];
+    hex_put(owner, CM_PUBLIC_KEY_BYTES, owner_hex);
+    hex_put(policy, CM_PUBLIC_KEY_BYTES, policy_hex);
+    int bytes =
+        snprintf(ret_text, CM_CONFIG_SEALED_BYTES,
+                 "package_owner %s\npolicy_authority %s\ndevice %s\ntpm %s\nattest_mode %s\n",
+                 owner_hex, policy_hex, configuration->device, configuration->tpm,
+                 cm_config_attest_mode(configuration));
+    if (bytes <= 0 || bytes >= CM_CONFIG_SEALED_BYTES) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-SIZE", "sealed: is too long to measure");
+    }
+    *ret_bytes = (size_t)bytes;
+    return CM_OK;
+}
+
+const char *cm_config_attest_mode(const struct cm_configuration *configuration)
+{
+    return configuration->attest_mode[0] != '\0' ? configuration->attest_mode : "restartable";
 }

@@ -48,6 +48,10 @@ const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
     [CM_FRAME_DRAIN] = {"drain", S, G | W, P1, true, EXACT(struct cm_drain), 0,
                         "take nothing new, finish by the deadline"},
     [CM_FRAME_DRAINED] = {"drained", G | W, S, P1 | P2, true, 0, 0, 0, "nothing is left in flight"},
+    [CM_FRAME_MEASURE] = {"measure", S, K, P0, false, EXACT(struct cm_measure), 1,
+                          "what runs and what is configured, as sealed descriptors, in order"},
+    [CM_FRAME_UNSEAL] = {"unseal", S, K, P0, true, 0, 0, 0,
+                         "all is measured: extend the PCR, then unseal"},
     [CM_FRAME_STOP] = {"stop", S, C, P0 | P1 | P2, true, 0, 0, 0, "exit now with 0"},
 };
 

@@ -76,6 +76,8 @@ enum cm_frame_type {
     CM_FRAME_DRAIN,       /* S -> gateway, worker: finish by the deadline */
     CM_FRAME_DRAINED,     /* gateway, worker -> S: nothing is left in flight */
     CM_FRAME_STOP,        /* S -> child: exit now with 0 */
+    CM_FRAME_MEASURE,     /* S -> keeper: a sealed file that belongs into the next event */
+    CM_FRAME_UNSEAL,      /* S -> keeper: everything is measured; extend, unseal */
     CM_FRAME_TYPE_COUNT
 };
 
@@ -177,12 +179,19 @@ struct cm_config_keeper {
     uint8_t owner_key[CM_PUBLIC_KEY_BYTES];
     uint8_t policy_key[CM_PUBLIC_KEY_BYTES]; /* policy authority, pinned in `sealed:` */
     uint32_t development_tpm;                /* 1: descriptor 13 is casemate-devtpm */
+    uint32_t strict;                         /* attest mode: 1 strict, 0 restartable */
     uint32_t head_bytes;   /* of the memfd at CM_FD_INPUT: [package head][policy list] … */
     uint32_t policy_bytes; /* … the policy list follows the head; 0: none */
     uint32_t enrolment_bytes;
     uint8_t enrolment[CM_ENROLMENT_BYTES_MAX];
     uint32_t tls_name_count; /* subject alternative names of the certificate */
     char tls_names[8][CM_NAME_BYTES];
+};
+
+struct cm_measure {    /* CM_FRAME_MEASURE; its descriptor: the bytes that are measured and used */
+    uint32_t type;     /* enum cm_event_type of loader/tpm/measure.h */
+    uint32_t complete; /* 1: the event is whole with this file */
+    char name[CM_NAME_BYTES];
 };
 
 struct cm_config_devtpm {

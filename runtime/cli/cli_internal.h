@@ -33,6 +33,7 @@ enum cm_status command_serve(struct words *words, struct cm_error *err);
 enum cm_status command_keys(struct words *words, struct cm_error *err);
 enum cm_status command_check(struct words *words, struct cm_error *err);
 enum cm_status command_status(struct words *words, struct cm_error *err);
+enum cm_status command_measure(struct words *words, struct cm_error *err);
 enum cm_status command_version(struct words *words, struct cm_error *err);
 
 /* files.c: whole small files; writing is beside, fsync, rename. */
@@ -50,6 +51,12 @@ CM_MUST_USE enum cm_status cli_provision(const char *node_name, const char *tpm_
                                          const char *development_state,
                                          uint8_t ret_record[static CM_ENROLMENT_BYTES_MAX],
                                          size_t *ret_bytes, struct cm_error *err);
+
+/* measure.c: the events before the package's, as a start would measure them. */
+struct cm_measurement;
+CM_MUST_USE enum cm_status cli_measure(const struct cm_configuration *configuration,
+                                       struct cm_measurement *ret_measurement,
+                                       struct cm_error *err);
 
 /* keystore.c: SQLite holds the truth, keys.table is what the supervisor passes on. */
 struct key_store;

@@ -43,6 +43,14 @@ static const struct command commands[] = {
      "  --keys          list every key of the configuration with range and default\n\n"
      "example: casemate check --config node/casemate.yaml\n",
      command_check},
+    {"measure", "predict what a start measures, for the owner to sign",
+     "usage: casemate measure [--config FILE | --state DIR] [--out FILE] [--json]\n\n" WHERE
+     "  --out FILE      write the log that `casemate-pack --measurement` takes\n"
+     "  --json          every program, library and text with its digest\n\n"
+     "Run it again after an upgrade and before a restart: a changed digest needs a new "
+     "signature.\n\n"
+     "example: casemate measure --state node --out node.measure\n",
+     command_measure},
     {"status", "show what runs, and what is not there yet",
      "usage: casemate status [--config FILE | --state DIR] [--json]\n\n" WHERE
      "  --json          for machines\n\n"

@@ -172,6 +172,8 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_LOADED:
     case CM_FRAME_HEARTBEAT:
     case CM_FRAME_DRAINED:
+    case CM_FRAME_MEASURE:
+    case CM_FRAME_UNSEAL:
     case CM_FRAME_TYPE_COUNT:
         break; /* the channel's table lets none of these through */
     }

@@ -3,6 +3,7 @@
 #define CASEMATE_RUNTIME_KEEPER_KEEPER_H
 
 #include "loader/package/package.h"
+#include "loader/tpm/measure.h"
 #include "loader/tpm/tpm.h"
 #include "runtime/base/frame.h"
 #include "runtime/base/log.h"
@@ -14,6 +15,7 @@ struct cm_tls_identity {
     struct cm_secret *key; /* u32 LE size ‖ PKCS#8 DER */
     uint8_t certificate[CM_CERTIFICATE_BYTES_MAX];
     uint32_t certificate_bytes;
+    uint8_t key_digest[CM_DIGEST_BYTES]; /* SHA-256 of the SubjectPublicKeyInfo */
 };
 
 /* A fresh P-256 key and a self-signed certificate for the names (DNS names or IP addresses), 90
@@ -26,6 +28,12 @@ struct cm_keeper {
     struct cm_channel channel;
     struct cm_log log;
     struct cm_config_keeper config;
+    struct cm_tpm *tpm; /* open for the keeper's life */
+    struct cm_package_head head;
+    struct cm_enrolment enrolment;
+    struct cm_measurement measurement;
+    struct cm_event event; /* a program under construction */
+    bool capped;
     struct cm_secret *package_key;
     struct cm_tls_identity tls;
     uint8_t *handed; /* the page handed out last, until LOADED or the next */
@@ -33,6 +41,14 @@ struct cm_keeper {
     uint64_t hand_outs_us[8]; /* times of the last hand-outs: the rate limit */
     uint32_t hand_out_next;
 };
+
+/* Take MEASURE frames until UNSEAL. */
+CM_MUST_USE enum cm_status cm_keeper_measure(struct cm_keeper *keeper, struct cm_error *err);
+/* Add the package's event and bring the PCR to the end of all events. Fails: POLICY CM-SEAL-BOOT.
+ */
+CM_MUST_USE enum cm_status cm_keeper_extend(struct cm_keeper *keeper, struct cm_error *err);
+/* Strict mode, after the load: TLS key and "ready"; nothing unseals in this boot any more. */
+CM_MUST_USE enum cm_status cm_keeper_cap(struct cm_keeper *keeper, struct cm_error *err);
 
 /* Read head and policy list from CM_FD_INPUT, unseal, authenticate the head. */
 CM_MUST_USE enum cm_status cm_keeper_unseal(struct cm_keeper *keeper, struct cm_error *err);

@@ -78,6 +78,9 @@ static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
                      : cm_error_set(err, CM_E_BUG, "CM-KEEPER-CONFIG", "too many names");
     }
     if (status == CM_OK) {
+        status = cm_keeper_measure(keeper, err);
+    }
+    if (status == CM_OK) {
         status = cm_keeper_unseal(keeper, err);
     }
     if (status == CM_OK) {

@@ -128,7 +128,7 @@ static enum cm_status frame_take(struct cm_keeper *keeper, const struct cm_frame
         return tls_hand_out(keeper, request.generation, err);
     case CM_FRAME_LOADED:
         loaded_check(keeper);
-        return CM_OK;
+        return keeper->config.strict == 1 && !keeper->capped ? cm_keeper_cap(keeper, err) : CM_OK;
     case CM_FRAME_STOP:
         *ret_stop = true;
         return CM_OK;
@@ -164,6 +164,7 @@ enum cm_status cm_keeper_serve(struct cm_keeper *keeper, struct cm_error *err)
 void cm_keeper_done(struct cm_keeper *keeper)
 {
     handed_wipe(keeper);
+    cm_tpm_close(keeper->tpm);
     cm_secret_free(keeper->package_key);
     cm_secret_free(keeper->tls.key);
 }

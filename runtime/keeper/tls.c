@@ -103,6 +103,15 @@ static enum cm_status key_store(EVP_PKEY *key, struct cm_secret **ret_secret, st
     return status;
 }
 
+static bool key_digest(EVP_PKEY *key, uint8_t ret_digest[static CM_DIGEST_BYTES])
+{
+    uint8_t *info = NULL;
+    int size = i2d_PUBKEY(key, &info);
+    bool ok = size > 0 && EVP_Digest(info, (size_t)size, ret_digest, NULL, EVP_sha256(), NULL) == 1;
+    OPENSSL_free(info);
+    return ok;
+}
+
 enum cm_status cm_tls_identity_make(const char (*names)[CM_NAME_BYTES], uint32_t count,
                                     struct cm_tls_identity *ret_identity, struct cm_error *err)
 {
@@ -126,7 +135,9 @@ enum cm_status cm_tls_identity_make(const char (*names)[CM_NAME_BYTES], uint32_t
         status = cm_error_set(err, CM_E_SYSTEM, "CM-SYS-CRYPTO", "cannot make the TLS certificate");
     } else {
         identity.certificate_bytes = (uint32_t)i2d_X509(certificate, &at);
-        status = key_store(key, &identity.key, err);
+        status = key_digest(key, identity.key_digest)
+                     ? key_store(key, &identity.key, err)
+                     : cm_error_set(err, CM_E_SYSTEM, "CM-SYS-CRYPTO", "cannot digest the TLS key");
     }
     X509_free(certificate);
     EVP_PKEY_free(key);

@@ -6,30 +6,28 @@
 #include <string.h>
 #include <unistd.h>
 
-struct inputs {
-    uint8_t *bytes; /* head ‖ policy list */
-    struct cm_package_head head;
-    struct cm_enrolment enrolment;
-    struct cm_policy_list list;
-};
-
-static enum cm_status inputs_read(const struct cm_config_keeper *config, struct inputs *in,
+/* Head and enrolment into the keeper, the policy list into *ret_list. */
+static enum cm_status inputs_read(struct cm_keeper *keeper, struct cm_policy_list *ret_list,
                                   struct cm_error *err)
 {
+    const struct cm_config_keeper *config = &keeper->config;
     size_t size = (size_t)config->head_bytes + config->policy_bytes;
     if (config->head_bytes != CM_PACKAGE_HEAD_BYTES ||
         config->policy_bytes > CM_POLICY_LIST_BYTES_MAX ||
         config->enrolment_bytes > CM_ENROLMENT_BYTES_MAX) {
         return cm_error_set(err, CM_E_BUG, "CM-KEEPER-CONFIG", "sizes in the configuration");
     }
-    in->bytes = malloc(size);
-    if (in->bytes == NULL || pread(CM_FD_INPUT, in->bytes, size, 0) != (ssize_t)size) {
-        return cm_error_errno(err, errno, "CM-KEEPER-INPUT", "cannot read the package's head");
+    uint8_t *bytes = malloc(size);
+    if (bytes == NULL || pread(CM_FD_INPUT, bytes, size, 0) != (ssize_t)size) {
+        int error_number = errno;
+        free(bytes);
+        return cm_error_errno(err, error_number, "CM-KEEPER-INPUT",
+                              "cannot read the package's head");
     }
     enum cm_status status =
-        cm_enrolment_parse(config->enrolment, config->enrolment_bytes, &in->enrolment, err);
+        cm_enrolment_parse(config->enrolment, config->enrolment_bytes, &keeper->enrolment, err);
     if (status == CM_OK) {
-        status = cm_package_head_parse(in->bytes, config->head_bytes, &in->head, err);
+        status = cm_package_head_parse(bytes, config->head_bytes, &keeper->head, err);
     }
     if (status == CM_OK && config->policy_bytes == 0) {
         status =
@@ -38,42 +36,43 @@ static enum cm_status inputs_read(const struct cm_config_keeper *config, struct 
                          "there, it comes from `casemate-pack pack`");
     }
     if (status == CM_OK) {
-        status = cm_policy_list_parse(in->bytes + config->head_bytes, config->policy_bytes,
-                                      config->policy_key, &in->list, err);
+        status = cm_policy_list_parse(bytes + config->head_bytes, config->policy_bytes,
+                                      config->policy_key, ret_list, err);
     }
+    free(bytes);
     return status;
 }
 
 enum cm_status cm_keeper_unseal(struct cm_keeper *keeper, struct cm_error *err)
 {
-    static struct inputs in;
-    const struct cm_package_slot *slot;
-    struct cm_tpm *tpm = NULL;
+    static struct cm_policy_list list;
+    const struct cm_package_slot *slot = NULL;
+    const struct cm_enrolment *enrolment = &keeper->enrolment;
     struct cm_secret *key = NULL;
-    enum cm_status status = inputs_read(&keeper->config, &in, err);
-    if (status == CM_OK && in.enrolment.development != (keeper->config.development_tpm != 0)) {
+    enum cm_status status = inputs_read(keeper, &list, err);
+    if (status == CM_OK && enrolment->development != (keeper->config.development_tpm != 0)) {
         status =
             cm_error_set(err, CM_E_POLICY, "CM-SEAL-NODE",
                          "the enrolment record is of a %s TPM, the configuration says otherwise",
-                         in.enrolment.development ? "development" : "real");
+                         enrolment->development ? "development" : "real");
     }
     if (status == CM_OK) {
-        status = cm_package_slot_select(&in.head, CM_SLOT_TPM, in.enrolment.node, &slot, err);
+        status = cm_package_slot_select(&keeper->head, CM_SLOT_TPM, enrolment->node, &slot, err);
     }
     if (status == CM_OK) {
-        status = cm_tpm_open(CM_FD_TPM, &tpm, err);
+        status = cm_tpm_open(CM_FD_TPM, &keeper->tpm, err);
     }
     if (status == CM_OK) {
-        status = cm_tpm_unseal(tpm, &in.enrolment, slot->payload, slot->payload_bytes, &in.list,
+        status = cm_keeper_extend(keeper, err);
+    }
+    if (status == CM_OK) {
+        status = cm_tpm_unseal(keeper->tpm, enrolment, slot->payload, slot->payload_bytes, &list,
                                keeper->config.policy_key, &key, err);
     }
-    cm_tpm_close(tpm);
     if (status == CM_OK) {
-        status = cm_package_head_authenticate(&in.head, cm_secret_view(key),
+        status = cm_package_head_authenticate(&keeper->head, cm_secret_view(key),
                                               keeper->config.owner_key, err);
     }
-    free(in.bytes);
-    in.bytes = NULL;
     if (status != CM_OK) {
         cm_secret_free(key);
         return status;

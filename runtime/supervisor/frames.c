@@ -288,6 +288,8 @@ static void frame_handle(struct service *service, struct child *child)
     case CM_FRAME_KEYS:
     case CM_FRAME_DRAIN:
     case CM_FRAME_STOP:
+    case CM_FRAME_MEASURE:
+    case CM_FRAME_UNSEAL:
     case CM_FRAME_TYPE_COUNT:
         break;
     }

@@ -174,6 +174,7 @@ static void keeper_start(struct service *service, struct child *keeper)
     }
     frame_send(service, keeper, CM_FRAME_CONFIG, &service->keeper_config,
                sizeof(service->keeper_config), NULL, 0);
+    measure_send(service, keeper);
 }
 
 static void pages_request(struct service *service, struct child *keeper, uint64_t now)
@@ -403,7 +404,8 @@ static void children_kill(struct service *service)
 /* Every program that will run, copied and sealed once: replacements run the same bytes. */
 static enum cm_status images_load(struct service *service, struct cm_error *err)
 {
-    enum cm_status status = CM_OK;
+    enum cm_status status = cm_image_load(&service->store, service->programs_fd,
+                                          "casemate-supervisor", &service->image, err);
     for (size_t i = 0; status == CM_OK && i < CHILD_COUNT; i++) {
         struct child *child = &service->children[i];
         if (child->role != CM_ROLE_DEVTPM || service->keeper_config.development_tpm == 1) {
@@ -424,6 +426,7 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     service->listener_fd = service->package_fd = service->tpm_fd = service->head_fd = -1;
     service->devtpm_end_fd = service->devtpm_state_fd = service->signal_fd = -1;
     service->run_fd = service->lock_fd = service->keys_fd = -1;
+    service->sealed_fd = service->device_id_fd = -1;
     snprintf(service->state_path, sizeof(service->state_path), "%s", configuration->state);
     rings_init(&service->rings);
     child_init(&service->children[CHILD_GATEWAY], CM_ROLE_GATEWAY, "gateway", "casemate-gateway");
@@ -434,6 +437,9 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     enum cm_status status = service_files_open(service, err);
     if (status == CM_OK) {
         status = images_load(service, err);
+    }
+    if (status == CM_OK) {
+        status = measure_open(service, err);
     }
     if (status == CM_OK) {
         keys_refresh(service);
@@ -468,7 +474,7 @@ void service_close(struct service *service)
     const int fds[] = {service->listener_fd,   service->package_fd,      service->tpm_fd,
                        service->devtpm_end_fd, service->devtpm_state_fd, service->head_fd,
                        service->signal_fd,     service->run_fd,          service->lock_fd,
-                       service->keys_fd};
+                       service->keys_fd,       service->sealed_fd,       service->device_id_fd};
     for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
         if (fds[i] >= 0) {
             close(fds[i]);

@@ -80,6 +80,8 @@ struct service {
     struct cm_log log;
     int programs_fd; /* folder of our own executable */
     struct cm_image_store store;
+    struct cm_image image;       /* our own, to be measured */
+    int sealed_fd, device_id_fd; /* what is measured beside programs */
     int listener_fd, package_fd, tpm_fd, devtpm_end_fd, devtpm_state_fd, head_fd, signal_fd;
     int run_fd; /* <state>/run */
     int lock_fd;
@@ -152,6 +154,10 @@ void frame_send(struct service *service, struct child *child, enum cm_frame_type
                 const void *payload, size_t bytes, const int *fds, size_t fd_count);
 void state_send(struct service *service, bool now);
 void state_reason_set(struct service *service, const char *reason);
+
+/* measure.c: what goes into the PCR, in the order of loader/tpm/README.md. */
+CM_MUST_USE enum cm_status measure_open(struct service *service, struct cm_error *err);
+void measure_send(struct service *service, struct child *keeper);
 
 /* files.c */
 CM_MUST_USE enum cm_status head_memfd_make(int package_fd, const char *package_path, int *ret_fd,

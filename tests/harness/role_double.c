@@ -139,9 +139,28 @@ static void worker_load(void)
     send_frame(CM_FRAME_LOADED, &loaded, sizeof(loaded), NULL);
 }
 
+/* A keeper is ready once all is measured. */
+static void measured_wait(void)
+{
+    unsigned files = 0, events = 0;
+    do {
+        if (cm_channel_wait(&channel, &frame, 5000, &err) != CM_OK) {
+            fail(CM_E_BUG, "CM-DOUBLE-MEASURE");
+        }
+        files += frame.type == CM_FRAME_MEASURE;
+        events += frame.type == CM_FRAME_MEASURE &&
+                  ((const struct cm_measure *)(const void *)frame.payload)->complete == 1;
+        cm_frame_close_fds(&frame);
+    } while (frame.type == CM_FRAME_MEASURE);
+    note("measured files=%u events=%u", files, events);
+}
+
 static void on_config(void)
 {
     note("config bytes=%u", frame.bytes);
+    if (strcmp(role, "keeper") == 0) {
+        measured_wait();
+    }
     if (strcmp(role, "worker") == 0) {
         worker_load();
     }

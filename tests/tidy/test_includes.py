@@ -14,8 +14,8 @@ TABLE = {
     "loader/package": ((BASE,), ("openssl/",)),
     "loader/stream": ((BASE, "kernels/device.h", "kernels/model.h", "loader/package"), ("openssl/",)),
     "loader/tpm": ((BASE,), ("openssl/", "tss2/")),
-    "loader/pack": ((BASE, "kernels/model.h", "loader/package", "loader/tpm/enrolment.h"),
-                    ("openssl/", "jansson.h")),
+    "loader/pack": ((BASE, "kernels/model.h", "loader/package", "loader/tpm/enrolment.h",
+                     "loader/tpm/measure.h"), ("openssl/", "jansson.h")),
     "runtime/devtpm": ((BASE,), ("libtpms/",)),
     "runtime/keeper": ((BASE, "loader/package", "loader/tpm"), ("openssl/", "tss2/")),
     "runtime/worker": ((BASE, "kernels/device.h", "kernels/model.h", "loader/package",
@@ -23,8 +23,9 @@ TABLE = {
     "runtime/gateway": ((BASE,), ("openssl/", "event2/", "jansson.h")),
     # Of the package and the policy list the supervisor knows sizes alone.
     "runtime/supervisor": ((BASE, "policies", "sandbox", "loader/package/package.h",
-                            "loader/tpm/enrolment.h"), ("cap-ng.h",)),
-    "runtime/cli": ((BASE, "policies", "loader/package", "loader/tpm/enrolment.h"),
+                            "loader/tpm/enrolment.h", "loader/tpm/measure.h"), ("cap-ng.h",)),
+    "runtime/cli": ((BASE, "policies", "loader/package", "loader/tpm/enrolment.h",
+                     "loader/tpm/measure.h", "sandbox"),
                     ("sqlite3.h", "jansson.h", "openssl/")),
 }
 THIRD_PARTY = ("openssl/", "tss2/", "libtpms/", "event2/", "jansson.h", "yaml.h", "sqlite3.h",

@@ -1,0 +1,72 @@
+/* What the keeper measures: the sealed copies that run, the sealed configuration, the device. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "loader/tpm/measure.h"
+#include "runtime/supervisor/supervisor_internal.h"
+
+static enum cm_status text_seal(const char *name, const char *text, size_t bytes, int *ret_fd,
+                                struct cm_error *err)
+{
+    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0 || write(fd, text, bytes) != (ssize_t)bytes ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+        int error_number = errno;
+        if (fd >= 0) {
+            close(fd);
+        }
+        return cm_error_errno(err, error_number, "CM-SUP-MEASURE", "cannot seal the %s", name);
+    }
+    *ret_fd = fd;
+    return CM_OK;
+}
+
+enum cm_status measure_open(struct service *service, struct cm_error *err)
+{
+    char text[CM_CONFIG_SEALED_BYTES];
+    size_t bytes = 0;
+    const char *device = service->configuration->device;
+    enum cm_status status =
+        cm_config_sealed_text(service->configuration, service->keeper_config.owner_key,
+                              service->keeper_config.policy_key, text, &bytes, err);
+    service->keeper_config.strict =
+        strcmp(cm_config_attest_mode(service->configuration), "strict") == 0;
+    if (status == CM_OK) {
+        status = text_seal("configuration", text, bytes, &service->sealed_fd, err);
+    }
+    if (status == CM_OK) {
+        status = text_seal("device", device, strlen(device), &service->device_id_fd, err);
+    }
+    return status;
+}
+
+static void file_send(struct service *service, struct child *keeper, uint32_t type,
+                      const char *name, bool complete, int fd)
+{
+    struct cm_measure measure = {.type = type, .complete = complete};
+    snprintf(measure.name, sizeof(measure.name), "%s", name);
+    frame_send(service, keeper, CM_FRAME_MEASURE, &measure, sizeof(measure), &fd, 1);
+}
+
+static void image_send(struct service *service, struct child *keeper, const struct cm_image *image)
+{
+    for (uint32_t i = 0; i < image->count; i++) {
+        const struct cm_image_file *file = &service->store.files[image->files[i]];
+        file_send(service, keeper, CM_EVENT_PROGRAM, file->name, i + 1 == image->count, file->fd);
+    }
+}
+
+void measure_send(struct service *service, struct child *keeper)
+{
+    image_send(service, keeper, &service->image);
+    for (size_t i = 0; i < CHILD_COUNT; i++) {
+        image_send(service, keeper, &service->children[i].image);
+    }
+    file_send(service, keeper, CM_EVENT_CONFIGURATION, "", true, service->sealed_fd);
+    file_send(service, keeper, CM_EVENT_DEVICE, "", true, service->device_id_fd);
+    frame_send(service, keeper, CM_FRAME_UNSEAL, NULL, 0, NULL, 0);
+}
