@@ -16,6 +16,7 @@ class Node:
         self.service: subprocess.Popen | None = None
         self.log = state / "service.log"
         self.address = ""
+        self.pcrs: list[str] = []
 
     def run(self, program: str, *words, check=True):
         done = subprocess.run([self.programs / program, *map(str, words)], capture_output=True,
@@ -24,19 +25,23 @@ class Node:
             raise RuntimeError(f"{program} {words[0]}: exit {done.returncode}: {done.stderr.strip()}")
         return done
 
-    def make(self, model: pathlib.Path, name: str, *pack_options) -> None:
+    def make(self, model: pathlib.Path, name: str, *pack_options, tpm="development",
+             mode="restartable") -> None:
         """Owner keys, node, package: whatever is not there yet."""
         if not (self.owner / "owner.key").exists():
             self.run("casemate-pack", "keygen", "--owner", self.owner)
         if not (self.state / "enrolment.bin").exists():
             self.run("casemate", "init", "--state", self.state, "--owner-key",
                      self.owner / "owner.pub", "--policy-key", self.owner / "policy.pub", "--package",
-                     self.package, "--node-name", "node-1", "--tpm", "development")
+                     self.package, "--node-name", "node-1", "--tpm", tpm,
+                     "--attest-mode", mode)
+        self.pcrs = [] if tpm == "development" else ["--pcr", "4=" + "00" * 32, "--pcr",
+                                                     "7=" + "00" * 32]
         measure = self.measure()
         if not self.package.exists():
             self.run("casemate-pack", "pack", model, "--out", self.package, "--owner", self.owner,
                      "--node", self.state / "enrolment.bin", "--measurement", measure, "--name", name,
-                     *pack_options)
+                     *self.pcrs, *pack_options)
         else:
             self.sign()
 
@@ -49,7 +54,7 @@ class Node:
     def sign(self, command="policy-sign") -> None:
         """The owner signs this node's present state."""
         self.run("casemate-pack", command, self.package, "--owner", self.owner, "--node",
-                 self.state / "enrolment.bin", "--measurement", self.measure())
+                 self.state / "enrolment.bin", "--measurement", self.measure(), *self.pcrs)
 
     def key(self, name: str) -> str:
         return self.run("casemate", "keys", "add", name, "--state", self.state).stdout.strip()

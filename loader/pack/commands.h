@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "loader/package/write.h"
+#include "loader/tpm/enrolment.h"
 #include "runtime/base/error.h"
 #include "runtime/base/secret.h"
 
@@ -23,6 +24,8 @@ struct cm_pack_arguments {
     const char *policy_ref;
     const char *nodes[CM_PACKAGE_SLOTS_MAX]; /* enrolment records */
     uint32_t node_count;
+    const char *pcrs[CM_POLICY_PCRS_MAX]; /* "N=HEX": of the boot chain */
+    uint32_t pcr_count;
     const char *counter;     /* greatest value at which the state may be used */
     const char *measurement; /* of the nodes: `casemate measure --out` */
     const char *label;       /* of a slot */

@@ -102,6 +102,8 @@ static void command_help(size_t row)
         printf("  %-18s %-6s %s%s\n", "--node", "FILE",
                "a node's enrolment record; repeat for more",
                listed(commands[row].needs, "--node") ? " (required)" : "");
+        printf("  %-18s %-6s %s\n", "--pcr", "N=HEX",
+               "a PCR of the nodes' boot chain; repeat; needed for real TPMs (7, and 4 or 11)");
     }
     printf("  %-18s %-6s %s\n\nexample: %s\n", "--json", "", "answer for a machine",
            commands[row].example);
@@ -135,6 +137,11 @@ static enum cm_status arguments_parse(size_t row, int count, char **words,
                    (listed(commands[row].needs, "--node") ||
                     listed(commands[row].takes, "--node"))) {
             arguments->nodes[arguments->node_count++] = words[++i];
+        } else if (strcmp(words[i], "--pcr") == 0 && i + 1 < count &&
+                   arguments->pcr_count < CM_POLICY_PCRS_MAX &&
+                   (listed(commands[row].needs, "--node") ||
+                    listed(commands[row].takes, "--node"))) {
+            arguments->pcrs[arguments->pcr_count++] = words[++i];
         } else if (option < OPTION_COUNT && (listed(commands[row].needs, words[i]) ||
                                              listed(commands[row].takes, words[i]))) {
             if (i + 1 == count) {

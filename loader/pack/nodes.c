@@ -143,6 +143,55 @@ static bool counter_parse(const char *text, uint64_t otherwise, uint64_t *ret_va
     return errno == 0 && end != text && *end == '\0' && text[0] != '-';
 }
 
+static int hex_digit(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+/* "N=64 lower-case hex digits" into its ascending place. */
+static enum cm_status pcr_add(const char *text, struct cm_policy_state *state, struct cm_error *err)
+{
+    uint8_t value[CM_DIGEST_BYTES];
+    char *hex;
+    unsigned long pcr = strtoul(text, &hex, 10);
+    bool ok = hex != text && pcr <= 23 && *hex == '=' && strlen(hex + 1) == 2 * sizeof(value);
+    for (size_t i = 0; ok && i < sizeof(value); i++) {
+        int high = hex_digit(hex[1 + 2 * i]), low = hex_digit(hex[2 + 2 * i]);
+        ok = high >= 0 && low >= 0;
+        value[i] = (uint8_t)(high << 4 | low);
+    }
+    uint32_t at = 0;
+    while (ok && at < state->pcr_count && state->pcrs[at] < pcr) {
+        at++;
+    }
+    if (!ok || state->pcr_count == CM_POLICY_PCRS_MAX ||
+        (at < state->pcr_count && state->pcrs[at] == pcr)) {
+        return cm_error_set(
+            err, CM_E_USAGE, "CM-PACK-USAGE",
+            "--pcr %.80s: expected N=64 lower-case hex digits, each PCR once and not "
+            "ours",
+            text);
+    }
+    memmove(&state->pcrs[at + 1], &state->pcrs[at],
+            (state->pcr_count - at) * sizeof(state->pcrs[0]));
+    memmove(state->pcr_values[at + 1], state->pcr_values[at],
+            (state->pcr_count - at) * sizeof(state->pcr_values[0]));
+    state->pcrs[at] = (uint32_t)pcr;
+    memcpy(state->pcr_values[at], value, sizeof(value));
+    state->pcr_count++;
+    return CM_OK;
+}
+
+/* Firmware and boot loader (4) or unified kernel (11), and the secure-boot state (7). */
+static bool boot_chain_named(const struct cm_policy_state *state)
+{
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < state->pcr_count; i++) {
+        bits |= 1u << state->pcrs[i];
+    }
+    return (bits & 1u << 7) != 0 && (bits & (1u << 4 | 1u << 11)) != 0;
+}
+
 /* One state: our PCR after all events, the counter as it stood at enrolment. */
 static enum cm_status state_sign(const struct cm_pack_arguments *arguments,
                                  const struct cm_enrolment *enrolment,
@@ -155,13 +204,6 @@ static enum cm_status state_sign(const struct cm_pack_arguments *arguments,
     if (!counter_parse(arguments->counter, enrolment->counter_value + steps, &state.counter_max)) {
         return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE", "--counter takes a whole number");
     }
-    if (!enrolment->development) {
-        return cm_error_set(
-            err, CM_E_POLICY, "CM-PACK-BOOT-CHAIN",
-            "node %s has a real TPM: a policy for it must name boot-chain PCRs (7 and 4 "
-            "or 11), which this version cannot predict yet",
-            enrolment->node_name);
-    }
     memcpy(state.pcr_values[0], enrolment->pcr_value, CM_DIGEST_BYTES);
     memcpy(state.counter_name, enrolment->counter_name, sizeof(state.counter_name));
     if (strlen(policy_ref(arguments)) >= sizeof(state.policy_ref)) {
@@ -171,6 +213,16 @@ static enum cm_status state_sign(const struct cm_pack_arguments *arguments,
     snprintf(state.policy_ref, sizeof(state.policy_ref), "%s", policy_ref(arguments));
     enum cm_status status =
         cm_measurement_replay(measurement, 0, measurement->count, state.pcr_values[0], err);
+    for (uint32_t i = 0; status == CM_OK && i < arguments->pcr_count; i++) {
+        status = pcr_add(arguments->pcrs[i], &state, err);
+    }
+    if (status == CM_OK && !enrolment->development && !boot_chain_named(&state)) {
+        status = cm_error_set(
+            err, CM_E_POLICY, "CM-PACK-BOOT-CHAIN",
+            "node %s has a real TPM, and PCR %u alone only says what we say of "
+            "ourselves: name its boot chain with --pcr 7=HEX and --pcr 4=HEX or 11=HEX",
+            enrolment->node_name, enrolment->pcr);
+    }
     if (status == CM_OK) {
         status = cm_policy_state_to_sign(&state, digest, err);
     }

@@ -122,6 +122,9 @@ CM_MUST_USE enum cm_status cm_config_sealed_text(const struct cm_configuration *
                                                  char ret_text[static CM_CONFIG_SEALED_BYTES],
                                                  size_t *ret_bytes, struct cm_error *err);
 
+/* Open the TPM at a path: a device, or the data socket of an swtpm. Fails: TPM CM-TPM-OPEN. */
+CM_MUST_USE enum cm_status cm_config_tpm_open(const char *path, int *ret_fd, struct cm_error *err);
+
 /* Ring size that carries the greatest body: a power of two. */
 uint32_t cm_config_ring_bytes(const struct cm_configuration *configuration);
 

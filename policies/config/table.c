@@ -19,7 +19,7 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     {"package_owner", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(package_owner), "PEM public key (P-256) of who signs packages"},
     {"policy_authority", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(policy_authority), "PEM public key (P-256) of who signs allowed states"},
     {"device", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "cpu", "cpu", AT(device), "where the model computes"},
-    {"tpm", SEALED, CM_CONFIG_CHOICE, 1, 32, "", "development", "development|/dev/tpmrm0", AT(tpm), "the TPM; the development TPM protects nothing"},
+    {"tpm", SEALED, CM_CONFIG_TEXT, 1, 107, "", "development", "", AT(tpm), "development, /dev/tpmrm0, or the Unix socket of an swtpm; the development TPM protects nothing"},
     {"attest_mode", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "", "strict|restartable", AT(attest_mode), "strict: one start per boot, then a cap; restartable: the same state may start again. Must be said for a real TPM"},
     {"state", SITE, CM_CONFIG_PATH, 1, 400, "", "", "", AT(state), "folder of keys, enrolment record and status"},
     {"listen", SITE, CM_CONFIG_ADDRESS, 1, 63, "", "127.0.0.1:8443", "", AT(listen), "address and port of the API"},

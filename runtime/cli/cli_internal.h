@@ -34,6 +34,7 @@ enum cm_status command_keys(struct words *words, struct cm_error *err);
 enum cm_status command_check(struct words *words, struct cm_error *err);
 enum cm_status command_status(struct words *words, struct cm_error *err);
 enum cm_status command_measure(struct words *words, struct cm_error *err);
+enum cm_status command_revoke(struct words *words, struct cm_error *err);
 enum cm_status command_version(struct words *words, struct cm_error *err);
 
 /* files.c: whole small files; writing is beside, fsync, rename. */
@@ -51,6 +52,10 @@ CM_MUST_USE enum cm_status cli_provision(const char *node_name, const char *tpm_
                                          const char *development_state,
                                          uint8_t ret_record[static CM_ENROLMENT_BYTES_MAX],
                                          size_t *ret_bytes, struct cm_error *err);
+
+/* Step the node's counter once: every state signed for less is over. */
+CM_MUST_USE enum cm_status cli_counter_step(const char *tpm_path, const char *development_state,
+                                            uint64_t *ret_counter, struct cm_error *err);
 
 /* measure.c: the events before the package's, as a start would measure them. */
 struct cm_measurement;

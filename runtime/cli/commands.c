@@ -1,9 +1,11 @@
 /* serve, keys and version. */
 #include <errno.h>
+#include <fcntl.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -182,5 +184,48 @@ enum cm_status command_keys(struct words *words, struct cm_error *err)
         printf("casemate: %s is revoked; a running service refuses it within a second\n", subject);
     }
     key_store_close(store);
+    return status;
+}
+
+/* A development TPM is one program with one file: not while the service runs it. */
+static enum cm_status state_lock(const char *state, int *ret_fd, struct cm_error *err)
+{
+    char path[CM_CONFIG_TEXT_BYTES + 16];
+    snprintf(path, sizeof(path), "%s/run/lock", state);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        close(fd);
+        return cm_error_set(err, CM_E_SYSTEM, "CM-SUP-TWICE",
+                            "a casemate serves from %s with its development TPM; stop it first",
+                            state);
+    }
+    *ret_fd = fd; /* -1: never served, nothing to lock */
+    return CM_OK;
+}
+
+enum cm_status command_revoke(struct words *words, struct cm_error *err)
+{
+    static struct cm_config_arguments arguments;
+    static struct cm_configuration configuration;
+    char devtpm[CM_CONFIG_TEXT_BYTES + 32];
+    uint64_t counter = 0;
+    int lock = -1;
+    enum cm_status status =
+        cm_config_arguments_load(words->count, words->at, &arguments, &configuration, err);
+    bool development = strcmp(configuration.tpm, "development") == 0;
+    snprintf(devtpm, sizeof(devtpm), "%s/devtpm.state", configuration.state);
+    if (status == CM_OK && development) {
+        status = state_lock(configuration.state, &lock, err);
+    }
+    if (status == CM_OK) {
+        status = cli_counter_step(configuration.tpm, development ? devtpm : NULL, &counter, err);
+    }
+    if (lock >= 0) {
+        close(lock);
+    }
+    if (status == CM_OK) {
+        printf("the counter is %llu now: states signed for less unseal no more\n",
+               (unsigned long long)counter);
+    }
     return status;
 }

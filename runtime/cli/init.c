@@ -18,7 +18,7 @@
 struct plan {
     char state[CM_CONFIG_TEXT_BYTES];
     char work[PATH_BYTES]; /* <state>/.init-XXXXXX */
-    const char *owner_key, *policy_key, *package, *node_name, *tpm;
+    const char *owner_key, *policy_key, *package, *node_name, *tpm, *attest_mode;
     char node_name_own[CM_NAME_BYTES];
     bool made; /* the folder was not there before */
 };
@@ -36,6 +36,7 @@ static enum cm_status plan_read(struct words *words, struct plan *plan, struct c
     plan->package = words_value_take(words, "package");
     plan->node_name = words_value_take(words, "node-name");
     plan->tpm = words_value_take(words, "tpm");
+    const char *words_mode = words_value_take(words, "attest-mode");
     if (words->count != 0) {
         return cm_error_set(err, CM_E_USAGE, "CM-CLI-USAGE", "init does not know \"%.64s\"",
                             words->at[0]);
@@ -43,10 +44,19 @@ static enum cm_status plan_read(struct words *words, struct plan *plan, struct c
     if (plan->tpm == NULL) {
         plan->tpm = access("/dev/tpmrm0", F_OK) == 0 ? "/dev/tpmrm0" : "development";
     }
-    if (strcmp(plan->tpm, "development") != 0 && strcmp(plan->tpm, "/dev/tpmrm0") != 0) {
+    bool development = strcmp(plan->tpm, "development") == 0;
+    if (!development && plan->tpm[0] != '/') {
         return cm_error_set(err, CM_E_USAGE, "CM-CLI-USAGE",
-                            "--tpm is \"development\" or \"/dev/tpmrm0\", not \"%.64s\"",
+                            "--tpm is \"development\" or an absolute path, not \"%.64s\"",
                             plan->tpm);
+    }
+    plan->attest_mode = words_mode != NULL ? words_mode : development ? "restartable" : "";
+    if (strcmp(plan->attest_mode, "strict") != 0 && strcmp(plan->attest_mode, "restartable") != 0) {
+        return cm_error_set(
+            err, CM_E_USAGE, "CM-CLI-USAGE",
+            "--attest-mode: say strict (one start per boot) or restartable for the TPM "
+            "%s",
+            plan->tpm);
     }
     if (plan->node_name == NULL) {
         gethostname(plan->node_name_own, sizeof(plan->node_name_own) - 1);
@@ -141,13 +151,14 @@ static enum cm_status yaml_write(const struct plan *plan, struct cm_error *err)
         "# Relative paths count from this file's folder. Every key, its range and default:\n"
         "# `casemate check --keys`. Command line > CASEMATE_<KEY> > this file > default.\n"
         "\n"
-        "# Measured by attestation later on: changing it changes what this node is.\n"
+        "# Measured before the weights unseal: changing it changes what this node is.\n"
         "sealed:\n"
         "  package: '%s'\n"
         "  package_owner: owner.pem       # public key of who signs packages\n"
         "  policy_authority: policy.pem   # public key of who signs allowed states\n"
         "  device: cpu\n"
         "  tpm: %s%s\n"
+        "  attest_mode: %s\n"
         "\n"
         "# Yours: ports, limits, names.\n"
         "site:\n"
@@ -160,7 +171,8 @@ static enum cm_status yaml_write(const struct plan *plan, struct cm_error *err)
         "  # threads: 0\n"
         "  # drain_timeout_ms: 30000\n",
         package, plan->tpm,
-        strcmp(plan->tpm, "development") == 0 ? "               # protects nothing" : "");
+        strcmp(plan->tpm, "development") == 0 ? "               # protects nothing" : "",
+        plan->attest_mode);
     path_join(path, plan->work, "casemate.yaml");
     return cli_file_write(path, text, (size_t)used, 0644, err);
 }
@@ -233,10 +245,11 @@ static void next_steps_print(const struct plan *plan)
     if (plan->owner_key == NULL || plan->policy_key == NULL) {
         printf("next: put the owner's public keys there as owner.pem and policy.pem\n");
     }
-    printf("next: give enrolment.bin to the model's owner, who seals a package to it "
-           "(casemate-pack --help)\n"
+    printf("next: casemate measure --state %s --out node.measure\n"
+           "next: give enrolment.bin and node.measure to the model's owner, who seals a package to "
+           "them (casemate-pack --help)\n"
            "next: casemate serve --state %s\n",
-           plan->state);
+           plan->state, plan->state);
 }
 
 enum cm_status command_init(struct words *words, struct cm_error *err)

@@ -20,7 +20,9 @@ static const struct command commands[] = {
      "  --policy-key PEM  public key of who signs allowed states\n"
      "  --package FILE    the sealed package to serve\n"
      "  --node-name NAME  default: the host's name\n"
-     "  --tpm T           development or /dev/tpmrm0 (default: the device if there is one)\n\n"
+     "  --tpm T           development, /dev/tpmrm0 or an swtpm's socket (default: the device, if "
+     "any)\n"
+     "  --attest-mode M   strict or restartable; must be said for a real TPM\n\n"
      "example: casemate init --state node --owner-key owner/owner.pem "
      "--policy-key owner/policy.pem --package model.cmpkg --tpm development\n",
      command_init},
@@ -51,6 +53,12 @@ static const struct command commands[] = {
      "signature.\n\n"
      "example: casemate measure --state node --out node.measure\n",
      command_measure},
+    {"revoke", "step the node's counter: older signed states end",
+     "usage: casemate revoke [--config FILE | --state DIR]\n\n" WHERE
+     "\nAfter it only states unseal that the owner has signed for the new counter (casemate-pack\n"
+     "policy-revoke). A running service goes on until it stops. It cannot be undone.\n\n"
+     "example: casemate revoke --state node\n",
+     command_revoke},
     {"status", "show what runs, and what is not there yet",
      "usage: casemate status [--config FILE | --state DIR] [--json]\n\n" WHERE
      "  --json          for machines\n\n"

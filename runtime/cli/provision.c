@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -163,7 +164,7 @@ static enum cm_status record_read(int fd, uint8_t *bytes, size_t size, size_t *r
     }
 }
 
-static enum cm_status keeper_run(const char *node_name, bool development, int tpm_fd,
+static enum cm_status keeper_run(char *const *arguments, int tpm_fd,
                                  uint8_t ret_record[static CM_ENROLMENT_BYTES_MAX],
                                  size_t *ret_bytes, struct cm_error *err)
 {
@@ -171,12 +172,6 @@ static enum cm_status keeper_run(const char *node_name, bool development, int tp
     size_t used = 0;
     int pipes[2];
     struct helper keeper = {0, -1};
-    char *arguments[] = {"casemate-keeper",
-                         "--provision",
-                         "--node-name",
-                         (char *)node_name,
-                         development ? "--development" : NULL,
-                         NULL};
     if (pipe2(pipes, O_CLOEXEC) != 0) {
         return cm_error_errno(err, errno, "CM-CLI-PIPE", "cannot make a pipe");
     }
@@ -193,7 +188,7 @@ static enum cm_status keeper_run(const char *node_name, bool development, int tp
         /* It has said why on our stderr; its exit code names the kind. */
         status = code == 5 ? CM_E_POLICY : code == 6 ? CM_E_TPM : CM_E_SYSTEM;
         cm_error_set(err, status, "CM-CLI-PROVISION",
-                     "casemate-keeper --provision ended with code %d and %zu bytes of record", code,
+                     "casemate-keeper %s ended with code %d and %zu bytes", arguments[1], code,
                      used);
     }
     close(pipes[0]);
@@ -204,7 +199,7 @@ static enum cm_status keeper_run(const char *node_name, bool development, int tp
     return status;
 }
 
-static enum cm_status development_run(const char *node_name, const char *state,
+static enum cm_status development_run(char *const *keeper, const char *state,
                                       uint8_t ret_record[static CM_ENROLMENT_BYTES_MAX],
                                       size_t *ret_bytes, struct cm_error *err)
 {
@@ -234,7 +229,7 @@ static enum cm_status development_run(const char *node_name, const char *state,
     cm_channel_init(&channel, control[0], CM_ROLE_SUPERVISOR, CM_ROLE_DEVTPM);
     status = devtpm_ready(&channel, err);
     if (status == CM_OK) {
-        status = keeper_run(node_name, true, tpm[0], ret_record, ret_bytes, err);
+        status = keeper_run(keeper, tpm[0], ret_record, ret_bytes, err);
     }
     if (status == CM_OK) {
         status = cm_channel_send(&channel, CM_FRAME_STOP, NULL, 0, NULL, 0, err);
@@ -259,23 +254,49 @@ out:
     return status;
 }
 
+/* Run casemate-keeper once with a TPM at descriptor 13, and take what it writes. */
+static enum cm_status tpm_run(char *const *keeper, const char *tpm_path,
+                              const char *development_state,
+                              uint8_t ret_record[static CM_ENROLMENT_BYTES_MAX], size_t *ret_bytes,
+                              struct cm_error *err)
+{
+    signal(SIGPIPE, SIG_IGN);
+    if (development_state != NULL) {
+        return development_run(keeper, development_state, ret_record, ret_bytes, err);
+    }
+    int fd = -1;
+    enum cm_status status = cm_config_tpm_open(tpm_path, &fd, err);
+    if (status == CM_OK) {
+        status = keeper_run(keeper, fd, ret_record, ret_bytes, err);
+        close(fd);
+    }
+    return status;
+}
+
 enum cm_status cli_provision(const char *node_name, const char *tpm_path,
                              const char *development_state,
                              uint8_t ret_record[static CM_ENROLMENT_BYTES_MAX], size_t *ret_bytes,
                              struct cm_error *err)
 {
-    signal(SIGPIPE, SIG_IGN);
-    if (development_state != NULL) {
-        return development_run(node_name, development_state, ret_record, ret_bytes, err);
+    char *arguments[] = {"casemate-keeper",
+                         "--provision",
+                         "--node-name",
+                         (char *)node_name,
+                         development_state != NULL ? "--development" : NULL,
+                         NULL};
+    return tpm_run(arguments, tpm_path, development_state, ret_record, ret_bytes, err);
+}
+
+enum cm_status cli_counter_step(const char *tpm_path, const char *development_state,
+                                uint64_t *ret_counter, struct cm_error *err)
+{
+    char *arguments[] = {"casemate-keeper", "--revoke", NULL};
+    uint8_t text[CM_ENROLMENT_BYTES_MAX];
+    size_t bytes = 0;
+    enum cm_status status = tpm_run(arguments, tpm_path, development_state, text, &bytes, err);
+    if (status == CM_OK) {
+        text[bytes < sizeof(text) ? bytes : sizeof(text) - 1] = '\0';
+        *ret_counter = strtoull((const char *)text, NULL, 10);
     }
-    int fd = open(tpm_path, O_RDWR | O_CLOEXEC);
-    if (fd < 0) {
-        return cm_error_set(err, CM_E_TPM, "CM-TPM-OPEN",
-                            "cannot open %s: %s; --tpm development needs no device, and protects "
-                            "nothing",
-                            tpm_path, strerrordesc_np(errno));
-    }
-    enum cm_status status = keeper_run(node_name, false, fd, ret_record, ret_bytes, err);
-    close(fd);
     return status;
 }

@@ -58,6 +58,22 @@ static enum cm_status provision(const char *node_name, bool development, struct 
     return status;
 }
 
+/* Step the counter, its new value to standard output. */
+static enum cm_status counter_step(struct cm_error *err)
+{
+    struct cm_tpm *tpm = NULL;
+    uint64_t value = 0;
+    enum cm_status status = cm_tpm_open(CM_FD_TPM, &tpm, err);
+    if (status == CM_OK) {
+        status = cm_tpm_counter_step(tpm, &value, err);
+    }
+    cm_tpm_close(tpm);
+    if (status == CM_OK) {
+        printf("%llu\n", (unsigned long long)value);
+    }
+    return status;
+}
+
 static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
 {
     static struct cm_frame frame;
@@ -112,11 +128,17 @@ int main(int count, char **words)
         if (status != CM_OK) {
             fprintf(stderr, "casemate-keeper: %s (%s)\n", err.text, err.id);
         }
+    } else if (status == CM_OK && count == 2 && strcmp(words[1], "--revoke") == 0) {
+        status = counter_step(&err);
+        if (status != CM_OK) {
+            fprintf(stderr, "casemate-keeper: %s (%s)\n", err.text, err.id);
+        }
     } else if (status == CM_OK && count == 1) {
         status = serve(&keeper, &err);
     } else if (status == CM_OK) {
         fprintf(stderr, "casemate-keeper is started by casemate-supervisor, or as\n"
-                        "casemate-keeper --provision --node-name NAME [--development] 13<>TPM\n");
+                        "casemate-keeper --provision --node-name NAME [--development] 13<>TPM\n"
+                        "casemate-keeper --revoke 13<>TPM\n");
         status = CM_E_USAGE;
     }
     return cm_status_exit_code(status);

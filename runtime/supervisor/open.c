@@ -78,13 +78,7 @@ static enum cm_status tpm_open(struct service *service, struct cm_error *err)
     char path[CM_CONFIG_TEXT_BYTES + 32];
     int ends[2];
     if (strcmp(service->configuration->tpm, "development") != 0) {
-        service->tpm_fd = open(service->configuration->tpm, O_RDWR | O_CLOEXEC);
-        return service->tpm_fd >= 0
-                   ? CM_OK
-                   : cm_error_set(err, CM_E_TPM, "CM-TPM-OPEN",
-                                  "cannot open %s: %s; `tpm: development` needs no "
-                                  "device, and protects nothing",
-                                  service->configuration->tpm, strerrordesc_np(errno));
+        return cm_config_tpm_open(service->configuration->tpm, &service->tpm_fd, err);
     }
     service->keeper_config.development_tpm = 1;
     service->state.development_tpm = 1;

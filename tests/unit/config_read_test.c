@@ -53,7 +53,7 @@ Test(config_read, every_refusal_names_its_line)
         {"site:\n  threads: 1\nsite:\n  queue_max: 2\n", {":3:", "twice", "site"}},
         {"site:\n  package: x\n", {":2:", "\"sealed:\"", "package"}},
         {"sealed:\n  device: gpu\n", {":2:", "one of cpu", "gpu"}},
-        {"sealed:\n  tpm: /dev/tpm0\n", {":2:", "/dev/tpmrm0", "/dev/tpm0"}},
+        {"sealed:\n  attest_mode: lax\n", {":2:", "one of strict|restartable", "lax"}},
         {"threads: 4\n", {":1:", "stands under site:", "threads"}},
         {"other:\n  a: 1\n", {":1:", "unknown section", "other"}},
         {"site: &a\n  threads: 1\n", {":1:", "anchors", ""}},

@@ -211,7 +211,9 @@ Test(tpm_seal, a_stepped_counter_revokes_and_a_new_signature_restores)
 {
     struct cm_error err;
     scene_make(&scene, state_new());
-    cr_assert_eq(cm_tpm_counter_step(scene.tpm, scene.enrolment.counter_handle, &err), CM_OK);
+    uint64_t counter;
+    cr_assert_eq(cm_tpm_counter_step(scene.tpm, &counter, &err), CM_OK);
+    cr_assert_eq(counter, scene.enrolment.counter_value + 1);
     refused(&scene, "CM-SEAL-COUNTER");
     scene.list.states[0].counter_max++;
     refused(&scene, "CM-SEAL-SIGNATURE"); /* a state that nobody signed */

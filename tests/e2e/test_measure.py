@@ -1,0 +1,176 @@
+"""Sealed to a state: what is measured, what is refused when it changes, and a real swtpm."""
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS))
+import node as nodes  # noqa: E402
+import tiny_model  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("measure") / "tiny.gguf"
+    tiny_model.write(str(path))
+    return path
+
+
+@pytest.fixture
+def programs(build, tmp_path):
+    """Our own copy of the programs, to change."""
+    shutil.copytree(build / "bin", tmp_path / "bin")
+    return tmp_path / "bin"
+
+
+def served(node) -> bool:
+    node.start()
+    return node.stop() == 0
+
+
+def refused(node, cause: str) -> None:
+    node.start(wait=False)
+    assert node.service.wait(20) == 5, node.tail()
+    node.service = None
+    assert cause in node.tail(), node.tail()
+
+
+def test_the_prediction_lists_programs_with_their_libraries(programs, model, tmp_path):
+    node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny")
+    first = json.loads(node.run("casemate", "measure", "--state", node.state, "--json").stdout)
+    again = json.loads(node.run("casemate", "measure", "--state", node.state, "--json").stdout)
+    assert first == again
+    rows = {e["files"][0]["name"]: [f["name"] for f in e["files"]] for e in first["events"]
+            if e["type"] == "program"}
+    assert set(rows) == {"casemate-supervisor", "casemate-gateway", "casemate-worker",
+                         "casemate-keeper", "casemate-devtpm"}
+    assert "libc.so.6" in rows["casemate-worker"] and "libcrypto.so.3" in rows["casemate-gateway"]
+    assert all("ld-linux-x86-64.so.2" in files for files in rows.values())
+    kinds = [e["type"] for e in first["events"]]
+    assert kinds == ["program"] * 5 + ["configuration", "device"]
+
+
+@pytest.mark.parametrize("program", ["supervisor", "gateway", "worker", "keeper", "devtpm"])
+def test_a_changed_program_is_refused_until_it_is_signed(programs, model, tmp_path, program):
+    node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny")
+    assert served(node)
+    with open(programs / f"casemate-{program}", "ab") as file:
+        file.write(b"\0")
+    refused(node, "CM-SEAL-PCR")
+    node.sign()
+    assert served(node)
+
+
+def test_a_changed_configuration_is_refused_and_a_site_key_is_not(programs, model, tmp_path):
+    node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny")
+    node.start("--sequences_max", "3")
+    assert node.stop() == 0
+    yaml = node.state / "casemate.yaml"
+    yaml.write_text(yaml.read_text().replace("attest_mode: restartable", "attest_mode: strict"))
+    refused(node, "CM-SEAL-PCR")
+    node.sign()
+    assert served(node) and served(node)  # each start of a development TPM is a boot
+
+
+def test_a_stepped_counter_revokes_the_older_states(programs, model, tmp_path):
+    node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny")
+    assert served(node)
+    node.run("casemate", "revoke", "--state", node.state)
+    refused(node, "CM-SEAL-COUNTER")
+    node.sign()  # signed for the counter at enrolment: not enough
+    refused(node, "CM-SEAL-COUNTER")
+    node.sign("policy-revoke")
+    assert served(node)
+
+
+class Swtpm:
+    """A real swtpm, an emulator of its own process; it is reset only when we say so."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.path, self.process = folder, folder / "tpm.sock", None
+        folder.mkdir()
+
+    def start(self):
+        self.path.unlink(missing_ok=True)
+        self.process = subprocess.Popen(
+            ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.folder}", "--server",
+             f"type=unixio,path={self.path}", "--flags", "not-need-init,startup-clear"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 5
+        while not self.path.exists():
+            assert time.monotonic() < end and self.process.poll() is None, "swtpm does not start"
+            time.sleep(0.02)
+        return self
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(10)
+
+
+@pytest.fixture
+def swtpm(tmp_path):
+    tpm = Swtpm(tmp_path / "swtpm").start()
+    yield tpm
+    tpm.stop()
+
+
+def test_restartable_starts_twice_on_one_boot(programs, model, tmp_path, swtpm):
+    node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny", tpm=str(swtpm.path))
+    assert served(node) and served(node)
+    with open(programs / "casemate-worker", "ab") as file:
+        file.write(b"\0")
+    node.sign()
+    refused(node, "CM-SEAL-BOOT")  # the PCR holds the old program until a reboot
+    swtpm.stop()
+    swtpm.start()
+    assert served(node)
+
+
+def test_strict_starts_once_for_each_boot(build, model, tmp_path, swtpm):
+    node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny", tpm=str(swtpm.path), mode="strict")
+    assert served(node)
+    refused(node, "CM-SEAL-BOOT")
+    swtpm.stop()
+    swtpm.start()
+    assert served(node)
+
+
+def test_a_policy_for_a_real_tpm_names_its_boot_chain(build, model, tmp_path, swtpm):
+    node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny", tpm=str(swtpm.path))
+    for pcrs in ([], ["--pcr", "4=" + "00" * 32], ["--pcr", "7=" + "00" * 32]):
+        done = node.run("casemate-pack", "policy-sign", node.package, "--owner", node.owner, "--node",
+                        node.state / "enrolment.bin", "--measurement", node.measure(), *pcrs,
+                        check=False)
+        assert done.returncode == 5 and "CM-PACK-BOOT-CHAIN" in done.stderr
+    node.pcrs = ["--pcr", "4=" + "11" * 32, "--pcr", "7=" + "00" * 32]
+    (node.package.with_name(node.package.name + ".policy")).unlink()
+    node.sign()
+    refused(node, "PCR 4 is")
+
+
+def test_a_tpm_that_is_gone_or_another_is_named(build, model, tmp_path, swtpm):
+    node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny", tpm=str(swtpm.path))
+    swtpm.stop()
+    node.start(wait=False)
+    assert node.service.wait(20) == 6 and "CM-TPM-OPEN" in node.tail()
+    other = Swtpm(tmp_path / "other").start()
+    other.path.rename(swtpm.path)
+    try:
+        node.start(wait=False)
+        assert node.service.wait(60) in (5, 6) and ("CM-SEAL-NODE" in node.tail()
+                                                    or "CM-TPM" in node.tail())
+    finally:
+        other.stop()
