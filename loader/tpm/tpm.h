@@ -29,6 +29,29 @@ CM_MUST_USE enum cm_status cm_tpm_unseal(struct cm_tpm *tpm, const struct cm_enr
                                          const uint8_t policy_key[static CM_PUBLIC_KEY_BYTES],
                                          struct cm_secret **ret_key, struct cm_error *err);
 
+struct cm_tpm_quote {
+    uint8_t attest[512]; /* TPMS_ATTEST as signed */
+    uint32_t attest_bytes;
+    uint8_t signature[64]; /* r ‖ s by the AK */
+    uint8_t pcr_values[CM_POLICY_PCRS_MAX][CM_DIGEST_BYTES];
+    uint32_t reset_count, restart_count;
+};
+
+/* Quote PCRs (ascending, SHA-256 bank) with `data` as extraData, by the enrolled AK; the values are
+ * read again until they are the quoted ones. Fails: TPM CM-TPM-QUOTE; POLICY CM-SEAL-NODE. */
+CM_MUST_USE enum cm_status cm_tpm_quote(struct cm_tpm *tpm, const struct cm_enrolment *enrolment,
+                                        const uint32_t *pcrs, uint32_t count,
+                                        const uint8_t data[static CM_DIGEST_BYTES],
+                                        struct cm_tpm_quote *ret_quote, struct cm_error *err);
+
+/* What differs after a TPM reset: a boot's mark. Compare with memcmp. */
+struct cm_tpm_boot {
+    uint8_t null_name[36]; /* name of a primary key of the null hierarchy */
+    uint32_t reset_count, restart_count;
+};
+CM_MUST_USE enum cm_status cm_tpm_boot_read(struct cm_tpm *tpm, struct cm_tpm_boot *ret_boot,
+                                            struct cm_error *err);
+
 /* SHA-256 bank. Fails: TPM CM-TPM-BANK. */
 CM_MUST_USE enum cm_status cm_tpm_pcr_read(struct cm_tpm *tpm, uint32_t pcr,
                                            uint8_t ret_value[static CM_DIGEST_BYTES],
