@@ -29,7 +29,8 @@ static enum cm_status number_read(const char *name, const json_t *value, double 
         return type_refuse(error, name, "a number");
     }
     double number = json_number_value(value);
-    if (!(number >= least && number <= most) || (open_below && !(number > least))) {
+    /* As a float: a double above the bound may round to it. */
+    if (!(number >= least && number <= most) || (open_below && !((double)(float)number > least))) {
         return cm_api_error_field(error, 400, "invalid_value", name,
                                   "'%s' must be %s %g and at most %g.", name,
                                   open_below ? "above" : "at least", least, most);
@@ -66,11 +67,7 @@ APPLY(temperature)
 
 APPLY(top_p)
 {
-    enum cm_status status = number_read(name_text, value, 0, 1, true, &SAMPLING->top_p, error);
-    if (status == CM_OK && SAMPLING->top_p <= 0) { /* a denormal double that became 0 */
-        return value_refuse(error, name_text, "above 0");
-    }
-    return status;
+    return number_read(name_text, value, 0, 1, true, &SAMPLING->top_p, error);
 }
 
 APPLY(min_p)
@@ -90,12 +87,7 @@ APPLY(presence_penalty)
 
 APPLY(repetition_penalty)
 {
-    enum cm_status status =
-        number_read(name_text, value, 0, 4, true, &SAMPLING->repetition_penalty, error);
-    if (status == CM_OK && SAMPLING->repetition_penalty <= 0) {
-        return value_refuse(error, name_text, "above 0");
-    }
-    return status;
+    return number_read(name_text, value, 0, 4, true, &SAMPLING->repetition_penalty, error);
 }
 
 APPLY(top_k)
