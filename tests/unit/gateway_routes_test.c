@@ -1,0 +1,167 @@
+/* Who may reach what: every route with every kind of credential, paths and methods that are none,
+ * and tables of keys that are not taken. */
+#include <criterion/criterion.h>
+#include <fcntl.h>
+#include <openssl/sha.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "runtime/gateway/keys.h"
+
+#define NOW        1000000u
+#define ROWS       3
+#define KEY_A      "cm-00000000000000aa-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA1"
+#define KEY_B      "cm-00000000000000bb-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA2"
+#define KEY_C      "cm-00000000000000cc-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA3"
+#define KEY_GONE   "cm-00000000000000dd-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA4"
+#define ALL_SEALED (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
+
+static struct cm_keys keys;
+static struct cm_error err;
+
+static struct cm_span span(const char *text)
+{
+    return (struct cm_span){text, strlen(text)};
+}
+
+static struct cm_api_key row_make(uint8_t last, const char *text, uint64_t expires_unix_s)
+{
+    struct cm_api_key row = {.id = {[7] = last}, .expires_unix_s = expires_unix_s};
+    SHA256((const uint8_t *)text, strlen(text), row.hash);
+    snprintf(row.name, sizeof(row.name), "key-%02x", last);
+    return row;
+}
+
+static enum cm_status table_load(const struct cm_api_key *rows, size_t bytes, uint32_t count,
+                                 uint64_t generation, int seals)
+{
+    const struct cm_keys_info info = {.generation = generation, .count = count};
+    int fd = memfd_create("keys", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    cr_assert(fd >= 0 && write(fd, rows, bytes) == (ssize_t)bytes);
+    cr_assert_eq(fcntl(fd, F_ADD_SEALS, seals), 0);
+    enum cm_status status = cm_keys_load(&keys, fd, &info, &err);
+    close(fd);
+    return status;
+}
+
+/* a: for ever; b: expires at NOW; c: a second later. KEY_GONE stood in an older table. */
+static void table_make(struct cm_api_key rows[static ROWS])
+{
+    rows[0] = row_make(0xaa, KEY_A, 0);
+    rows[1] = row_make(0xbb, KEY_B, NOW);
+    rows[2] = row_make(0xcc, KEY_C, NOW + 1);
+}
+
+static void setup(void)
+{
+    const struct cm_api_key old = row_make(0xdd, KEY_GONE, 0);
+    struct cm_api_key rows[ROWS];
+    table_make(rows);
+    cr_assert_eq(table_load(&old, sizeof(old), 1, 1, ALL_SEALED), CM_OK);
+    cr_assert_eq(table_load(rows, sizeof(rows), ROWS, 2, ALL_SEALED), CM_OK);
+}
+
+static void teardown(void)
+{
+    cm_keys_free(&keys);
+}
+
+/* What an Authorization field can say; "" is none at all. */
+static const struct {
+    const char *what, *value;
+    bool valid;
+} credentials[] = {
+    {"none", "", false},
+    {"a scheme alone", "Bearer ", false},
+    {"no scheme", KEY_A, false},
+    {"another scheme", "Basic  " KEY_A, false},
+    {"valid", "Bearer " KEY_A, true},
+    {"valid, the scheme in other letters", "bEARER " KEY_A, true},
+    {"about to expire", "Bearer " KEY_C, true},
+    {"expired", "Bearer " KEY_B, false},
+    {"revoked", "Bearer " KEY_GONE, false},
+    {"another id",
+     "Bearer cm-00000000000000ab" /* of nobody */
+     "-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA1",
+     false},
+    {"the secret of another",
+     "Bearer cm-00000000000000aa"
+     "-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA3",
+     false},
+    {"another last byte",
+     "Bearer cm-00000000000000aa"
+     "-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA2",
+     false},
+    {"too long", "Bearer " KEY_A "A", false},
+    {"too short", "Bearer cm-00000000000000aa-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", false},
+    {"two spaces", "Bearer  " KEY_A, false},
+    {"a tab", "Bearer\t" KEY_A, false},
+    {"the id in capitals",
+     "Bearer cm-00000000000000AA"
+     "-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA1",
+     false},
+    {"an id that is no number",
+     "Bearer cm-00000000000000ag"
+     "-AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA1",
+     false},
+    {"two keys", "Bearer " KEY_A "," KEY_C, false},
+};
+#define CREDENTIAL_COUNT (sizeof(credentials) / sizeof(credentials[0]))
+
+TestSuite(gateway_routes, .init = setup, .fini = teardown);
+
+/* The paths, written down a second time: a route that is added or opened shows here. */
+static const struct {
+    const char *method, *path;
+    char who; /* o: open, k: a key, m: a key unless metrics are open */
+    bool body;
+} wanted[CM_ROUTE_COUNT] = {
+    {"POST", "/v1/chat/completions", 'k', true},
+    {"POST", "/v1/completions", 'k', true},
+    {"GET", "/v1/models", 'k', false},
+    {"GET", "/v1/models/some-id", 'k', false},
+    {"GET", "/livez", 'o', false},
+    {"GET", "/readyz", 'o', false},
+    {"GET", "/startupz", 'o', false},
+    {"GET", "/health", 'o', false},
+    {"GET", "/version", 'o', false},
+    {"GET", "/metrics", 'm', false},
+};
+
+static int find(const char *method, const char *path, const struct cm_route **ret_route,
+                struct cm_span *ret_parameter)
+{
+    const char *allow = NULL;
+    *ret_route = NULL;
+    int status = cm_route_find(span(method), span(path), ret_route, ret_parameter, &allow);
+    cr_expect_eq(status == 200, *ret_route != NULL);
+    cr_expect_eq(status == 405, allow != NULL, "%s %s", method, path);
+    return status;
+}
+
+Test(gateway_routes, each_route_with_each_credential)
+{
+    size_t passed = 0;
+    for (size_t i = 0; i < CM_ROUTE_COUNT * CREDENTIAL_COUNT * 2; i++) {
+        size_t at = i % CM_ROUTE_COUNT;
+        size_t credential = i / CM_ROUTE_COUNT % CREDENTIAL_COUNT;
+        bool metrics_open = i / CM_ROUTE_COUNT / CREDENTIAL_COUNT != 0;
+        const struct cm_route *route;
+        const struct cm_api_key *key = NULL;
+        struct cm_span parameter;
+        cr_assert_eq(find(wanted[at].method, wanted[at].path, &route, &parameter), 200);
+        cr_expect_eq(route->body, wanted[at].body);
+        enum cm_admission admission = cm_keys_admit(&keys, route, metrics_open,
+                                                    span(credentials[credential].value), NOW, &key);
+        bool open = wanted[at].who == 'o' || (wanted[at].who == 'm' && metrics_open);
+        cr_expect_eq(
+            admission, open || credentials[credential].valid ? CM_ADMITTED : CM_UNAUTHORISED,
+            "%s with a credential that is: %s", wanted[at].path, credentials[credential].what);
+        cr_expect_eq(key != NULL, admission == CM_ADMITTED && !open);
+        passed += admission == CM_ADMITTED;
+    }
+    cr_expect_eq(passed, 2 * 5 * CREDENTIAL_COUNT + CREDENTIAL_COUNT + 9 * 3u);
+}
