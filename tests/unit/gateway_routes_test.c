@@ -165,3 +165,169 @@ Test(gateway_routes, each_route_with_each_credential)
     }
     cr_expect_eq(passed, 2 * 5 * CREDENTIAL_COUNT + CREDENTIAL_COUNT + 9 * 3u);
 }
+
+Test(gateway_routes, what_is_not_in_the_table)
+{
+    static const char *const none[] = {"/",
+                                       "/v1",
+                                       "/v1/",
+                                       "/v1/models/",
+                                       "/v1/models/a/b",
+                                       "/v1/models//",
+                                       "/v1/modelsx",
+                                       "/v1/chat/completions/",
+                                       "//v1/models",
+                                       "/V1/models",
+                                       "/v1/chat%2fcompletions",
+                                       "/v1/./models",
+                                       "/v1/embeddings",
+                                       "/livez/",
+                                       "/livezx",
+                                       "/live",
+                                       "/metrics/",
+                                       "/admin",
+                                       "/.."};
+    const struct cm_route *route;
+    struct cm_span parameter;
+    for (size_t i = 0; i < sizeof(none) / sizeof(none[0]); i++) {
+        cr_expect_eq(find("GET", none[i], &route, &parameter), 404, "%s", none[i]);
+        cr_expect_eq(find("POST", none[i], &route, &parameter), 404, "%s", none[i]);
+    }
+    const char *allow = NULL;
+    cr_expect_eq(cm_route_find(span("GET"), (struct cm_span){"/v1/models\0", 11}, &route,
+                               &parameter, &allow),
+                 404);
+}
+
+Test(gateway_routes, other_methods)
+{
+    static const char *const methods[] = {"GET",     "POST",    "PUT",   "PATCH", "DELETE", "HEAD",
+                                          "OPTIONS", "CONNECT", "TRACE", "get",   "post",   "GETX"};
+    for (size_t i = 0; i < CM_ROUTE_COUNT; i++) {
+        for (size_t k = 0; k < sizeof(methods) / sizeof(methods[0]); k++) {
+            const struct cm_route *route = NULL;
+            struct cm_span parameter;
+            const char *allow = NULL;
+            int status =
+                cm_route_find(span(methods[k]), span(wanted[i].path), &route, &parameter, &allow);
+            if (strcmp(methods[k], wanted[i].method) == 0) {
+                cr_expect_eq(status, 200);
+                continue;
+            }
+            cr_expect(status == 405 && route == NULL, "%s %s", methods[k], wanted[i].path);
+            cr_expect_str_eq(allow, wanted[i].method);
+        }
+    }
+}
+
+Test(gateway_routes, the_parameter_of_a_path)
+{
+    const struct cm_route *route;
+    struct cm_span parameter;
+    cr_assert_eq(find("GET", "/v1/models/a%2Fb", &route, &parameter), 200);
+    cr_expect(route->handler == CM_HANDLER_MODEL && cm_span_is(parameter, "a%2Fb"));
+    cr_assert_eq(find("GET", "/v1/models", &route, &parameter), 200);
+    cr_expect(route->handler == CM_HANDLER_MODELS && parameter.size == 0);
+}
+
+/* Nobody but on open routes, whatever is shown. */
+static void nobody_is_admitted(enum cm_admission wanted_admission)
+{
+    for (size_t i = 0; i < CM_ROUTE_COUNT; i++) {
+        for (size_t k = 0; k < CREDENTIAL_COUNT; k++) {
+            const struct cm_api_key *key = NULL;
+            enum cm_admission admission =
+                cm_keys_admit(&keys, &cm_routes[i], false, span(credentials[k].value), NOW, &key);
+            bool open = cm_routes[i].permission == CM_PERMISSION_OPEN;
+            cr_expect_eq(admission, open ? CM_ADMITTED : wanted_admission);
+            cr_expect_null(key);
+        }
+    }
+}
+
+Test(gateway_routes, without_a_table_nobody_is_admitted)
+{
+    cm_keys_free(&keys);
+    nobody_is_admitted(CM_KEYS_MISSING);
+    cr_assert_eq(table_load(NULL, 0, 0, 3, ALL_SEALED), CM_OK);
+    nobody_is_admitted(CM_UNAUTHORISED);
+}
+
+/* A zero id and a zero hash are what a credential of the wrong shape is compared with. */
+Test(gateway_routes, a_row_of_zeros_admits_nobody)
+{
+    const struct cm_api_key zeros = {.name = "zeros"};
+    const char nothing[CM_KEY_TEXT_BYTES] = {0};
+    struct cm_api_key row = {.name = "zeros"};
+    SHA256((const uint8_t *)nothing, sizeof(nothing), row.hash);
+    cr_assert_eq(table_load(&zeros, sizeof(zeros), 1, 3, ALL_SEALED), CM_OK);
+    nobody_is_admitted(CM_UNAUTHORISED);
+    cr_assert_eq(table_load(&row, sizeof(row), 1, 4, ALL_SEALED), CM_OK);
+    nobody_is_admitted(CM_UNAUTHORISED);
+}
+
+/* A table that is not sound leaves none: the old one, too, is no longer believed. */
+Test(gateway_routes, tables_that_are_not_taken)
+{
+    static const int partly[] = {0, F_SEAL_SHRINK | F_SEAL_GROW, F_SEAL_GROW | F_SEAL_WRITE,
+                                 F_SEAL_SHRINK | F_SEAL_WRITE};
+    struct cm_api_key rows[ROWS];
+    for (size_t fault = 0; fault < 14; fault++) {
+        table_make(rows);
+        cr_assert_eq(table_load(rows, sizeof(rows), ROWS, 2, ALL_SEALED), CM_OK);
+        uint32_t count = ROWS;
+        uint64_t generation = 3;
+        int seals = ALL_SEALED;
+        size_t bytes = sizeof(rows);
+        switch (fault) {
+        case 0:
+        case 1:
+        case 2:
+        case 3:
+            seals = partly[fault];
+            break;
+        case 4:
+            count = ROWS - 1;
+            break;
+        case 5:
+            count = ROWS + 1;
+            break;
+        case 6:
+            bytes -= 1;
+            break;
+        case 7:
+            count = UINT32_MAX;
+            break;
+        case 8:
+            generation = 1;
+            break;
+        case 9: /* not in order */
+            rows[0].id[0] = 1;
+            break;
+        case 10: /* an id twice */
+            rows[1].id[7] = rows[0].id[7];
+            break;
+        case 11:
+            memset(rows[1].name, 'x', sizeof(rows[1].name));
+            break;
+        case 12:
+            rows[2].name[1] = '"';
+            break;
+        default:
+            rows[2].name[1] = '\n';
+            break;
+        }
+        cr_expect_eq(table_load(rows, bytes, count, generation, seals), CM_E_INPUT, "fault %zu",
+                     fault);
+        nobody_is_admitted(CM_KEYS_MISSING);
+        cr_expect_eq(keys.generation, 2u);
+        cm_keys_free(&keys);
+    }
+}
+
+Test(gateway_routes, a_closed_descriptor_is_no_table)
+{
+    const struct cm_keys_info info = {.generation = 3, .count = 0};
+    cr_expect_eq(cm_keys_load(&keys, -1, &info, &err), CM_E_INPUT);
+    nobody_is_admitted(CM_KEYS_MISSING);
+}
