@@ -397,7 +397,8 @@ enum cm_status cm_tpm_unseal(struct cm_tpm *tpm, const struct cm_enrolment *enro
                              const uint8_t *payload, size_t payload_bytes,
                              const struct cm_policy_list *list,
                              const uint8_t policy_key[static CM_PUBLIC_KEY_BYTES],
-                             struct cm_secret **ret_key, struct cm_error *err)
+                             struct cm_secret **ret_key, struct cm_policy_state *ret_state,
+                             struct cm_error *err)
 {
     struct unsealing u = {.tpm = tpm,
                           .enrolment = enrolment,
@@ -436,5 +437,6 @@ enum cm_status cm_tpm_unseal(struct cm_tpm *tpm, const struct cm_enrolment *enro
         return status;
     }
     *ret_key = key;
+    *ret_state = *u.state;
     return CM_OK;
 }

@@ -54,7 +54,7 @@ struct cm_config_names {
     char names[CM_CONFIG_TLS_NAMES][CM_NAME_BYTES];
 };
 
-#define CM_CONFIG_ROW_COUNT 29
+#define CM_CONFIG_ROW_COUNT 31
 
 struct cm_configuration {
     /* sealed */
@@ -74,6 +74,7 @@ struct cm_configuration {
     uint64_t kv_bytes, kv_pages, context_max, step_tokens_max, threads;
     uint64_t header_timeout_ms, body_timeout_ms, write_timeout_ms, request_timeout_ms;
     uint64_t drain_timeout_ms, max_tokens_default, metrics_unauthenticated;
+    uint64_t evidence_refresh_ms, evidence_lifetime_ms;
     /* where each value came from, by row; file lines count from 1 */
     uint8_t sources[CM_CONFIG_ROW_COUNT];
     uint32_t lines[CM_CONFIG_ROW_COUNT];

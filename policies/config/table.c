@@ -43,6 +43,8 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     NUMBER(request_timeout_ms, 0, 86400000, "ms", "600000", "for a whole generation; 0: none"),
     NUMBER(drain_timeout_ms, 0, 3600000, "ms", "30000", "for requests in flight when the service stops"),
     NUMBER(max_tokens_default, 0, 1u << 20, "", "0", "reply length where the client names none; 0: up to the context"),
+    NUMBER(evidence_refresh_ms, 1000, 3600000, "ms", "300000", "between two quotes of the service's own"),
+    NUMBER(evidence_lifetime_ms, 1000, 3600000, "ms", "600000", "age of its last quote at which the service stops being ready"),
     {"metrics_unauthenticated", SITE, CM_CONFIG_BOOL, 0, 1, "", "false", "", AT(metrics_unauthenticated), "GET /metrics needs no key"},
 };
 /* clang-format on */

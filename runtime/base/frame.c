@@ -52,6 +52,12 @@ const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
                           "what runs and what is configured, as sealed descriptors, in order"},
     [CM_FRAME_UNSEAL] = {"unseal", S, K, P0, true, 0, 0, 0,
                          "all is measured: extend the PCR, then unseal"},
+    [CM_FRAME_QUOTE] = {"quote", G | S, S | K, P1 | P2, false, EXACT(struct cm_quote_request), 0,
+                        "evidence for a client's nonce and connection, or the service's own"},
+    [CM_FRAME_EVIDENCE] = {"evidence", K | S, S | G, P1 | P2, false, EXACT(struct cm_evidence_info),
+                           1, "the evidence, in a sealed memfd"},
+    [CM_FRAME_QUOTE_FAILED] = {"quote_failed", K | S, S | G, P1 | P2, false,
+                               EXACT(struct cm_quote_failed), 0, "why there is no evidence"},
     [CM_FRAME_STOP] = {"stop", S, C, P0 | P1 | P2, true, 0, 0, 0, "exit now with 0"},
 };
 

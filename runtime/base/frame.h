@@ -60,24 +60,27 @@ enum cm_role {
 enum cm_phase { CM_PHASE_START = 1, CM_PHASE_SERVE = 2, CM_PHASE_DRAIN = 4, CM_PHASE_ALL = 7 };
 
 enum cm_frame_type {
-    CM_FRAME_CONFIG = 1,  /* S -> child: the role's configuration; first frame of all */
-    CM_FRAME_READY,       /* child -> S: the role serves; phase becomes SERVE on both sides */
-    CM_FRAME_FAILED,      /* child -> S: struct cm_error; the child exits after it */
-    CM_FRAME_PROGRESS,    /* worker -> S: load progress */
-    CM_FRAME_STATE,       /* S -> gateway: what the probes answer */
-    CM_FRAME_RINGS,       /* S -> gateway, worker: six descriptors of a fresh pair of rings */
-    CM_FRAME_KEY_REQUEST, /* S -> keeper: package key page for a worker generation */
-    CM_FRAME_KEY_PAGE,    /* keeper -> S: its descriptor */
-    CM_FRAME_TLS_REQUEST, /* S -> keeper: TLS key page for a gateway generation */
-    CM_FRAME_TLS_PAGE,    /* keeper -> S: its descriptor, and the certificate (public) */
-    CM_FRAME_LOADED,      /* worker -> S -> keeper: key page wiped; the keeper checks that */
-    CM_FRAME_KEYS,        /* S -> gateway: sealed memfd with the table of API keys */
-    CM_FRAME_HEARTBEAT,   /* child -> S, once a second: alive, with figures */
-    CM_FRAME_DRAIN,       /* S -> gateway, worker: finish by the deadline */
-    CM_FRAME_DRAINED,     /* gateway, worker -> S: nothing is left in flight */
-    CM_FRAME_STOP,        /* S -> child: exit now with 0 */
-    CM_FRAME_MEASURE,     /* S -> keeper: a sealed file that belongs into the next event */
-    CM_FRAME_UNSEAL,      /* S -> keeper: everything is measured; extend, unseal */
+    CM_FRAME_CONFIG = 1,   /* S -> child: the role's configuration; first frame of all */
+    CM_FRAME_READY,        /* child -> S: the role serves; phase becomes SERVE on both sides */
+    CM_FRAME_FAILED,       /* child -> S: struct cm_error; the child exits after it */
+    CM_FRAME_PROGRESS,     /* worker -> S: load progress */
+    CM_FRAME_STATE,        /* S -> gateway: what the probes answer */
+    CM_FRAME_RINGS,        /* S -> gateway, worker: six descriptors of a fresh pair of rings */
+    CM_FRAME_KEY_REQUEST,  /* S -> keeper: package key page for a worker generation */
+    CM_FRAME_KEY_PAGE,     /* keeper -> S: its descriptor */
+    CM_FRAME_TLS_REQUEST,  /* S -> keeper: TLS key page for a gateway generation */
+    CM_FRAME_TLS_PAGE,     /* keeper -> S: its descriptor, and the certificate (public) */
+    CM_FRAME_LOADED,       /* worker -> S -> keeper: key page wiped; the keeper checks that */
+    CM_FRAME_KEYS,         /* S -> gateway: sealed memfd with the table of API keys */
+    CM_FRAME_HEARTBEAT,    /* child -> S, once a second: alive, with figures */
+    CM_FRAME_DRAIN,        /* S -> gateway, worker: finish by the deadline */
+    CM_FRAME_DRAINED,      /* gateway, worker -> S: nothing is left in flight */
+    CM_FRAME_STOP,         /* S -> child: exit now with 0 */
+    CM_FRAME_MEASURE,      /* S -> keeper: a sealed file that belongs into the next event */
+    CM_FRAME_UNSEAL,       /* S -> keeper: everything is measured; extend, unseal */
+    CM_FRAME_QUOTE,        /* gateway -> S -> keeper: evidence for a nonce; S: its own (id 0) */
+    CM_FRAME_EVIDENCE,     /* keeper -> S -> gateway: it, in a sealed memfd */
+    CM_FRAME_QUOTE_FAILED, /* keeper -> S -> gateway: why there is none */
     CM_FRAME_TYPE_COUNT
 };
 
@@ -192,6 +195,27 @@ struct cm_measure {    /* CM_FRAME_MEASURE; its descriptor: the bytes that are m
     uint32_t type;     /* enum cm_event_type of loader/tpm/measure.h */
     uint32_t complete; /* 1: the event is whole with this file */
     char name[CM_NAME_BYTES];
+};
+
+enum cm_quote_kind { CM_QUOTE_BOOT = 1, CM_QUOTE_SESSION = 2 };
+
+struct cm_quote_request {
+    uint64_t id;   /* the gateway's, never 0; 0: the supervisor's own */
+    uint32_t kind; /* enum cm_quote_kind */
+    uint32_t reserved;
+    uint8_t nonce[32];
+    uint8_t exporter[32]; /* of the client's TLS connection */
+};
+
+struct cm_evidence_info {
+    uint64_t id;
+    uint32_t bytes;
+    uint32_t reserved;
+};
+
+struct cm_quote_failed {
+    uint64_t id;
+    struct cm_error error;
 };
 
 struct cm_config_devtpm {

@@ -174,6 +174,9 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_DRAINED:
     case CM_FRAME_MEASURE:
     case CM_FRAME_UNSEAL:
+    case CM_FRAME_QUOTE:
+    case CM_FRAME_EVIDENCE:
+    case CM_FRAME_QUOTE_FAILED:
     case CM_FRAME_TYPE_COUNT:
         break; /* the channel's table lets none of these through */
     }

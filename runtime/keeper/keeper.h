@@ -34,6 +34,8 @@ struct cm_keeper {
     struct cm_measurement measurement;
     struct cm_event event; /* a program under construction */
     bool capped;
+    struct cm_policy_state state; /* that unsealed: its PCRs are what is quoted */
+    struct cm_tpm_boot boot;
     struct cm_secret *package_key;
     struct cm_tls_identity tls;
     uint8_t *handed; /* the page handed out last, until LOADED or the next */
@@ -49,6 +51,13 @@ CM_MUST_USE enum cm_status cm_keeper_measure(struct cm_keeper *keeper, struct cm
 CM_MUST_USE enum cm_status cm_keeper_extend(struct cm_keeper *keeper, struct cm_error *err);
 /* Strict mode, after the load: TLS key and "ready"; nothing unseals in this boot any more. */
 CM_MUST_USE enum cm_status cm_keeper_cap(struct cm_keeper *keeper, struct cm_error *err);
+
+/* Fails: POLICY CM-SEAL-RESET where the TPM or our PCR is not as it was at the unseal. */
+CM_MUST_USE enum cm_status cm_keeper_boot_check(struct cm_keeper *keeper, struct cm_error *err);
+/* Evidence into a sealed memfd, which the caller closes. Checks the boot first. */
+CM_MUST_USE enum cm_status cm_keeper_evidence(struct cm_keeper *keeper,
+                                              const struct cm_quote_request *request, int *ret_fd,
+                                              uint32_t *ret_bytes, struct cm_error *err);
 
 /* Read head and policy list from CM_FD_INPUT, unseal, authenticate the head. */
 CM_MUST_USE enum cm_status cm_keeper_unseal(struct cm_keeper *keeper, struct cm_error *err);

@@ -64,6 +64,9 @@ static enum cm_status key_hand_out(struct cm_keeper *keeper, uint32_t generation
     int fd;
     bool secret_memory;
     enum cm_status status = rate_check(keeper, err);
+    if (status == CM_OK) {
+        status = cm_keeper_boot_check(keeper, err);
+    }
     handed_wipe(keeper); /* a worker that died before LOADED left its page full */
     if (status == CM_OK) {
         status = page_make(cm_secret_view(keeper->package_key), CM_KEY_BYTES, &fd, &keeper->handed,
@@ -115,6 +118,32 @@ static void loaded_check(struct cm_keeper *keeper)
     handed_wipe(keeper);
 }
 
+/* A quote that fails is an answer; a reset is the end. */
+static enum cm_status quote_answer(struct cm_keeper *keeper, const struct cm_frame *frame,
+                                   struct cm_error *err)
+{
+    struct cm_quote_request request;
+    struct cm_quote_failed failed = {.id = 0};
+    int fd = -1;
+    uint32_t bytes = 0;
+    memcpy(&request, frame->payload, sizeof(request));
+    enum cm_status status = cm_keeper_evidence(keeper, &request, &fd, &bytes, err);
+    if (status == CM_OK) {
+        const struct cm_evidence_info info = {.id = request.id, .bytes = bytes};
+        status =
+            cm_channel_send(&keeper->channel, CM_FRAME_EVIDENCE, &info, sizeof(info), &fd, 1, err);
+        close(fd);
+        return status;
+    }
+    if (status == CM_E_POLICY) {
+        return status;
+    }
+    failed.id = request.id;
+    failed.error = *err;
+    return cm_channel_send(&keeper->channel, CM_FRAME_QUOTE_FAILED, &failed, sizeof(failed), NULL,
+                           0, err);
+}
+
 static enum cm_status frame_take(struct cm_keeper *keeper, const struct cm_frame *frame,
                                  bool *ret_stop, struct cm_error *err)
 {
@@ -126,6 +155,8 @@ static enum cm_status frame_take(struct cm_keeper *keeper, const struct cm_frame
     case CM_FRAME_TLS_REQUEST:
         memcpy(&request, frame->payload, sizeof(request));
         return tls_hand_out(keeper, request.generation, err);
+    case CM_FRAME_QUOTE:
+        return quote_answer(keeper, frame, err);
     case CM_FRAME_LOADED:
         loaded_check(keeper);
         return keeper->config.strict == 1 && !keeper->capped ? cm_keeper_cap(keeper, err) : CM_OK;

@@ -67,7 +67,11 @@ enum cm_status cm_keeper_unseal(struct cm_keeper *keeper, struct cm_error *err)
     }
     if (status == CM_OK) {
         status = cm_tpm_unseal(keeper->tpm, enrolment, slot->payload, slot->payload_bytes, &list,
-                               keeper->config.policy_key, &key, err);
+                               keeper->config.policy_key, &key, &keeper->state, err);
+    }
+    if (status == CM_OK) {
+        memset(&keeper->boot, 0, sizeof(keeper->boot));
+        status = cm_tpm_boot_read(keeper->tpm, &keeper->boot, err);
     }
     if (status == CM_OK) {
         status = cm_package_head_authenticate(&keeper->head, cm_secret_view(key),

@@ -211,7 +211,7 @@ bool keys_refresh(struct service *service)
 }
 
 /* Write beside, then rename: a reader sees the old or the new file, never half of one. */
-static void file_replace(struct service *service, const char *name, const void *bytes, size_t size)
+void run_file_write(struct service *service, const char *name, const void *bytes, size_t size)
 {
     char partial[64];
     snprintf(partial, sizeof(partial), "%s.partial", name);
@@ -246,7 +246,7 @@ void certificate_write(struct service *service)
         }
     }
     used += (size_t)snprintf(pem + used, sizeof(pem) - used, "-----END CERTIFICATE-----\n");
-    file_replace(service, "tls-certificate.pem", pem, used);
+    run_file_write(service, "tls-certificate.pem", pem, used);
 }
 
 static uint64_t resident_bytes(pid_t pid)
@@ -335,5 +335,5 @@ void status_write(struct service *service, uint64_t now_ms)
                              "},\n \"not_yet\": [\"attestation quotes\", \"measured start\", "
                              "\"sandbox filters\", \"guard\", \"adapters\", \"GPU backend\"]}\n");
     service->state_dirty = true; /* the gateway's metrics show resident bytes */
-    file_replace(service, "status.json", text, used);
+    run_file_write(service, "status.json", text, used);
 }

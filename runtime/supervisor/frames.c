@@ -69,14 +69,39 @@ static void announce(struct service *service)
     }
     snprintf(context, sizeof(context), "%llu", (unsigned long long)configuration->context_max);
     printf("casemate: ready: model %s, device %s, memory %llu MiB, context %s, slots %llu, "
-           "https://%s, attestation: not yet\n",
+           "https://%s, attested: %s, %s\n",
            configuration->model_name[0] != '\0' ? configuration->model_name
            : slash != NULL                      ? slash + 1
                                                 : configuration->package,
            configuration->device, (unsigned long long)(resident >> 20),
            configuration->context_max != 0 ? context : "of the model",
-           (unsigned long long)configuration->sequences_max, service->address);
+           (unsigned long long)configuration->sequences_max, service->address,
+           service->keeper_config.development_tpm == 1 ? "development TPM (protects nothing)"
+                                                       : configuration->tpm,
+           cm_config_attest_mode(configuration));
     fflush(stdout);
+}
+
+/* Ready: both serve, and the evidence is fresh. */
+void ready_check(struct service *service)
+{
+    uint64_t now = clock_ms();
+    bool serving = service->children[CHILD_WORKER].state == CHILD_SERVING &&
+                   service->children[CHILD_GATEWAY].state == CHILD_SERVING;
+    if (!serving || service->phase != SERVICE_RUN) {
+        return;
+    }
+    if (!evidence_fresh(service, now)) {
+        state_reason_set(service, service->evidence_ms == 0 ? "no_evidence" : "evidence_stale");
+        return;
+    }
+    state_reason_set(service, "");
+    status_write(service, now);
+    if (!service->announced) {
+        announce(service);
+        service->announced = true;
+    }
+    state_send(service, true);
 }
 
 static void on_ready(struct service *service, struct child *child)
@@ -89,16 +114,7 @@ static void on_ready(struct service *service, struct child *child)
     if (child->role == CM_ROLE_WORKER) {
         service->state.load.stage = CM_LOAD_READY;
     }
-    bool serving = service->children[CHILD_WORKER].state == CHILD_SERVING &&
-                   service->children[CHILD_GATEWAY].state == CHILD_SERVING;
-    if (serving && service->phase == SERVICE_RUN) {
-        state_reason_set(service, "");
-        status_write(service, now);
-        if (!service->announced) {
-            announce(service);
-            service->announced = true;
-        }
-    }
+    ready_check(service);
     state_send(service, true);
 }
 
@@ -251,6 +267,9 @@ static void on_loaded(struct service *service)
            CM_LOG_I("decrypt_us", service->loaded.decrypt_us),
            CM_LOG_I("total_us", service->loaded.total_us),
            CM_LOG_I("arena_locked", service->loaded.arena_locked));
+    if (service->evidence_ms == 0) {
+        evidence_request(service, clock_ms());
+    }
 }
 
 static void frame_handle(struct service *service, struct child *child)
@@ -273,6 +292,15 @@ static void frame_handle(struct service *service, struct child *child)
         return;
     case CM_FRAME_LOADED:
         on_loaded(service);
+        return;
+    case CM_FRAME_QUOTE:
+        on_quote(service, child);
+        return;
+    case CM_FRAME_EVIDENCE:
+        on_evidence(service);
+        return;
+    case CM_FRAME_QUOTE_FAILED:
+        on_quote_failed(service);
         return;
     case CM_FRAME_HEARTBEAT:
         child->heartbeat_ms = clock_ms();

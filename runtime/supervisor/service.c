@@ -106,7 +106,7 @@ static void child_ended(struct service *service, struct child *child)
     frames_receive(service, child); /* its last words */
     child_reap(service, child);
     if (child->role == CM_ROLE_KEEPER) {
-        service->tls_pending = service->key_pending = false;
+        service->tls_pending = service->key_pending = service->quote_pending = false;
     }
     if (service->phase == SERVICE_STOP) {
         return;
@@ -124,7 +124,8 @@ static void child_ended(struct service *service, struct child *child)
     }
     bool development = service->keeper_config.development_tpm == 1;
     bool needed_once =
-        child->role == CM_ROLE_DEVTPM || (child->role == CM_ROLE_KEEPER && !development);
+        child->role == CM_ROLE_DEVTPM ||
+        (child->role == CM_ROLE_KEEPER && (!development || service->keeper_config.strict == 1));
     if (error_is_final(&child->error)) {
         service_fail(service, &child->error);
     } else if (needed_once) {
@@ -327,6 +328,7 @@ static void tick(struct service *service, uint64_t now)
     if (now - service->status_written_ms >= 1000) {
         status_write(service, now);
     }
+    evidence_tick(service, now);
     for (size_t i = 0; i < CHILD_COUNT; i++) {
         child_watch(service, &service->children[i], now);
     }

@@ -93,6 +93,8 @@ struct service {
     /* pages on their way from the keeper */
     bool tls_pending, key_pending;
     uint64_t tls_asked_ms, key_asked_ms;
+    bool quote_pending;
+    uint64_t quote_asked_ms, evidence_ms; /* 0: none yet */
     uint32_t tls_generation, key_generation;
     struct cm_tls_page tls; /* the last certificate */
     /* API keys */
@@ -153,11 +155,20 @@ void frames_receive(struct service *service, struct child *child);
 void frame_send(struct service *service, struct child *child, enum cm_frame_type type,
                 const void *payload, size_t bytes, const int *fds, size_t fd_count);
 void state_send(struct service *service, bool now);
+void ready_check(struct service *service);
 void state_reason_set(struct service *service, const char *reason);
 
 /* measure.c: what goes into the PCR, in the order of loader/tpm/README.md. */
 CM_MUST_USE enum cm_status measure_open(struct service *service, struct cm_error *err);
 void measure_send(struct service *service, struct child *keeper);
+
+/* evidence.c */
+bool evidence_fresh(const struct service *service, uint64_t now);
+void evidence_request(struct service *service, uint64_t now);
+void evidence_tick(struct service *service, uint64_t now);
+void on_quote(struct service *service, struct child *gateway);
+void on_evidence(struct service *service);
+void on_quote_failed(struct service *service);
 
 /* files.c */
 CM_MUST_USE enum cm_status head_memfd_make(int package_fd, const char *package_path, int *ret_fd,
@@ -167,6 +178,8 @@ CM_MUST_USE enum cm_status head_memfd_make(int package_fd, const char *package_p
 bool keys_refresh(struct service *service);
 void status_write(struct service *service, uint64_t now_ms);
 void certificate_write(struct service *service);
+/* A small file in <state>/run, beside and renamed. */
+void run_file_write(struct service *service, const char *name, const void *bytes, size_t size);
 
 /* service.c */
 void service_fail(struct service *service, const struct cm_error *why);

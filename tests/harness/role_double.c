@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -122,6 +123,20 @@ static void page_send(enum cm_frame_type type)
     close(page);
 }
 
+static void evidence_send(void)
+{
+    struct cm_quote_request request;
+    struct cm_evidence_info info = {.bytes = 1};
+    int fd = memfd_create("evidence", MFD_CLOEXEC);
+    memcpy(&request, frame.payload, sizeof(request));
+    info.id = request.id;
+    if (fd < 0 || write(fd, "e", 1) != 1) {
+        fail(CM_E_SYSTEM, "CM-DOUBLE-EVIDENCE");
+    }
+    send_frame(CM_FRAME_EVIDENCE, &info, sizeof(info), &fd);
+    close(fd);
+}
+
 static void worker_load(void)
 {
     if (strcmp(mode, "fail_package") == 0) {
@@ -209,6 +224,9 @@ static void on_frame(void)
         break;
     case CM_FRAME_TLS_REQUEST:
         page_send(CM_FRAME_TLS_PAGE);
+        break;
+    case CM_FRAME_QUOTE:
+        evidence_send();
         break;
     case CM_FRAME_KEYS:
         memcpy(&keys, frame.payload, sizeof(keys));

@@ -147,8 +147,9 @@ static void scene_done(struct scene *s)
 static enum cm_status unseal(struct scene *s, struct cm_error *err)
 {
     struct cm_secret *key = NULL;
+    struct cm_policy_state released;
     enum cm_status status = cm_tpm_unseal(s->tpm, &s->enrolment, s->payload, s->payload_bytes,
-                                          &s->list, s->authority_key, &key, err);
+                                          &s->list, s->authority_key, &key, &released, err);
     if (status == CM_OK) {
         cr_assert_eq(memcmp(cm_secret_view(key), s->key, CM_KEY_BYTES), 0);
         cm_secret_free(key);
