@@ -331,3 +331,17 @@ Test(gateway_routes, a_closed_descriptor_is_no_table)
     cr_expect_eq(cm_keys_load(&keys, -1, &info, &err), CM_E_INPUT);
     nobody_is_admitted(CM_KEYS_MISSING);
 }
+
+Test(gateway_routes, as_many_keys_as_are_permitted)
+{
+    struct cm_api_key *rows = calloc(CM_API_KEYS_MAX + 1, sizeof(*rows));
+    for (uint32_t i = 0; i <= CM_API_KEYS_MAX; i++) {
+        rows[i].id[0] = (uint8_t)(i >> 8);
+        rows[i].id[1] = (uint8_t)i;
+    }
+    for (uint32_t count = CM_API_KEYS_MAX - 1; count <= CM_API_KEYS_MAX + 1; count++) {
+        cr_expect_eq(table_load(rows, count * sizeof(*rows), count, 3, ALL_SEALED),
+                     count <= CM_API_KEYS_MAX ? CM_OK : CM_E_INPUT, "%u keys", count);
+    }
+    free(rows);
+}
