@@ -30,6 +30,7 @@ void connection_close(struct connection *connection, enum cm_end why)
         return;
     }
     connection->dead = true;
+    attestation_forget(connection);
     if (connection->flight != NULL) {
         exchange_finish(connection, 499, why);
         flight_detach(connection->flight, why);

@@ -155,6 +155,12 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_RINGS:
         on_rings(gateway);
         return;
+    case CM_FRAME_EVIDENCE:
+        attestation_answer(gateway);
+        return;
+    case CM_FRAME_QUOTE_FAILED:
+        attestation_failed(gateway);
+        return;
     case CM_FRAME_DRAIN:
         on_drain(gateway);
         return;
@@ -175,8 +181,6 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_MEASURE:
     case CM_FRAME_UNSEAL:
     case CM_FRAME_QUOTE:
-    case CM_FRAME_EVIDENCE:
-    case CM_FRAME_QUOTE_FAILED:
     case CM_FRAME_TYPE_COUNT:
         break; /* the channel's table lets none of these through */
     }

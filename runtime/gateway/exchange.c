@@ -297,6 +297,10 @@ static void head_handle(struct connection *connection, const struct cm_http_head
         refuse(connection, 404, "model_not_found", "There is no such model.");
         return;
     }
+    if (connection->route->handler == CM_HANDLER_ATTESTATION) {
+        attestation_begin(connection, head->query);
+        return;
+    }
     probe_answer(connection);
 }
 

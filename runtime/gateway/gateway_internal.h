@@ -128,6 +128,13 @@ struct worker_link {
     size_t payload_bytes;
 };
 
+struct attestation { /* the one quote in flight */
+    uint64_t id;     /* 0: none */
+    uint64_t last_id;
+    uint64_t until_ms;
+    struct connection *connection; /* who asked; NULL: gone */
+};
+
 struct gateway {
     struct event_base *base;
     struct cm_log log;
@@ -140,6 +147,7 @@ struct gateway {
     struct event *tick;
     struct event *later; /* pump and reap, after the current callback */
     struct worker_link link;
+    struct attestation attestation;
     struct cm_keys keys;
     struct cm_state state;
     struct cm_metrics metrics;
@@ -221,6 +229,14 @@ void reply_stream_end(struct connection *connection);
 void probe_answer(struct connection *connection);
 size_t gateway_reasons(const struct gateway *gateway, uint64_t now_ms, const char *ret_reasons[8]);
 bool gateway_servable(const struct gateway *gateway, uint64_t now_ms);
+
+/* attestation.c */
+bool attestation_nonce(struct cm_span query, uint8_t ret_nonce[static 32]);
+void attestation_begin(struct connection *connection, struct cm_span query);
+void attestation_answer(struct gateway *gateway);
+void attestation_failed(struct gateway *gateway);
+void attestation_forget(struct connection *connection);
+void attestation_tick(struct gateway *gateway, uint64_t now_ms);
 
 /* flight.c */
 struct flight *flight_new(struct connection *connection, enum cm_endpoint endpoint);

@@ -98,6 +98,7 @@ static enum cm_status target_parse(struct cm_span target, struct cm_http_head *h
     head->path = target;
     if (query != NULL) {
         head->path.size = (size_t)(query - target.at);
+        head->query = (struct cm_span){query + 1, target.size - head->path.size - 1};
     }
     return CM_OK;
 }

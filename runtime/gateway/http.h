@@ -23,7 +23,8 @@ struct cm_span { /* borrowed from the head's bytes */
 
 struct cm_http_head {
     struct cm_span method;
-    struct cm_span path; /* without the query, still percent-encoded */
+    struct cm_span path;  /* without the query, still percent-encoded */
+    struct cm_span query; /* after the '?'; empty if there is none */
     struct cm_span authorization;
     struct cm_span content_type;
     struct cm_span request_id;

@@ -192,6 +192,7 @@ void probe_answer(struct connection *connection)
         break;
     case CM_HANDLER_CHAT:
     case CM_HANDLER_COMPLETIONS:
+    case CM_HANDLER_ATTESTATION: /* attestation.c */
     case CM_HANDLER_COUNT:
         break;
     }

@@ -29,6 +29,9 @@ const struct cm_route cm_routes[CM_ROUTE_COUNT] = {
                             "version of the program"},
     [CM_HANDLER_METRICS] = {"GET", "/metrics", METRICS, CM_HANDLER_METRICS, false, false,
                             "Prometheus text format 0.0.4"},
+    [CM_HANDLER_ATTESTATION] = {"GET", "/v1/attestation", OPEN, CM_HANDLER_ATTESTATION, false, true,
+                                "`?nonce=` 64 hex digits: evidence for this connection, binary; "
+                                "`casemate-verify` reads it"},
 };
 
 static bool path_matches(const struct cm_route *route, struct cm_span path,

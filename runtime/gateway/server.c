@@ -76,6 +76,7 @@ static void on_tick(evutil_socket_t fd, short what, void *context)
         connection_tick(connection, now);
     }
     flights_tick(gateway, now);
+    attestation_tick(gateway, now);
     link_pump(gateway);
     control_drained(gateway);
     evconnlistener_enable(gateway->listener);
