@@ -1,0 +1,146 @@
+/* The trust file, line by line. */
+#include "loader/evidence/trust.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LINE_BYTES 512
+#define WORDS_MAX  5
+
+struct line {
+    char text[LINE_BYTES];
+    char *words[WORDS_MAX];
+    int count;
+};
+
+static int hex_digit(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+}
+
+static bool hex_read(const char *text, uint8_t *ret_bytes, size_t size)
+{
+    bool ok = text != NULL && strlen(text) == 2 * size;
+    for (size_t i = 0; ok && i < size; i++) {
+        int high = hex_digit(text[2 * i]), low = hex_digit(text[2 * i + 1]);
+        ok = high >= 0 && low >= 0;
+        ret_bytes[i] = (uint8_t)(high << 4 | low);
+    }
+    return ok;
+}
+
+/* Each reader: NULL, or what was expected. */
+static const char *node_read(struct cm_trust *trust, const struct line *line)
+{
+    if (trust->node_count == CM_TRUST_NODES_MAX || line->count != 4 ||
+        strcmp(line->words[2], "ak") != 0 ||
+        !hex_read(line->words[1], trust->nodes[trust->node_count].ek, CM_DIGEST_BYTES) ||
+        !hex_read(line->words[3], trust->nodes[trust->node_count].ak, CM_DIGEST_BYTES)) {
+        return "node EK ak AK, digests of 64 hex digits, at most 64 lines";
+    }
+    trust->node_count++;
+    return NULL;
+}
+
+static const char *owner_read(struct cm_trust *trust, const struct line *line)
+{
+    if (trust->owner_count == CM_TRUST_OWNERS_MAX || line->count != 2 ||
+        !hex_read(line->words[1], trust->owners[trust->owner_count], CM_PUBLIC_KEY_BYTES)) {
+        return "owner and a P-256 point of 130 hex digits, at most 8 lines";
+    }
+    trust->owner_count++;
+    return NULL;
+}
+
+static const char *package_read(struct cm_trust *trust, const struct line *line)
+{
+    if (trust->package_count == CM_TRUST_PACKAGES_MAX || line->count != 2 ||
+        !hex_read(line->words[1], trust->packages[trust->package_count], CM_DIGEST_BYTES)) {
+        return "package and a core digest of 64 hex digits, at most 64 lines";
+    }
+    trust->package_count++;
+    return NULL;
+}
+
+static const char *pcr_read(struct cm_trust *trust, const struct line *line)
+{
+    char *end = NULL;
+    unsigned long pcr = line->count == 3 ? strtoul(line->words[1], &end, 10) : 99;
+    if (trust->pcr_count == CM_TRUST_PCRS_MAX || pcr > 23 || end == line->words[1] ||
+        *end != '\0' ||
+        !hex_read(line->words[2], trust->pcrs[trust->pcr_count].value, CM_DIGEST_BYTES)) {
+        return "pcr N VALUE, N 0 to 23, 64 hex digits, at most 128 lines";
+    }
+    trust->pcrs[trust->pcr_count++].pcr = (uint32_t)pcr;
+    return NULL;
+}
+
+static const char *development_read(struct cm_trust *trust, const struct line *line)
+{
+    if (line->count != 2 || strcmp(line->words[1], "allowed") != 0) {
+        return "development allowed";
+    }
+    trust->development = true;
+    return NULL;
+}
+
+static const struct {
+    const char *key;
+    const char *(*read)(struct cm_trust *trust, const struct line *line);
+} keys[] = {{"node", node_read},
+            {"owner", owner_read},
+            {"package", package_read},
+            {"pcr", pcr_read},
+            {"development", development_read}};
+
+static const char *line_read(struct cm_trust *trust, struct line *line)
+{
+    char *rest = NULL;
+    line->count = 0;
+    line->text[strcspn(line->text, "#")] = '\0';
+    for (char *word = strtok_r(line->text, " \t\r", &rest); word != NULL;
+         word = strtok_r(NULL, " \t\r", &rest)) {
+        if (line->count == WORDS_MAX) {
+            return "fewer words";
+        }
+        line->words[line->count++] = word;
+    }
+    for (size_t i = 0; line->count > 0 && i < sizeof(keys) / sizeof(keys[0]); i++) {
+        if (strcmp(line->words[0], keys[i].key) == 0) {
+            return keys[i].read(trust, line);
+        }
+    }
+    return line->count == 0 ? NULL : "one of node, owner, package, pcr, development";
+}
+
+enum cm_status cm_trust_parse(const char *text, size_t size, const char *name,
+                              struct cm_trust *ret_trust, struct cm_error *err)
+{
+    struct line line;
+    size_t at = 0;
+    memset(ret_trust, 0, sizeof(*ret_trust));
+    for (unsigned number = 1; at < size; number++) {
+        const char *end = memchr(text + at, '\n', size - at);
+        size_t bytes = end != NULL ? (size_t)(end - text) - at : size - at;
+        const char *expected = "a line of at most 511 bytes without NUL";
+        if (bytes < sizeof(line.text) && memchr(text + at, '\0', bytes) == NULL) {
+            memcpy(line.text, text + at, bytes);
+            line.text[bytes] = '\0';
+            expected = line_read(ret_trust, &line);
+        }
+        if (expected != NULL) {
+            return cm_error_set(err, CM_E_CONFIG, "CM-TRUST-LINE", "%s:%u: expected %s", name,
+                                number, expected);
+        }
+        at += bytes + 1;
+    }
+    if (ret_trust->node_count == 0 || ret_trust->owner_count == 0 || ret_trust->pcr_count == 0) {
+        return cm_error_set(
+            err, CM_E_CONFIG, "CM-TRUST-LINE",
+            "%s: needs at least one node, one owner and one pcr: `casemate-pack trust` "
+            "writes them",
+            name);
+    }
+    return CM_OK;
+}

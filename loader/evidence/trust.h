@@ -1,0 +1,39 @@
+/* What a verifier believes: the trust file of FORMAT.md. */
+#ifndef CASEMATE_LOADER_EVIDENCE_TRUST_H
+#define CASEMATE_LOADER_EVIDENCE_TRUST_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "runtime/base/error.h"
+#include "runtime/base/frame.h"
+
+#define CM_TRUST_NODES_MAX    64u
+#define CM_TRUST_OWNERS_MAX   8u
+#define CM_TRUST_PACKAGES_MAX 64u
+#define CM_TRUST_PCRS_MAX     128u
+#define CM_TRUST_BYTES_MAX    (64u << 10)
+
+struct cm_trust {
+    bool development;
+    uint32_t node_count;
+    struct {
+        uint8_t ek[CM_DIGEST_BYTES], ak[CM_DIGEST_BYTES]; /* SHA-256 of the public areas */
+    } nodes[CM_TRUST_NODES_MAX];
+    uint32_t owner_count;
+    uint8_t owners[CM_TRUST_OWNERS_MAX][CM_PUBLIC_KEY_BYTES];
+    uint32_t package_count; /* 0: any that an owner signed */
+    uint8_t packages[CM_TRUST_PACKAGES_MAX][CM_DIGEST_BYTES];
+    uint32_t pcr_count;
+    struct {
+        uint32_t pcr;
+        uint8_t value[CM_DIGEST_BYTES];
+    } pcrs[CM_TRUST_PCRS_MAX];
+};
+
+/* `name` stands in errors. Fails: CONFIG CM-TRUST-LINE with the line. A file that believes nothing
+ * is refused. */
+CM_MUST_USE enum cm_status cm_trust_parse(const char *text, size_t size, const char *name,
+                                          struct cm_trust *ret_trust, struct cm_error *err);
+
+#endif
