@@ -30,6 +30,7 @@ struct cm_pack_arguments {
     const char *measurement; /* of the nodes: `casemate measure --out` */
     const char *label;       /* of a slot */
     bool json;
+    bool allow_development; /* trust */
 };
 
 CM_MUST_USE enum cm_status cm_command_keygen(const struct cm_pack_arguments *arguments,
@@ -51,6 +52,10 @@ CM_MUST_USE enum cm_status cm_command_policy_sign(const struct cm_pack_arguments
                                                   struct cm_error *err);
 CM_MUST_USE enum cm_status cm_command_policy_revoke(const struct cm_pack_arguments *arguments,
                                                     struct cm_error *err);
+
+/* A trust file on standard output (loader/evidence/FORMAT.md). */
+CM_MUST_USE enum cm_status cm_command_trust(const struct cm_pack_arguments *arguments,
+                                            struct cm_error *err);
 
 /* nodes.c: seal a key to the nodes named in the arguments; write the policy list beside the
  * package. */

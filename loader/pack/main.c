@@ -75,6 +75,11 @@ static const struct {
      "older states",
      "casemate-pack policy-revoke model.cmpkg --node node1.bin --measurement new.measure --owner "
      "owner"},
+    {"trust", cm_command_trust, "PACKAGE", " --node --measurement ", "",
+     "print what casemate-verify is to believe of these nodes (--allow-development: even where "
+     "their "
+     "TPM is a development TPM)",
+     "casemate-pack trust model.cmpkg --node node1.bin --measurement node1.measure >node1.trust"},
 };
 #define COMMAND_COUNT (sizeof(commands) / sizeof(commands[0]))
 #define OPTION_COUNT  (sizeof(option_rows) / sizeof(option_rows[0]))
@@ -130,7 +135,9 @@ static enum cm_status arguments_parse(size_t row, int count, char **words,
         while (option < OPTION_COUNT && strcmp(words[i], option_rows[option].flag) != 0) {
             option++;
         }
-        if (strcmp(words[i], "--json") == 0) {
+        if (strcmp(words[i], "--allow-development") == 0 && commands[row].run == cm_command_trust) {
+            arguments->allow_development = true;
+        } else if (strcmp(words[i], "--json") == 0) {
             arguments->json = true;
         } else if (strcmp(words[i], "--node") == 0 && i + 1 < count &&
                    arguments->node_count < CM_PACKAGE_SLOTS_MAX &&

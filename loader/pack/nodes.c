@@ -114,21 +114,19 @@ static enum cm_status measurement_read(const char *path, struct cm_measurement *
     return status;
 }
 
-/* The core digest of the package that the states are for. */
-static enum cm_status core_digest_read(const char *package, uint8_t ret_digest[CM_DIGEST_BYTES],
-                                       struct cm_error *err)
+/* Read the head of the package that the states are for, and add its event to what comes before. */
+static enum cm_status package_measure(const char *package, struct cm_measurement *measurement,
+                                      struct cm_package_head *ret_head, struct cm_error *err)
 {
-    static struct cm_package_head head;
     static uint8_t bytes[CM_PACKAGE_HEAD_BYTES];
     size_t size = 0;
     enum cm_status status = file_read(package, bytes, sizeof(bytes), &size, err);
     if (status == CM_OK) {
-        status = cm_package_head_parse(bytes, size, &head, err);
+        status = cm_package_head_parse(bytes, size, ret_head, err);
     }
-    if (status == CM_OK) {
-        memcpy(ret_digest, head.core.core_digest, CM_DIGEST_BYTES);
-    }
-    return status;
+    return status == CM_OK ? cm_measurement_add(measurement, CM_EVENT_PACKAGE,
+                                                ret_head->core.core_digest, CM_DIGEST_BYTES, err)
+                           : status;
 }
 
 static bool counter_parse(const char *text, uint64_t otherwise, uint64_t *ret_value)
@@ -310,14 +308,10 @@ enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, 
     }
     snprintf(path, sizeof(path), "%s.policy", package);
     static struct cm_measurement measurement;
-    uint8_t core_digest[CM_DIGEST_BYTES];
+    static struct cm_package_head head;
     enum cm_status status = measurement_read(arguments->measurement, &measurement, err);
     if (status == CM_OK) {
-        status = core_digest_read(package, core_digest, err);
-    }
-    if (status == CM_OK) {
-        status = cm_measurement_add(&measurement, CM_EVENT_PACKAGE, core_digest,
-                                    sizeof(core_digest), err);
+        status = package_measure(package, &measurement, &head, err);
     }
     if (status == CM_OK) {
         status = key_load(arguments, &policy, point, err);
@@ -456,6 +450,68 @@ enum cm_status cm_command_slots_remove(const struct cm_pack_arguments *arguments
     cm_secret_free(key);
     if (fd >= 0) {
         close(fd);
+    }
+    return status;
+}
+
+static void hex_print(const uint8_t *bytes, size_t size, const char *end)
+{
+    for (size_t i = 0; i < size; i++) {
+        printf("%02x", bytes[i]);
+    }
+    printf("%s", end);
+}
+
+static enum cm_status node_trust_print(const struct cm_pack_arguments *arguments, const char *path,
+                                       const struct cm_measurement *measurement,
+                                       struct cm_error *err)
+{
+    struct cm_enrolment enrolment;
+    uint8_t ak[CM_DIGEST_BYTES], pcr[CM_DIGEST_BYTES];
+    enum cm_status status = enrolment_read(path, &enrolment, err);
+    if (status == CM_OK) {
+        status = cm_enrolment_ak_digest(&enrolment, ak, err);
+    }
+    memcpy(pcr, enrolment.pcr_value, sizeof(pcr));
+    if (status == CM_OK) {
+        status = cm_measurement_replay(measurement, 0, measurement->count, pcr, err);
+    }
+    if (status != CM_OK) {
+        return status;
+    }
+    printf("# %s\nnode ", enrolment.node_name);
+    hex_print(enrolment.node, sizeof(enrolment.node), " ak ");
+    hex_print(ak, sizeof(ak), "\n");
+    printf("pcr %u ", enrolment.pcr);
+    hex_print(pcr, sizeof(pcr), "\n");
+    if (enrolment.development) {
+        puts(arguments->allow_development
+                 ? "development allowed"
+                 : "# its TPM is a development TPM: refused without `development allowed`");
+    }
+    return CM_OK;
+}
+
+enum cm_status cm_command_trust(const struct cm_pack_arguments *arguments, struct cm_error *err)
+{
+    static struct cm_measurement measurement;
+    static struct cm_package_head head;
+    enum cm_status status = measurement_read(arguments->measurement, &measurement, err);
+    if (status == CM_OK) {
+        status = package_measure(arguments->input, &measurement, &head, err);
+    }
+    for (uint32_t i = 0; status == CM_OK && i < arguments->node_count; i++) {
+        status = node_trust_print(arguments, arguments->nodes[i], &measurement, err);
+    }
+    for (uint32_t i = 0; status == CM_OK && i < arguments->pcr_count; i++) {
+        const char *equals = strchr(arguments->pcrs[i], '=');
+        printf("pcr %.*s %s\n", equals != NULL ? (int)(equals - arguments->pcrs[i]) : 0,
+               arguments->pcrs[i], equals != NULL ? equals + 1 : "");
+    }
+    if (status == CM_OK) {
+        printf("package ");
+        hex_print(head.core.core_digest, CM_DIGEST_BYTES, "\nowner ");
+        hex_print(head.core.owner_key, CM_PUBLIC_KEY_BYTES, "\n");
     }
     return status;
 }

@@ -135,3 +135,16 @@ enum cm_status cm_enrolment_parse(const uint8_t *bytes, size_t size,
     }
     return status;
 }
+
+enum cm_status cm_enrolment_ak_digest(const struct cm_enrolment *enrolment,
+                                      uint8_t ret_digest[static CM_DIGEST_BYTES],
+                                      struct cm_error *err)
+{
+    uint8_t name[CM_TPM_NAME_BYTES];
+    enum cm_status status =
+        cm_tpm_name(enrolment->ak_public, enrolment->ak_public_bytes, name, err);
+    if (status == CM_OK) {
+        memcpy(ret_digest, name + 2, CM_DIGEST_BYTES);
+    }
+    return status;
+}

@@ -51,6 +51,11 @@ CM_MUST_USE enum cm_status cm_enrolment_digest(const struct cm_enrolment *enrolm
                                                uint8_t ret_digest[static CM_DIGEST_BYTES],
                                                struct cm_error *err);
 
+/* SHA-256 of the AK's public area: its name without the algorithm. */
+CM_MUST_USE enum cm_status cm_enrolment_ak_digest(const struct cm_enrolment *enrolment,
+                                                  uint8_t ret_digest[static CM_DIGEST_BYTES],
+                                                  struct cm_error *err);
+
 /* One allowed state, signed by the policy authority. */
 struct cm_policy_state {
     uint32_t pcr_count; /* ascending, SHA-256 bank */

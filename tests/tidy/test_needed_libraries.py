@@ -15,6 +15,7 @@ ALLOWED = {
     "casemate-devtpm": {"libtpms"},
     "casemate-worker": {"libcrypto"},
     "casemate-pack": {"libcrypto", "libjansson"},
+    "casemate-verify": {"libssl", "libcrypto"},
 }
 
 

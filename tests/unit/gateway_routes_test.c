@@ -129,6 +129,7 @@ static const struct {
     {"GET", "/health", 'o', false},
     {"GET", "/version", 'o', false},
     {"GET", "/metrics", 'm', false},
+    {"GET", "/v1/attestation", 'o', false},
 };
 
 static int find(const char *method, const char *path, const struct cm_route **ret_route,

@@ -1,0 +1,159 @@
+"""casemate-verify as its user runs it: a live host, a file, a relay, and one refusal for each reason."""
+import json
+import os
+import pathlib
+import secrets
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS))
+import node as nodes  # noqa: E402
+import tiny_model  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def node(build, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("verify")
+    tiny_model.write(str(folder / "tiny.gguf"))
+    node = nodes.Node(build / "bin", folder / "node", folder / "owner")
+    node.make(folder / "tiny.gguf", "tiny")
+    node.start()
+    node.trust = folder / "trust"
+    node.trust.write_text(node.run("casemate-pack", "trust", node.package, "--node",
+                                   node.state / "enrolment.bin", "--measurement",
+                                   node.state / "node.measure", "--allow-development").stdout)
+    yield node
+    assert node.stop() == 0
+
+
+def verify(node, subject, *words, trust=None):
+    return node.run("casemate-verify", subject, "--trust", trust or node.trust, *words, check=False)
+
+
+def test_a_live_host_is_believed(node, tmp_path):
+    done = verify(node, f"https://{node.address}", "--last", tmp_path / "last")
+    assert done.returncode == 0, done.stderr
+    assert "believed" in done.stdout and "development TPM" in done.stdout
+    again = verify(node, f"https://{node.address}", "--last", tmp_path / "last", "--json")
+    facts = json.loads(again.stdout)
+    assert facts["believed"] and facts["kind"] == "session"
+    assert [e["name"] for e in facts["events"] if e["type"] == "program"][0] == "casemate-supervisor"
+
+
+def test_the_start_evidence_is_believed_as_a_file(node):
+    done = verify(node, node.state / "run/evidence.bin")
+    assert done.returncode == 0 and "proves no connection" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("change,cause", [
+    (lambda t: t.replace("development allowed", ""), "CM-EVD-DEVELOPMENT"),
+    (lambda t: t.replace("node ", "node " + "0" * 64 + " ak " + "0" * 64 + "\n#"), "CM-EVD-NODE"),
+    (lambda t: t[:t.index(" ak ") + 4] + "0" * 64 + t[t.index(" ak ") + 68:], "CM-EVD-AK"),
+    (lambda t: t.replace("pcr 14 ", "pcr 14 " + "0" * 64 + "\n#"), "CM-EVD-PCR-VALUE"),
+    (lambda t: t + "pcr 7 " + "0" * 64 + "\n", "CM-EVD-PCR-VALUE"),
+    (lambda t: t.replace("owner 04", "owner 05"), "CM-EVD-OWNER"),
+    (lambda t: t.replace("package ", "package " + "0" * 64 + "\n#"), "CM-EVD-UNKNOWN-PACKAGE"),
+])
+def test_what_the_trust_file_does_not_say_is_refused(node, tmp_path, change, cause):
+    (tmp_path / "trust").write_text(change(node.trust.read_text()))
+    done = verify(node, f"https://{node.address}", trust=tmp_path / "trust")
+    assert done.returncode == 7 and cause in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "nodes 1\n", "pcr 24 " + "0" * 64, "development yes\n",
+                                  "x" * 600, "owner 04\n"])
+def test_a_malformed_trust_file_names_its_line(node, tmp_path, text):
+    (tmp_path / "trust").write_text(text)
+    done = verify(node, f"https://{node.address}", trust=tmp_path / "trust")
+    assert done.returncode == 3 and "CM-TRUST-LINE" in done.stderr
+
+
+def test_a_file_answers_for_its_nonce_age_and_clock_alone(node, tmp_path):
+    import http.client
+    nonce = secrets.token_bytes(32)
+    link = http.client.HTTPSConnection(node.address, context=node.context(), timeout=20)
+    link.request("GET", "/v1/attestation?nonce=" + nonce.hex())
+    file = tmp_path / "evidence"
+    file.write_bytes(link.getresponse().read())
+    link.close()
+    now = int(time.time())
+    assert verify(node, file, "--nonce", nonce.hex()).returncode == 0
+    for words, cause in [(["--nonce", "0" * 64], "CM-EVD-NONCE"),
+                         (["--at", str(now + 700)], "CM-EVD-AGE"),
+                         (["--at", str(now - 100)], "CM-EVD-FUTURE")]:
+        done = verify(node, file, *words)
+        assert done.returncode == 7 and cause in done.stderr
+    (tmp_path / "last").write_text("4000000000 0 0\n")
+    assert "CM-EVD-CLOCK" in verify(node, file, "--last", tmp_path / "last").stderr
+    assert "CM-EVD-KIND" in verify(node, node.state / "run/evidence.bin", "--nonce", "0" * 64).stderr
+
+
+def test_every_flipped_byte_of_a_file_is_refused(node, tmp_path):
+    blob = (node.state / "run/evidence.bin").read_bytes()
+    file, causes = tmp_path / "evidence", set()
+    for at in range(0, len(blob), 7):
+        changed = bytearray(blob)
+        changed[at] ^= 1
+        file.write_bytes(bytes(changed))
+        done = verify(node, file)
+        if 20 <= at < 28 and done.returncode == 0:
+            continue  # a second more or less
+        assert done.returncode == 7, at
+        causes.add(done.stderr.split(":")[1].strip())
+    assert len(causes) >= 9, causes
+
+
+class Relay(threading.Thread):
+    """Somebody in between: passes bytes on, with a TLS of its own (key None: plain bytes)."""
+
+    def __init__(self, target: str, certificate: pathlib.Path | None):
+        super().__init__(daemon=True)
+        self.target, self.certificate = target, certificate
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "127.0.0.1:%d" % self.listener.getsockname()[1]
+
+    def run(self):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.certificate)
+        outside = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        outside.check_hostname, outside.verify_mode = False, ssl.CERT_NONE
+        near = context.wrap_socket(self.listener.accept()[0], server_side=True)
+        host, port = self.target.split(":")
+        far = outside.wrap_socket(socket.create_connection((host, int(port)), 10))
+        far.sendall(near.recv(4096))
+        while data := far.recv(65536):
+            near.sendall(data)
+        near.close()
+        far.close()
+
+
+def test_a_relay_is_refused_by_key_and_by_exporter(node, tmp_path):
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:P-256", "-nodes", "-keyout", tmp_path / "key", "-out",
+                    tmp_path / "pem", "-subj", "/CN=x", "-days", "1"], check=True,
+                   capture_output=True)
+    (tmp_path / "both").write_text((tmp_path / "key").read_text() + (tmp_path / "pem").read_text())
+    relay = Relay(node.address, tmp_path / "both")
+    relay.start()
+    done = verify(node, f"https://{relay.address}")
+    assert done.returncode == 7 and "CM-EVD-TLS-KEY" in done.stderr
+
+
+@pytest.mark.parametrize("subject,code", [("https://127.0.0.1:1", 9), ("http://x:1", 9),
+                                          ("https://127.0.0.1", 2), ("/nowhere/file", 9)])
+def test_what_cannot_be_reached_is_named(node, subject, code):
+    done = verify(node, subject)
+    assert done.returncode == code and done.stderr
+
+
+def test_it_links_no_tpm_library(build):
+    needed = subprocess.run(["ldd", build / "bin/casemate-verify"], capture_output=True,
+                            text=True).stdout
+    assert "libcrypto" in needed and "tss2" not in needed and "tpms" not in needed
