@@ -57,13 +57,25 @@ class Gateway:
             assert time.monotonic() < end, "it does not come about"
             time.sleep(0.02)
 
-    def say(self, command: str):
-        """A command to the supervisor's double, and until it is done."""
+    def forget(self):
+        """What was told so far."""
         while not self.events.empty():
             self.events.get()
+
+    def say(self, command: str):
+        """A command to the supervisor's double, and until it is done."""
+        self.forget()
         self.harness.stdin.write(command + "\n")
         self.harness.stdin.flush()
         self.event("did")
+
+    def figure(self, name: str) -> float:
+        """Of /metrics, over all labels; -1 while no connection is to be had."""
+        try:
+            lines = self.get("/metrics", KEYS["alice"]).body.decode().splitlines()
+        except OSError:
+            return -1
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"{name}[ {{]", line))
 
     def memory(self) -> int:
         self.harness.stdin.write("memory\n")
@@ -79,7 +91,9 @@ class Gateway:
         return told
 
     def plain(self, seconds: float = 10) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=seconds)
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=seconds)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
 
     def connect(self, seconds: float = 10) -> "Client":
         return Client(self.context.wrap_socket(self.plain(seconds), server_hostname="127.0.0.1"))
@@ -213,10 +227,17 @@ def chat(text: str, **fields) -> dict:
 
 
 @pytest.fixture(scope="module")
-def gateway(build, tmp_path_factory):
+def shared(build, tmp_path_factory):
     made = Gateway(build, tmp_path_factory.mktemp("gateway"), **FRESH)
     yield made
     assert made.stop() | {"t": 0} == {"t": 0, "event": "exit", "code": 0, "signal": 0}
+
+
+@pytest.fixture
+def gateway(shared):
+    """One for most tests: so each also tests what those before it left behind."""
+    shared.forget()
+    return shared
 
 
 @pytest.fixture
@@ -552,7 +573,173 @@ def test_pieces_of_any_size(gateway, pieces):
                       for i in range(0, len(GOOD), 9)) + b"0\r\n\r\n"
     for request in (post(GOOD), CHUNKED + chunks):
         with gateway.connect() as client:
-            client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for i in range(0, len(request), pieces):
                 client.send(request[i:i + pieces])
             assert client.reply().json["choices"][0]["message"]["content"] == "x"
+
+
+# ---------------------------------------------------------------------- slow and many clients
+
+def closed_within(client: Client, least: float, most: float):
+    """Closed after the time limit and not before; returns what was said."""
+    began = time.monotonic()
+    while client.more():
+        pass
+    assert least <= time.monotonic() - began < most
+    return client.rest
+
+
+def trickle(client: Client, data: bytes, seconds: float = 0.05):
+    """A byte now and then, until the other side has enough of it."""
+    try:
+        for i in range(len(data)):
+            client.send(data[i:i + 1])
+            client.sock.settimeout(seconds)
+            try:
+                if not client.more():
+                    return
+            except TimeoutError:
+                pass
+    except OSError:
+        return
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16", b"\x16\x03\x01\x02\x00\x01"])
+def test_a_handshake_that_stops(gateway, sent):
+    with Client(gateway.plain()) as client:
+        client.send(sent)
+        assert closed_within(client, 0.5, 2) == b""
+    gateway.well()
+
+
+def test_a_connection_without_a_request(gateway):
+    with gateway.connect() as client:
+        assert closed_within(client, 0.5, 2) == b""
+    with gateway.connect() as client:
+        client.send(head("GET", "/livez"))
+        client.reply()
+        assert closed_within(client, 0.5, 2) == b""
+
+
+UNFINISHED = {"a head": head("GET", "/livez")[:-2], "a byte": b"G", "a body": post(GOOD)[:-1],
+              "a chunk": CHUNKED + b"5\r\nab", "chunks": CHUNKED}
+
+
+@pytest.mark.parametrize("what", UNFINISHED)
+def test_a_request_that_stops(gateway, what):
+    with gateway.connect() as client:
+        client.send(UNFINISHED[what])
+        began = time.monotonic()
+        client.reply().error(408, "request_timeout")
+        assert 0.5 <= time.monotonic() - began < 2
+        assert client.closed()
+    gateway.well()
+
+
+TRICKLES = {"a head": (b"", head("GET", "/livez", X="x" * 200)), "a body": (post(GOOD)[:-60], GOOD[-60:]),
+            "chunks": (CHUNKED, b"1\r\n{\r\n" * 50)}
+
+
+@pytest.mark.parametrize("what", TRICKLES)
+def test_a_request_that_trickles(gateway, what):
+    fast, slow = TRICKLES[what]
+    began = time.monotonic()
+    with gateway.connect() as client:
+        client.send(fast)
+        trickle(client, slow)
+        assert time.monotonic() - began < 3
+        assert client.rest.startswith(b"HTTP/1.1 408")
+    gateway.well()
+
+
+def test_a_client_that_does_not_read(gateway):
+    """Its stream is ended, the worker is told, and the memory comes back."""
+    with gateway.plain(20) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        tls = gateway.context.wrap_socket(sock, server_hostname="127.0.0.1")
+        tls.sendall(post(chat("flood 100000", stream=True)))
+        began = time.monotonic()
+        gateway.event("cancel", 10)
+        assert time.monotonic() - began < 8
+        gateway.well()
+        tls.close()
+
+
+def test_a_closed_half_ends_the_request(gateway):
+    with gateway.connect() as client:
+        client.send(post(chat("hang")))
+        gateway.event("generate")
+        client.sock.shutdown(socket.SHUT_WR)
+        gateway.event("cancel", 1)
+    gateway.well()
+
+
+@pytest.mark.parametrize("text,stream", [("hang", False), ("silent", False), ("slow 1000", True)])
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_a_client_that_leaves_cancels_its_request(gateway, text, stream, how):
+    with gateway.connect() as client:
+        client.send(post(chat(text, stream=stream)))
+        made = gateway.event("generate")
+        if stream:
+            assert client.chunk if client.head().status == 200 else None
+        if how == "reset":
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    gateway.event("cancel", 1, id=made["id"])
+    gateway.well()
+
+
+def test_an_unfinished_body_never_reaches_the_worker(gateway):
+    with gateway.connect() as client:
+        client.send(post(chat("echo a"))[:-1])
+        time.sleep(0.05)
+    gateway.well()
+    assert gateway.event("generate")["parts"] == [[2, b"echo all is well".hex()]]
+
+
+def test_at_the_limit_of_connections_idle_ones_give_way(own):
+    gateway = own(connections_max=4, header_timeout_ms=5000)
+    gateway.until(lambda: gateway.figure("casemate_connections") == 1)
+    held = [gateway.plain() for _ in range(3)]
+    with gateway.connect() as busy:
+        busy.send(post(chat("hang")))
+        gateway.event("generate")
+        with gateway.plain() as one_more:
+            assert one_more.recv(1) == b"", "over the limit, and nobody is idle"
+        held.pop().close()
+        held.pop().close()
+        gateway.until(lambda: gateway.figure("casemate_connections") == 3)
+        idle = []
+        for _ in range(2):
+            idle.append(gateway.connect())
+            idle[-1].send(head("GET", "/livez"))
+            assert idle[-1].reply().status == 200
+        gateway.well()
+        assert idle[0].closed(), "the one that was idle for longest gives way"
+        idle[1].send(head("GET", "/livez"))
+        assert idle[1].reply().status == 200
+    for client in idle:
+        client.sock.close()
+    held[0].close()
+
+
+def test_memory_is_bounded_over_bad_connections(gateway):
+    """Warm first: what an allocator keeps after a few is no leak."""
+    bad = [b"\x16\x03\x01", b"GET / HTTP/1.1\r\n\r\n", *(r for r, _ in BAD_HEADS.values()),
+           *(r for r, *_ in BAD_BODIES.values())]
+
+    def round_of(count: int):
+        for i in range(count):
+            if i % len(bad) < 2:
+                with gateway.plain() as sock:
+                    sock.sendall(bad[i % len(bad)])
+                continue
+            with gateway.connect() as client:
+                client.send(bad[i % len(bad)])
+                if i % 3:
+                    client.reply()
+    round_of(100)
+    before = gateway.memory()
+    round_of(500)
+    gateway.well()
+    grown = gateway.memory() - before
+    assert grown < 16 * 1024, f"{grown} KiB more"
