@@ -10,6 +10,7 @@
 
 #include "loader/evidence/live.h"
 #include "loader/evidence/verify.h"
+#include "runtime/base/hex.h"
 
 struct arguments {
     const char *subject, *trust, *nonce, *last, *at;
@@ -73,16 +74,6 @@ static enum cm_status file_read(const char *path, void *bytes, size_t size, size
     }
     *ret_used = (size_t)got;
     return CM_OK;
-}
-
-static bool hex_read(const char *text, uint8_t *ret_bytes, size_t size)
-{
-    bool ok = strlen(text) == 2 * size && strspn(text, "0123456789abcdefABCDEF") == 2 * size;
-    for (size_t i = 0; ok && i < size; i++) {
-        const char pair[3] = {text[2 * i], text[2 * i + 1], '\0'};
-        ret_bytes[i] = (uint8_t)strtoul(pair, NULL, 16);
-    }
-    return ok;
 }
 
 static enum cm_status trust_load(const char *path, struct cm_trust *ret_trust, struct cm_error *err)
@@ -213,7 +204,8 @@ static enum cm_status verify(const struct arguments *arguments, struct cm_error 
     question.now_unix_s =
         arguments->at != NULL ? strtoull(arguments->at, NULL, 10) : (uint64_t)time(NULL);
     if (arguments->nonce != NULL &&
-        (is_live || !hex_read(arguments->nonce, nonce, sizeof(nonce)))) {
+        (is_live ||
+         !cm_hex_read(arguments->nonce, strlen(arguments->nonce), nonce, sizeof(nonce)))) {
         return cm_error_set(
             err, CM_E_USAGE, "CM-EVD-USAGE",
             "--nonce takes 64 hex digits, for a file (a live host gets a fresh one)");

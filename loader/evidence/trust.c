@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "runtime/base/hex.h"
+
 #define LINE_BYTES 512
 #define WORDS_MAX  5
 
@@ -14,20 +16,9 @@ struct line {
     int count;
 };
 
-static int hex_digit(char c)
-{
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-}
-
 static bool hex_read(const char *text, uint8_t *ret_bytes, size_t size)
 {
-    bool ok = text != NULL && strlen(text) == 2 * size;
-    for (size_t i = 0; ok && i < size; i++) {
-        int high = hex_digit(text[2 * i]), low = hex_digit(text[2 * i + 1]);
-        ok = high >= 0 && low >= 0;
-        ret_bytes[i] = (uint8_t)(high << 4 | low);
-    }
-    return ok;
+    return cm_hex_read(text, strlen(text), ret_bytes, size);
 }
 
 /* Each reader: NULL, or what was expected. */

@@ -11,6 +11,7 @@
 #include "loader/pack/owner.h"
 #include "loader/tpm/enrolment.h"
 #include "loader/tpm/measure.h"
+#include "runtime/base/hex.h"
 
 #define POLICY_REF_DEFAULT "casemate"
 
@@ -141,34 +142,24 @@ static bool counter_parse(const char *text, uint64_t otherwise, uint64_t *ret_va
     return errno == 0 && end != text && *end == '\0' && text[0] != '-';
 }
 
-static int hex_digit(char c)
-{
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-}
-
-/* "N=64 lower-case hex digits" into its ascending place. */
+/* "N=64 hex digits" into its ascending place. */
 static enum cm_status pcr_add(const char *text, struct cm_policy_state *state, struct cm_error *err)
 {
     uint8_t value[CM_DIGEST_BYTES];
     char *hex;
     unsigned long pcr = strtoul(text, &hex, 10);
-    bool ok = hex != text && pcr <= 23 && *hex == '=' && strlen(hex + 1) == 2 * sizeof(value);
-    for (size_t i = 0; ok && i < sizeof(value); i++) {
-        int high = hex_digit(hex[1 + 2 * i]), low = hex_digit(hex[2 + 2 * i]);
-        ok = high >= 0 && low >= 0;
-        value[i] = (uint8_t)(high << 4 | low);
-    }
+    bool ok = hex != text && pcr <= 23 && *hex == '=' &&
+              cm_hex_read(hex + 1, strlen(hex + 1), value, sizeof(value));
     uint32_t at = 0;
     while (ok && at < state->pcr_count && state->pcrs[at] < pcr) {
         at++;
     }
     if (!ok || state->pcr_count == CM_POLICY_PCRS_MAX ||
         (at < state->pcr_count && state->pcrs[at] == pcr)) {
-        return cm_error_set(
-            err, CM_E_USAGE, "CM-PACK-USAGE",
-            "--pcr %.80s: expected N=64 lower-case hex digits, each PCR once and not "
-            "ours",
-            text);
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE",
+                            "--pcr %.80s: expected N=64 hex digits, each PCR once and not "
+                            "ours",
+                            text);
     }
     memmove(&state->pcrs[at + 1], &state->pcrs[at],
             (state->pcr_count - at) * sizeof(state->pcrs[0]));

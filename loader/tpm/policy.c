@@ -194,8 +194,9 @@ enum cm_status cm_policy_list_parse(const uint8_t *bytes, size_t size, const uin
                                 "policy list: state %u is not signed by the pinned authority", i);
         }
     }
-    if (cm_cursor_left(&cursor) != 0) {
-        return cm_error_set(err, CM_E_POLICY, "CM-SEAL-POLICY", "policy list: bytes after the end");
+    if (!cm_cursor_ok(&cursor) || cm_cursor_left(&cursor) != 0) {
+        return cm_error_set(err, CM_E_POLICY, "CM-SEAL-POLICY",
+                            "policy list: it is cut, or bytes follow its end");
     }
     *ret_list = list;
     return CM_OK;

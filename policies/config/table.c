@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "runtime/base/hex.h"
+
 #define AT(field) offsetof(struct cm_configuration, field)
 #define SEALED    CM_CONFIG_SEALED
 #define SITE      CM_CONFIG_SITE
@@ -102,13 +104,6 @@ const char *cm_config_nearest(const char *name, size_t size)
     return nearest;
 }
 
-static void hex_put(const uint8_t *bytes, size_t size, char *ret_text)
-{
-    for (size_t i = 0; i < size; i++) {
-        snprintf(ret_text + 2 * i, 3, "%02x", bytes[i]);
-    }
-}
-
 enum cm_status cm_config_sealed_text(const struct cm_configuration *configuration,
                                      const uint8_t owner[static CM_PUBLIC_KEY_BYTES],
                                      const uint8_t policy[static CM_PUBLIC_KEY_BYTES],
@@ -116,8 +111,8 @@ enum cm_status cm_config_sealed_text(const struct cm_configuration *configuratio
                                      size_t *ret_bytes, struct cm_error *err)
 {
     char owner_hex[2 * CM_PUBLIC_KEY_BYTES + 1], policy_hex[2 * CM_PUBLIC_KEY_BYTES + 1];
-    hex_put(owner, CM_PUBLIC_KEY_BYTES, owner_hex);
-    hex_put(policy, CM_PUBLIC_KEY_BYTES, policy_hex);
+    cm_hex_write(owner, CM_PUBLIC_KEY_BYTES, owner_hex);
+    cm_hex_write(policy, CM_PUBLIC_KEY_BYTES, policy_hex);
     int bytes =
         snprintf(ret_text, CM_CONFIG_SEALED_BYTES,
                  "package_owner %s\npolicy_authority %s\ndevice %s\ntpm %s\nattest_mode %s\n",

@@ -10,6 +10,7 @@
 
 #include "loader/tpm/enrolment.h"
 #include "loader/tpm/measure.h"
+#include "runtime/base/hex.h"
 #include "runtime/cli/cli_internal.h"
 #include "sandbox/image.h"
 
@@ -82,13 +83,6 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
     return status;
 }
 
-static void hex_text(const uint8_t *bytes, size_t size, char *ret_text)
-{
-    for (size_t i = 0; i < size; i++) {
-        snprintf(ret_text + 2 * i, 3, "%02x", bytes[i]);
-    }
-}
-
 /* name '\0' digest … as an array of {name, sha256}. */
 static json_t *files_json(const struct cm_event *event)
 {
@@ -97,7 +91,7 @@ static json_t *files_json(const struct cm_event *event)
     for (uint32_t at = 0; at < event->bytes;) {
         const char *name = (const char *)event->data + at;
         at += (uint32_t)strlen(name) + 1;
-        hex_text(event->data + at, CM_DIGEST_BYTES, hex);
+        cm_hex_write(event->data + at, CM_DIGEST_BYTES, hex);
         at += CM_DIGEST_BYTES;
         json_array_append_new(files, json_pack("{s:s, s:s}", "name", name, "sha256", hex));
     }
@@ -117,7 +111,7 @@ static enum cm_status measurement_json(const struct cm_measurement *measurement,
             json_decref(events);
             return status;
         }
-        hex_text(digest, sizeof(digest), hex);
+        cm_hex_write(digest, sizeof(digest), hex);
         json_t *row = json_pack("{s:s, s:s}", "type", cm_event_name(event->type), "digest", hex);
         if (event->type == CM_EVENT_PROGRAM) {
             json_object_set_new(row, "files", files_json(event));

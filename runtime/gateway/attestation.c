@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "runtime/base/hex.h"
 #include "runtime/gateway/gateway_internal.h"
 
 #define QUERY              "nonce="
@@ -14,30 +15,11 @@
 /* FORMAT.md of loader/evidence names the label. */
 #define EXPORTER_LABEL "EXPORTER-casemate-attestation"
 
-static int hex_digit(char c)
-{
-    if (c >= '0' && c <= '9') {
-        return c - '0';
-    }
-    c = (char)(c | 0x20);
-    return c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-}
-
 bool attestation_nonce(struct cm_span query, uint8_t ret_nonce[static 32])
 {
     size_t prefix = strlen(QUERY);
-    if (query.size != prefix + 64 || memcmp(query.at, QUERY, prefix) != 0) {
-        return false;
-    }
-    for (size_t i = 0; i < 32; i++) {
-        int high = hex_digit(query.at[prefix + 2 * i]);
-        int low = hex_digit(query.at[prefix + 2 * i + 1]);
-        if (high < 0 || low < 0) {
-            return false;
-        }
-        ret_nonce[i] = (uint8_t)(high << 4 | low);
-    }
-    return true;
+    return query.size > prefix && memcmp(query.at, QUERY, prefix) == 0 &&
+           cm_hex_read(query.at + prefix, query.size - prefix, ret_nonce, 32);
 }
 
 static void refuse(struct connection *connection, int status, const char *code, const char *message,

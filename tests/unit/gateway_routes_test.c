@@ -164,7 +164,7 @@ Test(gateway_routes, each_route_with_each_credential)
         cr_expect_eq(key != NULL, admission == CM_ADMITTED && !open);
         passed += admission == CM_ADMITTED;
     }
-    cr_expect_eq(passed, 2 * 5 * CREDENTIAL_COUNT + CREDENTIAL_COUNT + 9 * 3u);
+    cr_expect_eq(passed, 2 * 6 * CREDENTIAL_COUNT + CREDENTIAL_COUNT + 9 * 3u);
 }
 
 Test(gateway_routes, what_is_not_in_the_table)
