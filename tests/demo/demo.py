@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""First light: seal a real model to a node, serve it, and stream an answer through the unmodified openai
-client. `./run demo` runs this; --keep leaves the service running."""
+"""First light: seal a real model to a node, serve it, stream an answer through the unmodified openai client,
+prove what runs, and refuse every other state. `./run demo` runs this; --keep leaves the service running."""
 import argparse
+import json
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
@@ -16,6 +19,61 @@ QUESTION = "Explain in two sentences why the sky is blue."
 
 def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
+
+
+def verification(node: nodes.Node) -> bool:
+    """What an auditor sees: evidence of this connection, believed by a trust file."""
+    trust = node.state / "node.trust"
+    trust.write_text(node.run("casemate-pack", "trust", node.package, "--node",
+                              node.state / "enrolment.bin", "--measurement",
+                              node.state / "node.measure", "--allow-development").stdout)
+    done = node.run("casemate-verify", f"https://{node.address}", "--trust", trust, "--json",
+                    check=False)
+    facts = json.loads(done.stdout)
+    programs = [event["name"] for event in facts["events"] if event["type"] == "program"]
+    print(f"package {facts['core_digest'][:16]}…  node {facts['node'][:16]}…  PCR 14 "
+          f"{facts['pcr14'][:16]}…  ({facts['kind']}, {facts['mode']})\nmeasured: "
+          f"{', '.join(programs)} with their libraries, configuration, device, package")
+    print(f"casemate-verify: {'believed' if facts['believed'] else facts['id']}")
+    trust.write_text(trust.read_text().replace("development allowed", ""))
+    strict = node.run("casemate-verify", f"https://{node.address}", "--trust", trust, check=False)
+    print("and where development TPMs are not allowed:", strict.stderr.strip())
+    return done.returncode == 0 and strict.returncode == 7
+
+
+def refusals(node: nodes.Node) -> bool:
+    """Three changes, each on a copy of the node, each refused by the TPM's policy."""
+    refused = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        copy = nodes.Node(folder / "bin", folder / "node", node.owner)
+        shutil.copytree(node.programs, copy.programs)
+        shutil.copytree(node.state, copy.state, ignore=shutil.ignore_patterns("run", "service.log"))
+        copy.log.write_bytes(b"")
+        yaml = copy.state / "casemate.yaml"
+        yaml.write_text(yaml.read_text().replace(str(node.state), str(copy.state)))
+
+        def start(what: str, *options) -> bool:
+            copy.start(*options, wait=False)
+            code = copy.service.wait(30)
+            cause = next((line for line in reversed(copy.log.read_text().splitlines())
+                          if "CM-SEAL" in line), "?")
+            try:
+                cause = json.loads(cause).get("text", cause)
+            except json.JSONDecodeError:
+                pass
+            print(f"{what}: exit {code}: {cause}")
+            return code == 5
+
+        refused += start("a changed configuration", "--attest_mode", "strict")
+        worker = copy.programs / "casemate-worker"
+        whole = worker.read_bytes()
+        worker.write_bytes(whole + b"\0")
+        refused += start("a changed program")
+        worker.write_bytes(whole)
+        copy.run("casemate", "revoke", "--state", copy.state)
+        refused += start("a stepped counter")
+    return refused == 3
 
 
 def main() -> int:
@@ -45,6 +103,8 @@ def main() -> int:
         tokens = chunk.usage.completion_tokens if chunk.usage else tokens
     print(f"\n\n{tokens} tokens, first after {1000 * (first - begun):.0f} ms, then "
           f"{(tokens - 1) / (time.monotonic() - first):.0f} tokens per second")
+    say("what runs there, proved on this connection")
+    good = verification(node)
     print("The TPM here is a development TPM: it shows the plumbing and protects nothing.")
     if options.keep:
         say("left running; ask it with")
@@ -59,7 +119,9 @@ def main() -> int:
     subprocess.run([node.programs / "casemate", "keys", "revoke", key.split("-")[1], "--state",
                     node.state], check=True, capture_output=True)
     print(f"stopped cleanly, exit {code}")
-    return code
+    say("the same weights in another state")
+    good = refusals(node) and good
+    return code if good else 1
 
 
 if __name__ == "__main__":
