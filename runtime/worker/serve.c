@@ -94,14 +94,22 @@ static void generate_take(struct cm_worker *worker, uint64_t id, size_t bytes)
     explicit_bzero(worker->payload, bytes);
 }
 
+/* A refusal must not be lost: nothing is taken that could not be refused. The gateway wakes us when
+ * it has read. */
+static bool refusal_fits(const struct cm_worker *worker)
+{
+    return cm_ring_pending(&worker->responses) <= worker->responses.capacity / 2;
+}
+
 /* Take all records that are there. A ring that breaks its rules is given up: the gateway is lost,
  * the supervisor replaces it when it dies. */
 static void requests_take(struct cm_worker *worker)
 {
     struct cm_record record;
     struct cm_error err;
-    enum cm_status status;
-    while ((status = cm_ring_get(&worker->requests, &record, worker->payload, worker->payload_bytes,
+    enum cm_status status = CM_E_BUSY;
+    while (refusal_fits(worker) &&
+           (status = cm_ring_get(&worker->requests, &record, worker->payload, worker->payload_bytes,
                                  &err)) == CM_OK) {
         if (record.type == CM_WIRE_GENERATE) {
             generate_take(worker, record.request, record.bytes);
@@ -111,7 +119,7 @@ static void requests_take(struct cm_worker *worker)
             CM_LOG(&worker->log, CM_LOG_WARN, "unknown_record", CM_LOG_I("type", record.type));
         }
     }
-    if (status != CM_E_BUSY) {
+    if (status != CM_E_BUSY && status != CM_OK) {
         cm_log_error(&worker->log, "ring_broken", &err);
         cm_scheduler_cancel_all(worker->scheduler);
         worker->rings_open = false;
