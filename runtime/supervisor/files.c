@@ -332,7 +332,7 @@ void status_write(struct service *service, uint64_t now_ms)
             (unsigned long long)child->resident_bytes);
     }
     used += (size_t)snprintf(text + used, sizeof(text) - used,
-                             "},\n \"not_yet\": [\"attestation quotes\", \"measured start\", "
+                             "},\n \"not_yet\": ["
                              "\"sandbox filters\", \"guard\", \"adapters\", \"GPU backend\"]}\n");
     service->state_dirty = true; /* the gateway's metrics show resident bytes */
     run_file_write(service, "status.json", text, used);
