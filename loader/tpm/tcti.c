@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #define MAGIC        0x434D5443544931ull
@@ -18,7 +19,47 @@ struct context {
     int fd;
     uint8_t response[RESPONSE_MAX];
     size_t response_bytes; /* 0: none read yet */
+    /* how long each kind of command took */
+    struct cm_tpm_times times;
+    uint32_t command; /* in flight */
+    uint64_t sent_us;
 };
+
+static uint64_t now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+}
+
+static void command_note(struct context *context, const uint8_t *command, size_t size)
+{
+    context->command = size >= HEADER ? (uint32_t)command[6] << 24 | (uint32_t)command[7] << 16 |
+                                            (uint32_t)command[8] << 8 | command[9]
+                                      : 0;
+    context->sent_us = now_us();
+}
+
+/* One row for each kind, in the order of first use; what finds no row is counted in the last. */
+static void response_note(struct context *context)
+{
+    struct cm_tpm_times *times = &context->times;
+    uint32_t row = 0;
+    while (row < times->count && times->rows[row].command != context->command) {
+        row++;
+    }
+    if (row == times->count && row < CM_TPM_TIMES_MAX) {
+        times->rows[times->count++] = (struct cm_tpm_time){.command = context->command};
+    }
+    row = row < CM_TPM_TIMES_MAX ? row : CM_TPM_TIMES_MAX - 1;
+    times->rows[row].calls++;
+    times->rows[row].us += now_us() - context->sent_us;
+}
+
+const struct cm_tpm_times *cm_tcti_times(const TSS2_TCTI_CONTEXT *tcti)
+{
+    return &((const struct context *)(const void *)tcti)->times;
+}
 
 static struct context *context_of(TSS2_TCTI_CONTEXT *tcti)
 {
@@ -33,6 +74,7 @@ static TSS2_RC transmit(TSS2_TCTI_CONTEXT *tcti, size_t size, const uint8_t *com
         return TSS2_TCTI_RC_BAD_REFERENCE;
     }
     context->response_bytes = 0;
+    command_note(context, command, size);
     for (size_t done = 0; done < size;) {
         ssize_t put = write(context->fd, command + done, size - done);
         if (put < 0 && errno == EINTR) {
@@ -102,6 +144,7 @@ static TSS2_RC receive(TSS2_TCTI_CONTEXT *tcti, size_t *size, uint8_t *response,
     if (*size < context->response_bytes) {
         return TSS2_TCTI_RC_INSUFFICIENT_BUFFER;
     }
+    response_note(context);
     memcpy(response, context->response, context->response_bytes);
     *size = context->response_bytes;
     explicit_bzero(context->response, context->response_bytes);

@@ -254,3 +254,44 @@ enum cm_status cm_tpm_counter_step(struct cm_tpm *tpm, uint64_t *ret_value, stru
     }
     return status;
 }
+
+const struct cm_tpm_times *cm_tpm_times(const struct cm_tpm *tpm)
+{
+    return cm_tcti_times(tpm->tcti);
+}
+
+const char *cm_tpm_command_name(uint32_t command)
+{
+    static const struct {
+        uint32_t command;
+        const char *name;
+    } rows[] = {{TPM2_CC_CreatePrimary, "CreatePrimary"},
+                {TPM2_CC_StartAuthSession, "StartAuthSession"},
+                {TPM2_CC_PolicySecret, "PolicySecret"},
+                {TPM2_CC_PolicyPCR, "PolicyPCR"},
+                {TPM2_CC_PolicyNV, "PolicyNV"},
+                {TPM2_CC_PolicyCommandCode, "PolicyCommandCode"},
+                {TPM2_CC_PolicyGetDigest, "PolicyGetDigest"},
+                {TPM2_CC_PolicyAuthorize, "PolicyAuthorize"},
+                {TPM2_CC_Import, "Import"},
+                {TPM2_CC_Load, "Load"},
+                {TPM2_CC_LoadExternal, "LoadExternal"},
+                {TPM2_CC_VerifySignature, "VerifySignature"},
+                {TPM2_CC_Unseal, "Unseal"},
+                {TPM2_CC_GetRandom, "GetRandom"},
+                {TPM2_CC_FlushContext, "FlushContext"},
+                {TPM2_CC_PCR_Read, "PCR_Read"},
+                {TPM2_CC_PCR_Extend, "PCR_Extend"},
+                {TPM2_CC_NV_ReadPublic, "NV_ReadPublic"},
+                {TPM2_CC_NV_Read, "NV_Read"},
+                {TPM2_CC_ReadPublic, "ReadPublic"},
+                {TPM2_CC_ReadClock, "ReadClock"},
+                {TPM2_CC_GetCapability, "GetCapability"},
+                {TPM2_CC_Quote, "Quote"}};
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        if (rows[i].command == command) {
+            return rows[i].name;
+        }
+    }
+    return "other";
+}

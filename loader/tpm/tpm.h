@@ -15,6 +15,19 @@ struct cm_tpm;
 CM_MUST_USE enum cm_status cm_tpm_open(int fd, struct cm_tpm **ret_tpm, struct cm_error *err);
 void cm_tpm_close(struct cm_tpm *tpm); /* NULL is fine */
 
+/* Time spent in the TPM since it was opened, by command code (TPM_CC, Part 2). */
+#define CM_TPM_TIMES_MAX 32u
+struct cm_tpm_time {
+    uint32_t command, calls;
+    uint64_t us;
+};
+struct cm_tpm_times {
+    uint32_t count;
+    struct cm_tpm_time rows[CM_TPM_TIMES_MAX];
+};
+const struct cm_tpm_times *cm_tpm_times(const struct cm_tpm *tpm);
+const char *cm_tpm_command_name(uint32_t command); /* "other" where we send none */
+
 /* Make (or find) EK, SRK, AK and the counter, and sign the record. Idempotent. */
 CM_MUST_USE enum cm_status cm_tpm_provision(struct cm_tpm *tpm, const char *node_name,
                                             bool development, struct cm_enrolment *ret_enrolment,

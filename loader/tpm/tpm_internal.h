@@ -21,6 +21,7 @@ struct cm_tpm {
 };
 
 CM_MUST_USE enum cm_status cm_tcti_new(int fd, TSS2_TCTI_CONTEXT **ret_tcti, struct cm_error *err);
+const struct cm_tpm_times *cm_tcti_times(const TSS2_TCTI_CONTEXT *tcti);
 void cm_tcti_free(TSS2_TCTI_CONTEXT *tcti);
 
 /* CM_OK for code 0, else an error of class TPM that names the command and the response code. */

@@ -74,6 +74,24 @@ static enum cm_status counter_step(struct cm_error *err)
     return status;
 }
 
+/* What the start cost in the TPM, command by command: users wait for it. */
+static void times_log(struct cm_keeper *keeper)
+{
+    const struct cm_tpm_times *times = cm_tpm_times(keeper->tpm);
+    uint64_t us = 0, calls = 0;
+    for (uint32_t i = 0; i < times->count; i++) {
+        const struct cm_tpm_time *row = &times->rows[i];
+        CM_LOG(&keeper->log, CM_LOG_INFO, "tpm_command",
+               CM_LOG_S("command", cm_tpm_command_name(row->command)),
+               CM_LOG_I("calls", row->calls), CM_LOG_I("us", row->us));
+        us += row->us;
+        calls += row->calls;
+    }
+    CM_LOG(&keeper->log, CM_LOG_INFO, "unsealed",
+           CM_LOG_S("tpm", keeper->config.development_tpm ? "development" : "real"),
+           CM_LOG_I("tpm_calls", calls), CM_LOG_I("tpm_us", us));
+}
+
 static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
 {
     static struct cm_frame frame;
@@ -103,8 +121,7 @@ static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
         status = cm_channel_send(&keeper->channel, CM_FRAME_READY, NULL, 0, NULL, 0, err);
     }
     if (status == CM_OK) {
-        CM_LOG(&keeper->log, CM_LOG_INFO, "unsealed",
-               CM_LOG_S("tpm", keeper->config.development_tpm ? "development" : "real"));
+        times_log(keeper);
         status = cm_keeper_serve(keeper, err);
     }
     cm_keeper_done(keeper);

@@ -174,3 +174,15 @@ def test_a_tpm_that_is_gone_or_another_is_named(build, model, tmp_path, swtpm):
                                                     or "CM-TPM" in node.tail())
     finally:
         other.stop()
+
+
+def test_the_tpm_is_asked_a_bounded_number_of_times(build, model, tmp_path):
+    """49 commands and 5 ms on libtpms when this was written; a real chip needs 10 to 100 ms for each."""
+    node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny")
+    assert served(node)
+    lines = [json.loads(line) for line in node.log.read_text().splitlines() if line[0] == "{"]
+    start = next(line for line in lines if line["event"] == "unsealed")
+    kinds = {line["command"]: line["calls"] for line in lines if line["event"] == "tpm_command"}
+    assert start["tpm_calls"] == sum(kinds.values()) <= 60, kinds
+    assert "other" not in kinds and kinds["Unseal"] == 1 and kinds["PCR_Extend"] == 8
