@@ -1,0 +1,151 @@
+/* A TPM that fails: each response of a whole unseal in turn is exchanged, damaged, cut, doubled,
+ * late or never comes. Either the right key or a stable cause; and the TPM is as good as before. */
+#include "tests/unit/tpm_scene.h"
+
+#include <poll.h>
+#include <pthread.h>
+
+#define RESPONSES 52u /* more than an unseal has: the rest shows that nothing was counted wrong */
+
+enum fault { FAULT_CODE, FAULT_FLIP, FAULT_CUT, FAULT_GONE, FAULT_TWICE, FAULT_LATE, FAULT_COUNT };
+
+/* Part 2, section 6.6: what chips answer when they are unwell. */
+static const uint32_t codes[] = {0x101, 0x921, 0x902, 0x903, 0x98e, 0x128, 0x922, 0x908, 0x1df};
+
+struct proxy {
+    int keeper, tpm; /* our end towards the keeper; the TPM's */
+    enum fault fault;
+    uint32_t at, seen, code;
+    unsigned seed;
+};
+
+static size_t frame_read(int fd, uint8_t frame[4096])
+{
+    size_t used = 0, size = 10;
+    while (used < size) {
+        ssize_t got = read(fd, frame + used, size - used);
+        if (got <= 0) {
+            return 0;
+        }
+        used += (size_t)got;
+        if (used == 10 && size == 10) {
+            size =
+                (size_t)frame[2] << 24 | (size_t)frame[3] << 16 | (size_t)frame[4] << 8 | frame[5];
+            cr_assert(size >= 10 && size <= 4096);
+        }
+    }
+    return size;
+}
+
+/* False: the connection ends here. */
+static bool response_spoil(struct proxy *proxy, uint8_t frame[4096], size_t *size)
+{
+    const uint8_t failure[10] = {
+        0x80, 1, 0, 0, 0, 10, 0, 0, (uint8_t)(proxy->code >> 8), (uint8_t)proxy->code};
+    switch (proxy->fault) {
+    case FAULT_CODE:
+        memcpy(frame, failure, sizeof(failure));
+        *size = sizeof(failure);
+        return true;
+    case FAULT_FLIP:
+        frame[6 + (size_t)rand_r(&proxy->seed) % (*size - 6)] ^=
+            (uint8_t)(1 << rand_r(&proxy->seed) % 8);
+        return true;
+    case FAULT_CUT:
+        cr_assert_geq(write(proxy->keeper, frame, *size / 2), 0);
+        return false;
+    case FAULT_GONE:
+        return false;
+    case FAULT_TWICE:
+        cr_assert_geq(write(proxy->keeper, frame, *size), 0);
+        return true;
+    case FAULT_LATE:
+        usleep(30000);
+        return true;
+    case FAULT_COUNT:
+        break;
+    }
+    return false;
+}
+
+static void *proxy_run(void *context)
+{
+    struct proxy *proxy = context;
+    uint8_t frame[4096];
+    size_t size;
+    bool alive = true;
+    while (alive && (size = frame_read(proxy->keeper, frame)) > 0) {
+        cr_assert_eq(write(proxy->tpm, frame, size), (ssize_t)size);
+        size = frame_read(proxy->tpm, frame);
+        alive = size > 0 && (++proxy->seen != proxy->at || response_spoil(proxy, frame, &size)) &&
+                write(proxy->keeper, frame, size) == (ssize_t)size;
+    }
+    shutdown(proxy->keeper, SHUT_RDWR);
+    return NULL;
+}
+
+/* One keeper's life over a spoilt wire. */
+static enum cm_status try_once(struct scene *s, struct proxy *proxy, struct cm_error *err)
+{
+    int wire[2];
+    pthread_t thread;
+    struct cm_tpm *direct = s->tpm;
+    cr_assert_eq(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, wire), 0);
+    proxy->keeper = wire[1];
+    proxy->tpm = s->tpm_fd;
+    proxy->seen = 0;
+    cr_assert_eq(pthread_create(&thread, NULL, proxy_run, proxy), 0);
+    enum cm_status status = cm_tpm_open(wire[0], &s->tpm, err);
+    if (status == CM_OK) {
+        status = unseal(s, err); /* asserts that a released key is the right one */
+        cm_tpm_close(s->tpm);
+    }
+    s->tpm = direct;
+    shutdown(wire[0], SHUT_RDWR);
+    pthread_join(thread, NULL);
+    close(wire[0]);
+    close(wire[1]);
+    return status;
+}
+
+static void healthy(struct scene *s)
+{
+    struct cm_error err;
+    struct proxy plain = {.at = 0};
+    cr_assert_eq(try_once(s, &plain, &err), CM_OK, "%s", err.text);
+}
+
+Test(tpm_fault, every_response_spoilt_in_every_way, .timeout = 120)
+{
+    static struct scene s;
+    unsigned released = 0, refused = 0;
+    signal(SIGPIPE, SIG_IGN);
+    scene_make(&s, state_new());
+    for (uint32_t at = 1; at <= RESPONSES; at++) {
+        for (int kind = 0; kind < FAULT_COUNT - 1 + (int)(sizeof(codes) / sizeof(codes[0]));
+             kind++) {
+            struct cm_error err = {.status = CM_OK};
+            bool code = kind >= FAULT_COUNT - 1;
+            struct proxy proxy = {.fault = code ? FAULT_CODE : (enum fault)(kind + 1),
+                                  .at = at,
+                                  .code = code ? codes[kind - (FAULT_COUNT - 1)] : 0,
+                                  .seed = at * 100 + (unsigned)kind};
+            enum cm_status status = try_once(&s, &proxy, &err);
+            released += status == CM_OK;
+            refused += status != CM_OK;
+            if (status != CM_OK) {
+                cr_assert(status == CM_E_TPM || status == CM_E_POLICY, "%u/%d: %s: %s", at, kind,
+                          err.id, err.text);
+                cr_assert(strncmp(err.id, "CM-TPM-", 7) == 0 ||
+                          strncmp(err.id, "CM-SEAL-", 8) == 0);
+                cr_assert_gt(strlen(err.text), 10u);
+            }
+            cr_assert(proxy.fault != FAULT_LATE || status == CM_OK, "late at %u: %s", at, err.text);
+            /* The last commands only tidy up: a key that is out is not taken back for them. */
+            cr_assert(at > 25 || proxy.fault != FAULT_GONE || status != CM_OK, "gone at %u", at);
+        }
+        healthy(&s); /* no lock-out, no session or object left in the way */
+    }
+    printf("tpm_fault: %u released, %u refused\n", released, refused);
+    scene_done(&s);
+}
