@@ -53,6 +53,13 @@ static const struct command commands[] = {
      "signature.\n\n"
      "example: casemate measure --state node --out node.measure\n",
      command_measure},
+    {"policy", "would a start unseal, and if not, what differs",
+     "usage: casemate policy explain [--config FILE | --state DIR] [--against FILE]\n\n" WHERE
+     "  --against FILE  the measurement that was signed: names each program, library or\n"
+     "                  text that differs from it\n\n"
+     "Asks before a reboot or an upgrade; starts nothing. Exit 5: it would not unseal.\n\n"
+     "example: casemate policy explain --state node --against node.measure\n",
+     command_policy},
     {"revoke", "step the node's counter: older signed states end",
      "usage: casemate revoke [--config FILE | --state DIR]\n\n" WHERE
      "\nAfter it only states unseal that the owner has signed for the new counter (casemate-pack\n"

@@ -92,6 +92,27 @@ def test_a_stepped_counter_revokes_the_older_states(programs, model, tmp_path):
     assert served(node)
 
 
+def test_explain_says_beforehand_what_the_start_will_say(programs, model, tmp_path):
+    node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny")
+
+    def explain():
+        return node.run("casemate", "policy", "explain", "--state", node.state, "--against",
+                        tmp_path / "signed", check=False)
+    shutil.copy(node.state / "node.measure", tmp_path / "signed")
+    done = explain()
+    assert done.returncode == 0 and "it would unseal" in done.stdout and "differs" not in done.stdout
+    with open(programs / "casemate-worker", "ab") as file:
+        file.write(b"\0")
+    done = explain()
+    assert done.returncode == 5 and "CM-SEAL-PCR" in done.stderr
+    assert "differs: casemate-worker of program casemate-worker has other bytes" in done.stdout
+    assert done.stdout.count("differs") == 1
+    refused(node, "CM-SEAL-PCR")
+    node.sign()
+    assert explain().returncode == 0 and served(node)
+
+
 class Swtpm:
     """A real swtpm, an emulator of its own process; it is reset only when we say so."""
 
