@@ -16,7 +16,7 @@ import pytest
 
 KEYS = {name: f"cm-{i:016x}-{secrets.token_urlsafe(32)}"
         for i, name in enumerate(("alice", "bob", "late"), 1)}
-FRESH = {"header_timeout_ms": 700, "body_timeout_ms": 700, "write_timeout_ms": 1500}
+FRESH = {"header_timeout_ms": 1000, "body_timeout_ms": 700, "write_timeout_ms": 1500}
 
 
 class Gateway:
@@ -203,10 +203,11 @@ class Client:
         return reply
 
     def closed(self) -> bool:
-        """The other side closes now, and sends nothing before."""
+        """The other side closes now, not at a time limit, and sends nothing before."""
+        began = time.monotonic()
         while self.more():
             assert self.rest == b"", self.rest
-        return True
+        return time.monotonic() - began < 0.8
 
 
 def head(method: str, path: str, key: str | None = None, **headers) -> bytes:
@@ -435,6 +436,11 @@ def test_refused_keys_are_not_told_apart(gateway, path):
         with gateway.connect() as client:
             client.send(head(method, path, **fields, **credential) + body)
             replies[what] = client.reply()
+            if body:
+                assert client.closed()
+            else:  # one reply, and then that of the next request
+                client.send(head("GET", "/livez"))
+                assert client.reply().json["alive"]
     replies["none"].error(401, "invalid_api_key")
     assert replies["none"].headers["www-authenticate"] == "Bearer"
     assert {what for what, reply in replies.items()
@@ -666,12 +672,37 @@ def test_a_client_that_does_not_read(gateway):
         tls.close()
 
 
+def test_a_whole_reply_that_is_not_read(gateway):
+    """More than the sockets hold, less than the limit of a stream: the time limit ends it."""
+    with gateway.plain(20) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        tls = gateway.context.wrap_socket(sock, server_hostname="127.0.0.1")
+        tls.sendall(post(chat("flood 3500", max_tokens=9000)))
+        gateway.event("generate")
+        began = time.monotonic()
+        gateway.until(lambda: gateway.figure("casemate_connections") == 2, 5)
+        gateway.until(lambda: gateway.figure("casemate_connections") == 1, 5)
+        assert 1 < time.monotonic() - began < 4
+        tls.close()
+
+
+def test_the_size_of_whole_replies(gateway):
+    def flood(count: int, **fields) -> Reply:
+        return gateway.post(chat(f"flood {count}", max_tokens=9000, **fields))
+    assert flood(3500).json["choices"][0]["message"]["content"] == "x" * 3500000
+    reply = flood(5000)
+    reply.error(500, "reply_too_large")
+    assert reply.headers["x-should-retry"] == "false"
+    assert flood(700, stream=True).body.count(b"x" * 1000) == 700
+    gateway.well()
+
+
 def test_a_closed_half_ends_the_request(gateway):
     with gateway.connect() as client:
         client.send(post(chat("hang")))
         gateway.event("generate")
         client.sock.shutdown(socket.SHUT_WR)
-        gateway.event("cancel", 1)
+        gateway.event("cancel", 3)
     gateway.well()
 
 
@@ -685,7 +716,7 @@ def test_a_client_that_leaves_cancels_its_request(gateway, text, stream, how):
             assert client.chunk if client.head().status == 200 else None
         if how == "reset":
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    gateway.event("cancel", 1, id=made["id"])
+    gateway.event("cancel", 3, id=made["id"])
     gateway.well()
 
 

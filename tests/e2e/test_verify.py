@@ -90,7 +90,9 @@ def test_a_file_answers_for_its_nonce_age_and_clock_alone(node, tmp_path):
                          (["--at", str(now - 100)], "CM-EVD-FUTURE")]:
         done = verify(node, file, *words)
         assert done.returncode == 7 and cause in done.stderr
-    (tmp_path / "last").write_text("4000000000 0 0\n")
+    assert verify(node, file, "--last", tmp_path / "last").returncode == 0
+    reset, restart, clock = (tmp_path / "last").read_text().split()
+    (tmp_path / "last").write_text(f"{reset} {restart} {int(clock) + 1}\n")
     assert "CM-EVD-CLOCK" in verify(node, file, "--last", tmp_path / "last").stderr
     assert "CM-EVD-KIND" in verify(node, node.state / "run/evidence.bin", "--nonce", "0" * 64).stderr
 
