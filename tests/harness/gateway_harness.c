@@ -204,6 +204,9 @@ static void hostile(uint64_t id, const char *how)
         put(CM_WIRE_TEXT, id, &head, sizeof(head), "abcdef", 6);
     } else if (strncmp(how, "short", 5) == 0) {
         put(CM_WIRE_TEXT, id, &head, 4, NULL, 0);
+    } else if (strncmp(how, "long", 4) == 0) {
+        done.finish = CM_FINISH_STOP;
+        put(CM_WIRE_DONE, id, &done, sizeof(done), "x", 1);
     } else if (strncmp(how, "type", 4) == 0) {
         put(77, id, NULL, 0, NULL, 0);
     } else if (strncmp(how, "generate", 8) == 0) {
