@@ -17,7 +17,18 @@ struct proxy {
     enum fault fault;
     uint32_t at, seen, code;
     unsigned seed;
+    uint8_t *tap; /* all bytes both ways, TAP_BYTES; or NULL */
+    size_t tapped;
 };
+#define TAP_BYTES (1u << 20)
+
+static void tap(struct proxy *proxy, const uint8_t *bytes, size_t size)
+{
+    if (proxy->tap != NULL && size <= TAP_BYTES - proxy->tapped) {
+        memcpy(proxy->tap + proxy->tapped, bytes, size);
+        proxy->tapped += size;
+    }
+}
 
 static size_t frame_read(int fd, uint8_t frame[4096])
 {
@@ -75,8 +86,10 @@ static void *proxy_run(void *context)
     size_t size;
     bool alive = true;
     while (alive && (size = frame_read(proxy->keeper, frame)) > 0) {
+        tap(proxy, frame, size);
         cr_assert_eq(write(proxy->tpm, frame, size), (ssize_t)size);
         size = frame_read(proxy->tpm, frame);
+        tap(proxy, frame, size);
         alive = size > 0 && (++proxy->seen != proxy->at || response_spoil(proxy, frame, &size)) &&
                 write(proxy->keeper, frame, size) == (ssize_t)size;
     }
@@ -147,5 +160,24 @@ Test(tpm_fault, every_response_spoilt_in_every_way, .timeout = 120)
         healthy(&s); /* no lock-out, no session or object left in the way */
     }
     printf("tpm_fault: %u released, %u refused\n", released, refused);
+    scene_done(&s);
+}
+
+/* Somebody on the TPM's bus sees signatures, and never the key. */
+Test(tpm_fault, the_wire_never_carries_the_key)
+{
+    static struct scene s;
+    struct cm_error err;
+    struct proxy proxy = {.tap = malloc(TAP_BYTES)};
+    scene_make(&s, state_new());
+    for (size_t i = 0; i < sizeof(s.key); i++) {
+        cr_assert_eq(s.key[i], 0x77);
+    }
+    cr_assert_eq(try_once(&s, &proxy, &err), CM_OK, "%s", err.text);
+    cr_assert_gt(proxy.tapped, 2000u);
+    cr_assert_not_null(memmem(proxy.tap, proxy.tapped, s.list.states[0].signature, 32),
+                       "the control was not found: the tap does not work");
+    cr_assert_null(memmem(proxy.tap, proxy.tapped, s.key, 8));
+    free(proxy.tap);
     scene_done(&s);
 }
