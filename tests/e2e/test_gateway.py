@@ -58,17 +58,15 @@ class Gateway:
             assert time.monotonic() < end, "it does not come about"
             time.sleep(0.02)
 
-    def forget(self):
-        """What was told so far."""
-        while not self.events.empty():
-            self.events.get()
-
     def say(self, command: str):
-        """A command to the supervisor's double, and until it is done."""
-        self.forget()
+        """A command to the supervisor's double; what was told before it is done is dropped."""
         self.harness.stdin.write(command + "\n")
         self.harness.stdin.flush()
-        self.event("did")
+        self.event("did", command=command)
+
+    def forget(self):
+        """What was told so far, also what is still on its way here."""
+        self.say("memory")
 
     def figure(self, name: str) -> float:
         """Of /metrics, over all labels; -1 while no connection is to be had."""
@@ -81,7 +79,9 @@ class Gateway:
     def memory(self) -> int:
         self.harness.stdin.write("memory\n")
         self.harness.stdin.flush()
-        return self.event("memory")["kib"]
+        told = self.event("memory")["kib"]
+        self.event("did", command="memory")
+        return told
 
     def stop(self) -> dict:
         if self.harness.poll() is None:
