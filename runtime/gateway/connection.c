@@ -265,16 +265,13 @@ void connection_new(struct gateway *gateway, int fd)
 
 static void head_late(struct connection *connection)
 {
-    struct cm_api_error error;
     if (!connection->handshaken ||
         evbuffer_get_length(bufferevent_get_input(connection->tls)) == 0) {
         connection_close(connection, CM_END_CLIENT); /* idle: nobody waits for an answer */
         return;
     }
-    connection->close_after = true;
-    connection->started_us = clock_us();
-    cm_api_error_set(&error, 408, "request_timeout", "The head of the request came too slowly.");
-    reply_error(connection, &error, NULL);
+    exchange_refuse_head(connection, 408, "request_timeout",
+                         "The head of the request came too slowly.");
 }
 
 static void body_late(struct connection *connection)

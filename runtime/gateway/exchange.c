@@ -112,6 +112,15 @@ static void refuse(struct connection *connection, int status, const char *code, 
     reply_error(connection, &error, NULL);
 }
 
+void exchange_refuse_head(struct connection *connection, int status, const char *code,
+                          const char *message)
+{
+    connection->close_after = true; /* nobody knows where the next request would begin */
+    connection->started_us = clock_us();
+    request_id_set(connection, (struct cm_span){"", 0});
+    refuse(connection, status, code, message);
+}
+
 /* ------------------------------------------------------------------ body */
 
 static void body_complete(struct connection *connection)
@@ -320,13 +329,11 @@ static bool head_input(struct connection *connection)
     if (size == 0) {
         return false;
     }
-    connection->started_us = clock_us();
     if (size < 0 || cm_http_head_parse(bytes, (size_t)size, &head, &refusal) != CM_OK) {
-        connection->close_after = true;
-        request_id_set(connection, (struct cm_span){"", 0});
-        refuse(connection, refusal.status, "bad_request", refusal.message);
+        exchange_refuse_head(connection, refusal.status, "bad_request", refusal.message);
         return false;
     }
+    connection->started_us = clock_us();
     head_handle(connection, &head);
     if (!connection->dead) {
         evbuffer_drain(input, (size_t)size); /* the head's spans die here */

@@ -204,6 +204,9 @@ struct evbuffer *connection_output(struct connection *connection);
 void exchange_input(struct connection *connection);
 void exchange_reset(struct connection *connection);
 void exchange_finish(struct connection *connection, int status, enum cm_end end);
+/* A head that cannot be understood or never came whole: answer, and close. */
+void exchange_refuse_head(struct connection *connection, int status, const char *code,
+                          const char *message);
 
 /* reply.c */
 struct reply {
