@@ -12,6 +12,7 @@ trap 'rm -rf --one-file-system "$tree"' EXIT
 echo "== a fresh Debian 12 in $tree"
 mmdebstrap --quiet --variant=minbase --include=git,ca-certificates bookworm "$tree"
 git clone -q --no-hardlinks . "$tree/root/casemate"
+commit=$(git -C "$tree/root/casemate" rev-parse --short HEAD)
 cp -L /etc/resolv.conf "$tree/etc/resolv.conf"
 cp /etc/hosts "$tree/etc/hosts"
 cp /etc/ssl/certs/ca-certificates.crt "$tree/etc/ssl/certs/ca-certificates.crt"
@@ -39,4 +40,4 @@ env -i "$@" chroot "$tree" bash -euc '
         echo "== ./run $command took $((SECONDS - started)) s"
     done'
 INSIDE
-echo "== passed in a fresh tree at $(git rev-parse --short HEAD)"
+echo "== passed in a fresh tree at $commit"
