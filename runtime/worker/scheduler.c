@@ -10,8 +10,7 @@ enum state { FREE = 0, WAITING, RUNNING };
 
 struct request {
     enum state state;
-    bool ended;  /* DONE is still to be emitted; nothing more is computed */
-    bool replay; /* tokens before `counted` were stepped before a preemption */
+    bool ended; /* DONE is still to be emitted; nothing more is computed */
     uint64_t id, tenant;
     uint64_t order;    /* of arrival */
     uint64_t admitted; /* of admission: the latest is preempted first */
@@ -22,6 +21,7 @@ struct request {
     uint32_t *tokens; /* [context_max] prompt, then reply */
     uint32_t prompt_count, count;
     uint32_t computed; /* tokens whose KV is there */
+    uint32_t counted;  /* tokens that the device had before a preemption: stepped or drawn */
     uint32_t *pages;   /* [pages per context] */
     uint32_t page_count;
     uint32_t held_bytes, held_tokens; /* text that the ring had no room for */
@@ -347,7 +347,9 @@ static bool preempt_latest(struct cm_scheduler *s, const struct request *self)
     CM_ASSERT(latest != NULL);
     pages_return(s, latest);
     latest->state = WAITING;
-    latest->replay = true;
+    latest->counted = latest->count > latest->prompt_count ? latest->count
+                      : latest->computed > latest->counted ? latest->computed
+                                                           : latest->counted;
     latest->computed = 0;
     s->stats.preemptions_total++;
     return latest != self;
@@ -376,7 +378,7 @@ static void entry_add(struct cm_scheduler *s, struct request *r, uint32_t take, 
                                                 .tokens = r->tokens + r->computed,
                                                 .pages = r->pages,
                                                 .page_count = r->page_count,
-                                                .replay = r->replay,
+                                                .replay = r->computed < r->counted,
                                                 .sample = r->computed + take == r->count};
     s->entry_owner[(*count)++] = r;
 }
@@ -399,7 +401,8 @@ static uint32_t batch_make(struct cm_scheduler *s)
                 continue;
             }
             uint32_t left = s->limits.step_tokens_max - tokens;
-            uint32_t take = r->count - r->computed < left ? r->count - r->computed : left;
+            uint32_t end = r->computed < r->counted ? r->counted : r->count;
+            uint32_t take = end - r->computed < left ? end - r->computed : left;
             if (take > 0) {
                 entry_add(s, r, take, &count);
                 tokens += take;
@@ -447,7 +450,6 @@ enum cm_status cm_scheduler_step(struct cm_scheduler *s, struct cm_error *err)
         struct request *r = s->entry_owner[i];
         r->computed += s->entries[i].token_count;
         if (s->results[i].sampled) {
-            r->replay = false;
             result_take(s, r, &s->results[i]);
         }
     }

@@ -1,0 +1,334 @@
+/* The scheduler over a tiny model on the CPU device: the same tokens however they are batched,
+ * chunked, preempted or held back; nothing lost, nothing twice, nobody starved, all given back. */
+#include <criterion/criterion.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "runtime/worker/scheduler.h"
+
+#define VOCABULARY    64u
+#define WIDTH         64u
+#define CONTEXT       256u
+#define SEGMENT_BYTES 4096u
+#define SLOTS         8u
+#define PAGES_MANY    (SLOTS * CONTEXT / CM_KV_PAGE_POSITIONS)
+#define IDS_MAX       4096u
+#define STEPS_MAX     100000u
+
+/* ------------------------------------------------------------------ a model and its device */
+
+static struct cm_layer layer;
+static uint32_t token_offsets[VOCABULARY + 1];
+static uint8_t token_bytes[VOCABULARY], token_control[VOCABULARY];
+static struct cm_model model = {.vocabulary = VOCABULARY,
+                                .width = WIDTH,
+                                .layers = 1,
+                                .heads = 2,
+                                .kv_heads = 1,
+                                .head_width = 32,
+                                .rope_width = 32,
+                                .ffn_width = 64,
+                                .context_max = CONTEXT,
+                                .rope_base = 10000,
+                                .norm_epsilon = 1e-5f,
+                                .tied_head = true,
+                                .layer = &layer,
+                                .token_offsets = token_offsets,
+                                .token_bytes = token_bytes,
+                                .token_control = token_control,
+                                .end_tokens = {VOCABULARY - 1},
+                                .end_token_count = 1};
+static uint8_t payload[32 * SEGMENT_BYTES];
+static uint64_t payload_bytes;
+static struct cm_error err;
+
+static void tensor_make(struct cm_tensor *tensor, const char *name, uint32_t kind, uint32_t rows,
+                        uint32_t columns)
+{
+    uint64_t quant, scale;
+    cr_assert(cm_tensor_layout(kind, rows, columns, &quant, &scale));
+    *tensor = (struct cm_tensor){.kind = kind,
+                                 .rows = rows,
+                                 .columns = columns,
+                                 .offset = payload_bytes,
+                                 .scale_offset = scale > 0 ? payload_bytes + quant : 0,
+                                 .bytes = quant + scale};
+    snprintf(tensor->name, sizeof(tensor->name), "%s", name);
+    for (uint64_t i = 0; i < quant; i++) {
+        payload[payload_bytes + i] = (uint8_t)rand();
+    }
+    for (uint64_t i = 0; i < scale / 2; i++) {
+        uint16_t half = (uint16_t)(0x2000 + rand() % 0x400); /* 0.008 to 0.016 */
+        memcpy(payload + payload_bytes + quant + 2 * i, &half, sizeof(half));
+    }
+    for (uint64_t i = 0; kind == CM_TENSOR_F32 && i < rows; i++) {
+        const float one = 1.0f;
+        memcpy(payload + payload_bytes + 4 * i, &one, sizeof(one));
+    }
+    payload_bytes =
+        (payload_bytes + quant + scale + CM_TENSOR_ALIGN - 1) / CM_TENSOR_ALIGN * CM_TENSOR_ALIGN;
+    cr_assert_leq(payload_bytes, sizeof(payload));
+}
+
+static void model_make(void)
+{
+    struct cm_tensor *t = layer.tensors;
+    srand(11);
+    for (uint32_t i = 0; i < VOCABULARY; i++) {
+        token_offsets[i + 1] = i + 1;
+        token_bytes[i] = (uint8_t)('0' + i); /* a reply's text is its tokens */
+    }
+    tensor_make(&model.embedding, "embedding", CM_TENSOR_U8S, VOCABULARY, WIDTH);
+    tensor_make(&model.out_norm, "out_norm", CM_TENSOR_F32, WIDTH, 1);
+    tensor_make(&t[CM_LAYER_ATTENTION_NORM], "attention_norm", CM_TENSOR_F32, WIDTH, 1);
+    tensor_make(&t[CM_LAYER_QKV], "qkv", CM_TENSOR_U8S, 128, WIDTH);
+    tensor_make(&t[CM_LAYER_ATTENTION_OUT], "attention_out", CM_TENSOR_U8S, WIDTH, 64);
+    tensor_make(&t[CM_LAYER_FFN_NORM], "ffn_norm", CM_TENSOR_F32, WIDTH, 1);
+    tensor_make(&t[CM_LAYER_GATE_UP], "gate_up", CM_TENSOR_U8S, 128, WIDTH);
+    tensor_make(&t[CM_LAYER_DOWN], "down", CM_TENSOR_U8S, WIDTH, 64);
+}
+
+static enum cm_status segment_copy(void *context, uint64_t index, const uint8_t *ciphertext,
+                                   size_t bytes, uint8_t *plaintext, struct cm_error *failure)
+{
+    (void)context;
+    (void)index;
+    (void)failure;
+    memcpy(plaintext, ciphertext, bytes);
+    return CM_OK;
+}
+
+static struct cm_device *device_new(const struct cm_scheduler_limits *limits)
+{
+    struct cm_device *device;
+    const struct cm_device_options options = {.threads = 1};
+    const struct cm_device_cipher cipher = {segment_copy, NULL};
+    const struct cm_device_reserve reserve = {
+        &model,           payload_bytes,       SEGMENT_BYTES,          limits->sequences_max,
+        limits->kv_pages, limits->context_max, limits->step_tokens_max};
+    cr_assert_eq(cm_device_open("cpu", &options, &device, &err), CM_OK, "%s", err.text);
+    cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK, "%s", err.text);
+    for (uint64_t i = 0; i * SEGMENT_BYTES < payload_bytes; i++) {
+        cr_assert_eq(cm_device_segment_submit(device, &cipher, i, payload + i * SEGMENT_BYTES,
+                                              SEGMENT_BYTES, &err),
+                     CM_OK);
+    }
+    cr_assert_eq(cm_device_load_finish(device, &err), CM_OK, "%s", err.text);
+    cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_OK, "%s", err.text);
+    return device;
+}
+
+/* ------------------------------------------------------------------ what a gateway would see */
+
+struct reply {
+    uint32_t accepted, refused, done; /* records */
+    struct cm_wire_accepted terms;
+    struct cm_wire_refused refusal;
+    struct cm_wire_done end;
+    uint64_t done_step;
+    uint32_t bytes;
+    char text[CONTEXT + 1];
+};
+
+struct scene {
+    struct cm_device *device;
+    struct cm_scheduler *scheduler;
+    struct cm_scheduler_limits limits;
+    int room_percent; /* of offers that find room; 100: all */
+    uint64_t steps, last_id, done_count;
+    struct reply replies[IDS_MAX];
+};
+static struct scene scene;
+
+static bool emit(void *context, enum cm_wire_type type, uint64_t id, const void *part1,
+                 size_t bytes1, const void *part2, size_t bytes2)
+{
+    struct scene *s = context;
+    struct reply *r = &s->replies[id];
+    struct cm_wire_text text;
+    cr_assert_lt(id, IDS_MAX);
+    cr_assert(r->done == 0 && r->refused == 0, "request %lu: a record after the last", id);
+    if (type != CM_WIRE_ACCEPTED && rand() % 100 >= s->room_percent) {
+        return false;
+    }
+    switch (type) {
+    case CM_WIRE_ACCEPTED:
+        cr_assert_eq(bytes1, sizeof(r->terms));
+        memcpy(&r->terms, part1, bytes1);
+        r->accepted++;
+        break;
+    case CM_WIRE_REFUSED:
+        cr_assert_eq(bytes1, sizeof(r->refusal));
+        memcpy(&r->refusal, part1, bytes1);
+        r->refused++;
+        break;
+    case CM_WIRE_TEXT:
+        memcpy(&text, part1, sizeof(text));
+        cr_assert(bytes1 == sizeof(text) && text.bytes == bytes2 && bytes2 > 0);
+        cr_assert_leq(r->bytes + bytes2, CONTEXT, "request %lu: more text than context", id);
+        memcpy(r->text + r->bytes, part2, bytes2);
+        r->bytes += (uint32_t)bytes2;
+        break;
+    case CM_WIRE_DONE:
+        cr_assert_eq(bytes1, sizeof(r->end));
+        memcpy(&r->end, part1, bytes1);
+        r->done++;
+        r->done_step = s->steps;
+        s->done_count++;
+        break;
+    default:
+        cr_assert_fail("record of type %d", (int)type);
+    }
+    return true;
+}
+
+static void scene_begin(const struct cm_scheduler_limits *limits)
+{
+    memset(&scene, 0, sizeof(scene));
+    scene.limits = *limits;
+    scene.room_percent = 100;
+    scene.device = device_new(limits);
+    cr_assert_eq(cm_scheduler_new(scene.device, limits, emit, &scene, &scene.scheduler, &err),
+                 CM_OK);
+}
+
+/* Nothing runs, waits or holds pages, and every device slot can be had. */
+static void empty_assert(void)
+{
+    struct cm_wire_stats stats;
+    const struct cm_slot_params params = {.sampling = {.top_p = 1, .repetition_penalty = 1},
+                                          .max_tokens = 1};
+    uint32_t slot;
+    cr_assert_not(cm_scheduler_busy(scene.scheduler));
+    cm_scheduler_stats(scene.scheduler, &stats);
+    cr_assert_eq(stats.running, 0u);
+    cr_assert_eq(stats.waiting, 0u);
+    cr_assert_eq(stats.kv_pages_used, 0u);
+    for (uint32_t i = 0; i < scene.limits.sequences_max; i++) {
+        cr_assert_eq(cm_device_slot_open(scene.device, &params, &slot, &err), CM_OK, "slot %u", i);
+    }
+    for (uint32_t i = 0; i < scene.limits.sequences_max; i++) {
+        cm_device_slot_close(scene.device, i);
+    }
+}
+
+static void scene_end(void)
+{
+    cm_scheduler_free(scene.scheduler);
+    cm_device_close(scene.device);
+}
+
+static void step(void)
+{
+    scene.steps++;
+    cr_assert_lt(scene.steps, STEPS_MAX, "no end");
+    cr_assert_eq(cm_scheduler_step(scene.scheduler, &err), CM_OK, "%s", err.text);
+}
+
+static void run_to_end(void)
+{
+    while (cm_scheduler_busy(scene.scheduler)) {
+        step();
+    }
+}
+
+/* ------------------------------------------------------------------ requests */
+
+struct ask {
+    uint32_t prompt_tokens, max_tokens, which; /* which: content and sampling */
+    uint64_t tenant;
+};
+
+/* Submit one; its id. */
+static uint64_t submit(const struct ask *ask)
+{
+    uint64_t random = ask->which * 2654435761u + 1;
+    struct cm_scheduler_request request = {.id = ++scene.last_id,
+                                           .tenant = ask->tenant,
+                                           .max_tokens = ask->max_tokens,
+                                           .slot = {.ignore_eos = true}};
+    static const struct cm_sampling ways[] = {
+        {.temperature = 0, .top_p = 1, .repetition_penalty = 1.5f},
+        {.temperature = 1, .top_p = 1, .repetition_penalty = 1, .seed = 7},
+        {.temperature = 1.5f, .top_p = 0.9f, .repetition_penalty = 1.3f, .seed = 8},
+        {.temperature = 0.8f, .top_p = 1, .repetition_penalty = 1.2f, .frequency_penalty = 0.5f},
+    };
+    uint32_t *room = cm_scheduler_prompt(scene.scheduler);
+    request.slot.sampling = ways[ask->which % 4];
+    for (uint32_t i = 0; room != NULL && i < ask->prompt_tokens && i < CONTEXT; i++) {
+        random = random * 6364136223846793005u + 1442695040888963407u;
+        room[i] = (uint32_t)(random >> 40) % (VOCABULARY - 1);
+    }
+    cm_scheduler_submit(scene.scheduler, &request, ask->prompt_tokens);
+    return request.id;
+}
+
+#define ASKS 8u
+static const struct ask asks[ASKS] = {{1, 60, 0, 0},   {5, 60, 1, 0},  {33, 60, 2, 1},
+                                      {100, 60, 3, 0}, {64, 60, 4, 2}, {31, 60, 5, 0},
+                                      {17, 60, 6, 1},  {70, 60, 8, 0}};
+static char alone[ASKS][CONTEXT + 1]; /* each by itself, in one chunk */
+
+static void setup(void)
+{
+    const struct cm_scheduler_limits limits = {SLOTS, 8, PAGES_MANY, CONTEXT, CONTEXT};
+    model_make();
+    scene_begin(&limits);
+    for (uint32_t i = 0; i < ASKS; i++) {
+        uint64_t id = submit(&asks[i]);
+        run_to_end();
+        cr_assert_eq(scene.replies[id].bytes, 60u);
+        memcpy(alone[i], scene.replies[id].text, sizeof(alone[i]));
+    }
+    cr_assert_str_neq(alone[0], alone[1]);
+    empty_assert();
+    scene_end();
+    srand(12);
+}
+
+TestSuite(worker_scheduler, .init = setup);
+
+/* Replies 1 .. ASKS are those of `asks`, whole and once. */
+static void replies_assert(const char *when)
+{
+    for (uint32_t i = 0; i < ASKS; i++) {
+        const struct reply *r = &scene.replies[i + 1];
+        cr_assert(r->accepted == 1 && r->refused == 0 && r->done == 1, "%s: request %u", when, i);
+        cr_assert_str_eq(r->text, alone[i], "%s: request %u", when, i);
+        cr_assert_eq(r->end.finish, CM_FINISH_LENGTH);
+        cr_assert_eq(r->end.prompt_tokens, asks[i].prompt_tokens);
+        cr_assert_eq(r->end.completion_tokens, 60u);
+    }
+}
+
+Test(worker_scheduler, same_tokens_however_they_are_batched_chunked_preempted_or_held_back)
+{
+    static const uint32_t chunks[] = {1, 3, 16, 200}, slots[] = {1, 3, SLOTS},
+                          pages[] = {PAGES_MANY, 12, 6};
+    unsigned preempted = 0, runs = 0;
+    for (size_t i = 0; i < 4 * 3 * 3 * 2; i++) {
+        const struct cm_scheduler_limits limits = {slots[i % 3], 8, pages[i / 3 % 3], CONTEXT,
+                                                   chunks[i / 9 % 4]};
+        struct cm_wire_stats stats;
+        char when[96];
+        scene_begin(&limits);
+        scene.room_percent = i >= 36 ? 40 : 100;
+        snprintf(when, sizeof(when), "%u slots, %u pages, %u tokens a step, %d %% room",
+                 limits.sequences_max, limits.kv_pages, limits.step_tokens_max, scene.room_percent);
+        for (uint32_t k = 0; k < ASKS; k++) {
+            submit(&asks[k]);
+        }
+        run_to_end();
+        replies_assert(when);
+        cm_scheduler_stats(scene.scheduler, &stats);
+        cr_assert_eq(stats.completion_tokens_total, 60u * ASKS, "%s", when);
+        cr_assert_eq(stats.prompt_tokens_total, 321u);
+        preempted += stats.preemptions_total > 0;
+        runs++;
+        empty_assert();
+        scene_end();
+    }
+    printf("worker_scheduler: %u runs, %u with preemptions\n", runs, preempted);
+    cr_assert_geq(preempted, 12u);
+}
