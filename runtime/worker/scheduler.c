@@ -117,15 +117,16 @@ void cm_scheduler_free(struct cm_scheduler *s)
 
 /* ------------------------------------------------------------------ coming and going */
 
+/* There is one for each slot and each place in the queue: a burst between two steps is not refused
+ * while slots are free. */
 static struct request *free_find(struct cm_scheduler *s)
 {
-    uint32_t waiting = 0;
-    struct request *found = NULL;
     for (uint32_t i = 0; i < s->request_count; i++) {
-        waiting += s->requests[i].state == WAITING && !s->requests[i].has_slot;
-        found = s->requests[i].state == FREE ? &s->requests[i] : found;
+        if (s->requests[i].state == FREE) {
+            return &s->requests[i];
+        }
     }
-    return waiting < s->limits.queue_max ? found : NULL;
+    return NULL;
 }
 
 uint32_t *cm_scheduler_prompt(struct cm_scheduler *s)
@@ -162,7 +163,7 @@ static void refuse(struct cm_scheduler *s, uint64_t id, enum cm_refusal reason, 
 {
     struct cm_wire_refused refused = {
         .reason = (uint32_t)reason, .prompt_tokens = tokens, .limit = limit};
-    /* Refusals are small; a ring without room for one loses it and the gateway times out. */
+    /* The caller submits only while there is room for this. */
     (void)s->emit(s->emit_context, CM_WIRE_REFUSED, id, &refused, sizeof(refused), NULL, 0);
 }
 

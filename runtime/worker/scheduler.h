@@ -15,7 +15,7 @@ struct cm_scheduler;
 
 struct cm_scheduler_limits {
     uint32_t sequences_max; /* device slots */
-    uint32_t queue_max;     /* waiting requests */
+    uint32_t queue_max;     /* requests beyond those */
     uint32_t kv_pages;
     uint32_t context_max;
     uint32_t step_tokens_max;
@@ -44,7 +44,8 @@ struct cm_scheduler_request {
 /* Where the next request's prompt may be tokenised to: room for context_max ids, or NULL if the
  * queue is full. Stays valid until submit. */
 uint32_t *cm_scheduler_prompt(struct cm_scheduler *scheduler);
-/* Submit what lies in cm_scheduler_prompt. Emits ACCEPTED, or REFUSED with the reason. */
+/* Submit what lies in cm_scheduler_prompt. Emits ACCEPTED, or REFUSED with the reason: there must
+ * be room for one record. */
 void cm_scheduler_submit(struct cm_scheduler *scheduler, const struct cm_scheduler_request *request,
                          uint32_t prompt_tokens);
 /* Forget a request wherever it is; unknown ids are ignored. Emits nothing. */

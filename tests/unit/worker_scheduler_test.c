@@ -332,3 +332,178 @@ Test(worker_scheduler, same_tokens_however_they_are_batched_chunked_preempted_or
     printf("worker_scheduler: %u runs, %u with preemptions\n", runs, preempted);
     cr_assert_geq(preempted, 12u);
 }
+
+/* ------------------------------------------------------------------ limits */
+
+Test(worker_scheduler, prompts_at_the_context_and_replies_at_their_limits)
+{
+    static const struct {
+        uint32_t pages, prompt, max_tokens, refusal, terms; /* refusal 0: accepted with terms */
+    } rows[] = {
+        {PAGES_MANY, 0, 5, CM_REFUSAL_EMPTY, 0},
+        {PAGES_MANY, CONTEXT - 1, 5, 0, 1},
+        {PAGES_MANY, CONTEXT, 5, CM_REFUSAL_CONTEXT, 0},
+        {PAGES_MANY, CONTEXT + 1, 5, CM_REFUSAL_CONTEXT, 0},
+        {PAGES_MANY, CONTEXT - 4, 3, 0, 3},
+        {PAGES_MANY, CONTEXT - 4, 4, 0, 4},
+        {PAGES_MANY, CONTEXT - 4, 5, 0, 4},
+        {PAGES_MANY, CONTEXT - 4, 0, 0, 4},
+        {PAGES_MANY, CONTEXT - 4, UINT32_MAX, 0, 4},
+        {PAGES_MANY, 1, 1, 0, 1},
+        {2, 63, 0, 0, 1}, /* fewer pages than the context: they are the limit */
+        {2, 64, 0, CM_REFUSAL_CONTEXT, 0},
+        {1, 1, 0, 0, 31},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        const struct cm_scheduler_limits limits = {2, 2, rows[i].pages, CONTEXT, 64};
+        const struct ask ask = {rows[i].prompt, rows[i].max_tokens, 1, 0};
+        scene_begin(&limits);
+        const struct reply *r = &scene.replies[submit(&ask)];
+        cr_assert_eq(r->refusal.reason, rows[i].refusal, "row %zu", i);
+        cr_assert_eq(r->accepted + r->refused, 1u);
+        if (rows[i].refusal == CM_REFUSAL_CONTEXT) {
+            uint32_t limit = rows[i].pages == 2 ? 64 : CONTEXT;
+            cr_assert_eq(r->refusal.prompt_tokens, rows[i].prompt, "row %zu", i);
+            cr_assert_eq(r->refusal.limit, limit, "row %zu", i);
+        }
+        run_to_end();
+        cr_assert_eq(r->done, rows[i].refusal == 0 ? 1u : 0u, "row %zu", i);
+        if (r->done == 1) {
+            cr_assert_eq(r->terms.max_tokens, rows[i].terms, "row %zu", i);
+            cr_assert_eq(r->bytes, rows[i].terms, "row %zu", i);
+            cr_assert_eq(r->end.finish, CM_FINISH_LENGTH);
+        }
+        empty_assert();
+        scene_end();
+    }
+}
+
+Test(worker_scheduler, a_full_queue_refuses_and_serves_all_that_it_took)
+{
+    const struct cm_scheduler_limits limits = {2, 3, PAGES_MANY, CONTEXT, 16};
+    const struct ask ask = {10, 5, 2, 0};
+    struct cm_wire_stats stats;
+    scene_begin(&limits);
+    for (uint32_t round = 0; round < 2; round++) { /* full before a step as after some */
+        scene.done_count = 0;
+        uint32_t first = (uint32_t)scene.last_id + 1;
+        while (cm_scheduler_prompt(scene.scheduler) != NULL) {
+            submit(&ask);
+            for (uint32_t i = 0; i < round; i++) {
+                step();
+            }
+        }
+        cm_scheduler_stats(scene.scheduler, &stats);
+        cr_assert_eq(stats.running + stats.waiting, 5u);
+        const struct reply *r = &scene.replies[submit(&ask)];
+        cr_assert_eq(r->refusal.reason, CM_REFUSAL_QUEUE);
+        cr_assert_eq(r->accepted, 0u);
+        run_to_end();
+        for (uint64_t id = first; id < scene.last_id; id++) {
+            cr_assert(scene.replies[id].done == 1 && scene.replies[id].bytes == 5);
+        }
+        empty_assert();
+    }
+    scene_end();
+}
+
+/* ------------------------------------------------------------------ leaving and failing */
+
+Test(worker_scheduler, a_cancel_at_any_point_frees_everything_and_changes_no_other_reply)
+{
+    const struct cm_scheduler_limits limits = {4, 8, 12, CONTEXT, 16};
+    uint64_t steps = 1;
+    unsigned cancels = 0;
+    for (uint64_t when = 0; when < steps; when += 1 + when / 16) {
+        for (uint32_t victim = 1; victim <= ASKS; victim += 2) {
+            scene_begin(&limits);
+            scene.room_percent = when % 2 == 0 ? 100 : 50;
+            for (uint32_t i = 0; i < ASKS; i++) {
+                submit(&asks[i]);
+            }
+            while (scene.steps < when && cm_scheduler_busy(scene.scheduler)) {
+                step();
+            }
+            struct reply *r = &scene.replies[victim];
+            bool over = r->done == 1;
+            cm_scheduler_cancel(scene.scheduler, victim);
+            cm_scheduler_cancel(scene.scheduler, victim); /* unknown by now */
+            r->done += over ? 0 : 1;                      /* emit asserts that nothing follows */
+            run_to_end();
+            steps = scene.steps > steps ? scene.steps : steps;
+            for (uint32_t i = 0; i < ASKS; i++) {
+                bool whole = i + 1 != victim || over;
+                size_t size = whole ? 60 : scene.replies[i + 1].bytes;
+                cr_assert_eq(strncmp(scene.replies[i + 1].text, alone[i], size), 0,
+                             "%u cancelled at %lu: request %u", victim, when, i + 1);
+            }
+            cancels++;
+            empty_assert();
+            scene_end();
+        }
+    }
+    printf("worker_scheduler: %u cancels within %lu steps\n", cancels, steps);
+    cr_assert_gt(steps, 100u);
+}
+
+Test(worker_scheduler, cancelling_all_at_any_point_frees_everything)
+{
+    const struct cm_scheduler_limits limits = {4, 8, 12, CONTEXT, 16};
+    scene_begin(&limits);
+    for (uint32_t steps = 0; steps < 120; steps++) {
+        memset(scene.replies, 0, sizeof(scene.replies));
+        scene.last_id = 0;
+        for (uint32_t i = 0; i < ASKS; i++) {
+            submit(&asks[i]);
+        }
+        for (uint32_t i = 0; i < steps; i++) {
+            step();
+        }
+        cm_scheduler_cancel_all(scene.scheduler);
+        empty_assert();
+    }
+    scene_end();
+}
+
+Test(worker_scheduler, a_ring_without_room_stops_the_work_until_there_is_room)
+{
+    const struct cm_scheduler_limits limits = {SLOTS, 8, PAGES_MANY, CONTEXT, 16};
+    struct cm_wire_stats before, after;
+    scene_begin(&limits);
+    for (uint32_t i = 0; i < ASKS; i++) {
+        submit(&asks[i]);
+    }
+    scene.room_percent = 0;
+    for (uint32_t i = 0; i < 100; i++) {
+        step();
+    }
+    cm_scheduler_stats(scene.scheduler, &before);
+    for (uint32_t i = 0; i < 100; i++) {
+        step();
+    }
+    cm_scheduler_stats(scene.scheduler, &after);
+    cr_assert_eq(before.completion_tokens_total, ASKS, "one token each, then they are held");
+    cr_assert_eq(after.steps_total, before.steps_total);
+    scene.room_percent = 100;
+    run_to_end();
+    replies_assert("after no room");
+    empty_assert();
+    scene_end();
+}
+
+Test(worker_scheduler, a_device_that_fails_ends_every_request)
+{
+    const struct cm_scheduler_limits limits = {2, 8, PAGES_MANY, CONTEXT, 16};
+    scene_begin(&limits);
+    for (uint32_t i = 0; i < ASKS; i++) {
+        submit(&asks[i]);
+    }
+    step();
+    cm_device_scrub(scene.device);
+    cr_assert_neq(cm_scheduler_step(scene.scheduler, &err), CM_OK);
+    for (uint32_t i = 1; i <= ASKS; i++) {
+        cr_assert_eq(scene.replies[i].done, 1u);
+        cr_assert_eq(scene.replies[i].end.finish, CM_FINISH_FAILED);
+    }
+    scene_end();
+}
