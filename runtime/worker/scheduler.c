@@ -384,21 +384,44 @@ static void entry_add(struct cm_scheduler *s, struct request *r, uint32_t take, 
     s->entry_owner[(*count)++] = r;
 }
 
-/* Decodes first, so that running replies go on; prompts fill the rest. */
+/* The running requests in the order of their admission. */
+static uint32_t running_list(struct cm_scheduler *s, struct request *list[CM_STEP_ENTRIES_MAX])
+{
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < s->request_count && count < CM_STEP_ENTRIES_MAX; i++) {
+        struct request *r = &s->requests[i];
+        if (r->state == RUNNING && !r->ended) {
+            uint32_t at = count++;
+            for (; at > 0 && list[at - 1]->admitted > r->admitted; at--) {
+                list[at] = list[at - 1];
+            }
+            list[at] = r;
+        }
+    }
+    return count;
+}
+
+static bool decodes(const struct request *r)
+{
+    return r->count > r->prompt_count && r->computed + 1 == r->count;
+}
+
+/* Decodes first, so that replies go on; prompts fill the rest. Among each, the first admitted goes
+ * first: however small a step is, the oldest prompt gets what decodes leave, and while it waits no
+ * later one becomes a decode, so nobody starves. */
 static uint32_t batch_make(struct cm_scheduler *s)
 {
-    uint32_t count = 0, tokens = 0;
-    for (uint32_t i = 0; i < s->request_count; i++) {
-        struct request *r = &s->requests[i];
-        if (r->state == RUNNING && !r->ended && r->computed + 1 == r->count) {
-            (void)page_ensure(s, r);
+    struct request *running[CM_STEP_ENTRIES_MAX];
+    uint32_t running_count = running_list(s, running), count = 0, tokens = 0;
+    for (uint32_t i = 0; i < running_count; i++) {
+        if (running[i]->state == RUNNING && decodes(running[i])) {
+            (void)page_ensure(s, running[i]);
         }
     }
     for (uint32_t turn = 0; turn < 2; turn++) {
-        for (uint32_t i = 0; i < s->request_count && count < CM_STEP_ENTRIES_MAX; i++) {
-            struct request *r = &s->requests[i];
-            bool decode = r->computed + 1 == r->count;
-            if (r->state != RUNNING || r->ended || r->held_bytes > 0 || decode != (turn == 0)) {
+        for (uint32_t i = 0; i < running_count; i++) {
+            struct request *r = running[i];
+            if (r->state != RUNNING || r->held_bytes > 0 || decodes(r) != (turn == 0)) {
                 continue;
             }
             uint32_t left = s->limits.step_tokens_max - tokens;

@@ -507,3 +507,86 @@ Test(worker_scheduler, a_device_that_fails_ends_every_request)
     }
     scene_end();
 }
+
+/* ------------------------------------------------------------------ whose turn it is */
+
+/* While `load` arrives before every step, as far as there is room: steps until request `id` is
+ * done.
+ */
+static uint64_t steps_under_load(uint64_t id, const struct ask *load)
+{
+    while (scene.replies[id].done == 0) {
+        while (scene.last_id < IDS_MAX - 2 && cm_scheduler_prompt(scene.scheduler) != NULL) {
+            submit(load);
+        }
+        cr_assert_lt(scene.last_id, IDS_MAX - 2, "request %lu starves: %lu others are done", id,
+                     scene.done_count);
+        step();
+    }
+    return scene.steps;
+}
+
+Test(worker_scheduler, no_request_starves_under_a_constant_load)
+{
+    static const struct ask loads[] = {{1, 1, 1, 0}, {1, 40, 1, 0}, {16, 1, 1, 0}, {40, 20, 1, 0}};
+    static const uint32_t chunks[] = {1, 3, 16, 64}, pages[] = {PAGES_MANY, 16, 8};
+    uint64_t most = 0;
+    for (size_t i = 0; i < 4 * 4 * 3 * 2; i++) {
+        const struct cm_scheduler_limits limits = {4, 4, pages[i / 16 % 3], CONTEXT, chunks[i % 4]};
+        const struct ask old = {200, 20, 2, i / 48};
+        scene_begin(&limits);
+        for (uint32_t k = 0; k < 4; k++) { /* the old one has some before it */
+            submit(&loads[i / 4 % 4]);
+        }
+        uint64_t id = submit(&old);
+        uint64_t steps = steps_under_load(id, &loads[i / 4 % 4]);
+        /* What came before it and what it needs itself, token by token in the worst case. */
+        uint64_t tokens = 4 * 60 + 220 + 8 * 60;
+        cr_assert_leq(steps, 2 * tokens / limits.step_tokens_max + 120,
+                      "%u tokens a step, %u pages", limits.step_tokens_max, limits.kv_pages);
+        most = steps > most ? steps : most;
+        scene_end();
+    }
+    printf("worker_scheduler: the oldest request is done after at most %lu steps\n", most);
+}
+
+Test(worker_scheduler, of_one_tenant_the_first_to_come_is_served_first)
+{
+    const struct cm_scheduler_limits limits = {1, 20, PAGES_MANY, CONTEXT, 16};
+    uint64_t last = 0;
+    scene_begin(&limits);
+    for (uint32_t i = 0; i < 20; i++) {
+        const struct ask ask = {1 + i * 7 % 11, 3, i, 5};
+        submit(&ask);
+    }
+    cm_scheduler_cancel(scene.scheduler, 3);
+    run_to_end();
+    for (uint32_t i = 1; i <= 20; i++) {
+        cr_assert_eq(scene.replies[i].done, i == 3 ? 0u : 1u);
+        cr_assert(i == 3 || scene.replies[i].done_step > last, "request %u was overtaken", i);
+        last = i == 3 ? last : scene.replies[i].done_step;
+    }
+    scene_end();
+}
+
+Test(worker_scheduler, tenants_take_turns)
+{
+    const struct cm_scheduler_limits limits = {1, 20, PAGES_MANY, CONTEXT, 16};
+    const struct ask many = {3, 3, 1, 9}, few = {3, 3, 1, 4};
+    uint64_t first[2];
+    scene_begin(&limits);
+    for (uint32_t i = 0; i < 15; i++) {
+        submit(&many);
+    }
+    first[0] = submit(&few);
+    first[1] = submit(&few);
+    run_to_end();
+    for (uint32_t i = 0; i < 2; i++) {
+        unsigned before = 0;
+        for (uint64_t id = 1; id <= 15; id++) {
+            before += scene.replies[id].done_step < scene.replies[first[i]].done_step;
+        }
+        cr_assert_leq(before, i + 1, "request %u of the quiet tenant waited for %u", i, before);
+    }
+    scene_end();
+}
