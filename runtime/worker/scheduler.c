@@ -180,6 +180,7 @@ void cm_scheduler_submit(struct cm_scheduler *s, const struct cm_scheduler_reque
     if (prompt_tokens == 0 || prompt_tokens >= limit) {
         refuse(s, request->id, prompt_tokens == 0 ? CM_REFUSAL_EMPTY : CM_REFUSAL_CONTEXT,
                prompt_tokens, limit);
+        explicit_bzero(r->tokens, s->limits.context_max * sizeof(*r->tokens));
         return;
     }
     uint32_t left = limit - prompt_tokens;
@@ -188,7 +189,9 @@ void cm_scheduler_submit(struct cm_scheduler *s, const struct cm_scheduler_reque
     struct cm_wire_accepted accepted = {.prompt_tokens = prompt_tokens, .max_tokens = most};
     if (!s->emit(s->emit_context, CM_WIRE_ACCEPTED, request->id, &accepted, sizeof(accepted), NULL,
                  0)) {
-        return; /* the gateway reads nothing: it is not there any more */
+        /* The gateway reads nothing: it is not there any more. */
+        explicit_bzero(r->tokens, s->limits.context_max * sizeof(*r->tokens));
+        return;
     }
     r->state = WAITING;
     r->id = request->id;
@@ -451,7 +454,7 @@ static void all_failed(struct cm_scheduler *s)
 enum cm_status cm_scheduler_step(struct cm_scheduler *s, struct cm_error *err)
 {
     for (uint32_t i = 0; i < s->request_count; i++) {
-        if (s->requests[i].state == RUNNING) {
+        if (s->requests[i].state != FREE) { /* a preempted one may hold text too */
             (void)held_flush(s, &s->requests[i]);
         }
     }

@@ -76,21 +76,21 @@ static void refuse(struct cm_worker *worker, uint64_t id, enum cm_refusal reason
     record_put(worker, CM_WIRE_REFUSED, id, &refused, sizeof(refused));
 }
 
+/* Whatever becomes of it, the payload is wiped; so is a prompt that is not submitted. */
 static void generate_take(struct cm_worker *worker, uint64_t id, size_t bytes)
 {
     struct cm_scheduler_request request = {.id = id};
-    uint32_t *room = cm_scheduler_prompt(worker->scheduler);
-    if (worker->draining || room == NULL) {
+    struct cm_token_list list = {.ids = cm_scheduler_prompt(worker->scheduler),
+                                 .capacity = worker->limits.context_max};
+    if (worker->draining || list.ids == NULL) {
         refuse(worker, id, worker->draining ? CM_REFUSAL_DRAIN : CM_REFUSAL_QUEUE);
-        return;
-    }
-    struct cm_token_list list = {.ids = room, .capacity = worker->limits.context_max};
-    if (!cm_intake_parse(worker->payload, bytes, worker->chat, worker->tokenizer, &worker->manifest,
-                         &request, &list)) {
+    } else if (cm_intake_parse(worker->payload, bytes, worker->chat, worker->tokenizer,
+                               &worker->manifest, &request, &list)) {
+        cm_scheduler_submit(worker->scheduler, &request, list.count);
+    } else {
         refuse(worker, id, CM_REFUSAL_INPUT);
-        return;
+        explicit_bzero(list.ids, list.capacity * sizeof(*list.ids));
     }
-    cm_scheduler_submit(worker->scheduler, &request, list.count);
     explicit_bzero(worker->payload, bytes);
 }
 

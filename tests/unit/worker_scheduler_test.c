@@ -508,6 +508,27 @@ Test(worker_scheduler, a_device_that_fails_ends_every_request)
     scene_end();
 }
 
+/* The same room is given to the next one: nothing of the last may lie there. */
+Test(worker_scheduler, a_prompt_is_wiped_when_it_is_refused_cancelled_or_done)
+{
+    const struct cm_scheduler_limits limits = {1, 1, PAGES_MANY, CONTEXT, CONTEXT};
+    static const uint32_t prompts[] = {CONTEXT, 200, 200};
+    scene_begin(&limits);
+    for (uint32_t i = 0; i < 3; i++) {
+        const struct ask ask = {prompts[i], 4, 1, 0};
+        uint64_t id = submit(&ask);
+        if (i == 1) {
+            cm_scheduler_cancel(scene.scheduler, id);
+        }
+        run_to_end();
+        const uint32_t *room = cm_scheduler_prompt(scene.scheduler);
+        for (uint32_t k = 0; k < CONTEXT; k++) {
+            cr_assert_eq(room[k], 0u, "after request %u: token %u", i, k);
+        }
+    }
+    scene_end();
+}
+
 /* ------------------------------------------------------------------ whose turn it is */
 
 /* While `load` arrives before every step, as far as there is room: steps until request `id` is
@@ -531,9 +552,10 @@ Test(worker_scheduler, no_request_starves_under_a_constant_load)
     static const struct ask loads[] = {{1, 1, 1, 0}, {1, 40, 1, 0}, {16, 1, 1, 0}, {40, 20, 1, 0}};
     static const uint32_t chunks[] = {1, 3, 16, 64}, pages[] = {PAGES_MANY, 16, 8};
     uint64_t most = 0;
-    for (size_t i = 0; i < 4 * 4 * 3 * 2; i++) {
-        const struct cm_scheduler_limits limits = {4, 4, pages[i / 16 % 3], CONTEXT, chunks[i % 4]};
-        const struct ask old = {200, 20, 2, i / 48};
+    for (size_t i = 0; i < 4 * 4 * 3 * 3 * 2; i++) {
+        const struct cm_scheduler_limits limits = {4, i >= 144 ? 1 : 4, pages[i / 16 % 3], CONTEXT,
+                                                   chunks[i % 4]};
+        const struct ask old = {200, 20, 2, (uint64_t)0 - 1 + i / 48 % 3}; /* before, same, after */
         scene_begin(&limits);
         for (uint32_t k = 0; k < 4; k++) { /* the old one has some before it */
             submit(&loads[i / 4 % 4]);
@@ -572,21 +594,42 @@ Test(worker_scheduler, of_one_tenant_the_first_to_come_is_served_first)
 Test(worker_scheduler, tenants_take_turns)
 {
     const struct cm_scheduler_limits limits = {1, 20, PAGES_MANY, CONTEXT, 16};
-    const struct ask many = {3, 3, 1, 9}, few = {3, 3, 1, 4};
-    uint64_t first[2];
-    scene_begin(&limits);
-    for (uint32_t i = 0; i < 15; i++) {
-        submit(&many);
-    }
-    first[0] = submit(&few);
-    first[1] = submit(&few);
-    run_to_end();
-    for (uint32_t i = 0; i < 2; i++) {
-        unsigned before = 0;
-        for (uint64_t id = 1; id <= 15; id++) {
-            before += scene.replies[id].done_step < scene.replies[first[i]].done_step;
+    for (uint64_t quiet = 4; quiet <= 14; quiet += 10) {
+        const struct ask many = {3, 3, 1, 9}, few = {3, 3, 1, quiet};
+        scene_begin(&limits);
+        for (uint32_t i = 0; i < 15; i++) {
+            submit(&many);
         }
-        cr_assert_leq(before, i + 1, "request %u of the quiet tenant waited for %u", i, before);
+        submit(&few);
+        submit(&few);
+        run_to_end();
+        for (uint32_t i = 0; i < 2; i++) {
+            unsigned before = 0;
+            for (uint64_t id = 1; id <= 15; id++) {
+                before += scene.replies[id].done_step < scene.replies[16 + i].done_step;
+            }
+            cr_assert_leq(before, i + 1, "tenant %lu: request %u waited for %u", quiet, i, before);
+        }
+        scene_end();
+    }
+}
+
+/* The latest loses its pages, the earliest gets them back: equal requests end as they came. */
+Test(worker_scheduler, preemption_keeps_the_order)
+{
+    const struct cm_scheduler_limits limits = {SLOTS, 8, 12, CONTEXT, 32};
+    const struct ask ask = {33, 120, 1, 0};
+    struct cm_wire_stats stats;
+    scene_begin(&limits);
+    for (uint32_t i = 0; i < 12; i++) {
+        submit(&ask);
+    }
+    run_to_end();
+    cm_scheduler_stats(scene.scheduler, &stats);
+    cr_assert_gt(stats.preemptions_total, 5u);
+    for (uint32_t id = 2; id <= 12; id++) {
+        cr_assert_leq(scene.replies[id - 1].done_step, scene.replies[id].done_step, "request %u",
+                      id);
     }
     scene_end();
 }
