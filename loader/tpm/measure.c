@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "loader/tpm/internal.h"
 #include "runtime/base/cursor.h"
 
 #define LOG_MARK    "CMLOG\0\0"
@@ -106,25 +107,15 @@ enum cm_status cm_event_file_add(struct cm_event *event, const char *name, int f
     return CM_OK;
 }
 
-static bool hash_two(const void *a, size_t a_bytes, const void *b, size_t b_bytes,
-                     uint8_t ret_digest[static CM_DIGEST_BYTES])
-{
-    EVP_MD_CTX *hash = EVP_MD_CTX_new();
-    bool ok = hash != NULL && EVP_DigestInit_ex(hash, EVP_sha256(), NULL) == 1 &&
-              EVP_DigestUpdate(hash, a, a_bytes) == 1 && EVP_DigestUpdate(hash, b, b_bytes) == 1 &&
-              EVP_DigestFinal_ex(hash, ret_digest, NULL) == 1;
-    EVP_MD_CTX_free(hash);
-    return ok;
-}
-
 enum cm_status cm_event_digest(const struct cm_event *event,
                                uint8_t ret_digest[static CM_DIGEST_BYTES], struct cm_error *err)
 {
-    uint8_t type[4];
-    struct cm_writer writer = cm_writer_init(type, sizeof(type));
+    uint8_t bytes[4];
+    struct cm_writer writer = cm_writer_init(bytes, sizeof(bytes));
     cm_writer_u32(&writer, event->type);
-    return hash_two(type, sizeof(type), event->data, event->bytes, ret_digest) ? CM_OK
-                                                                               : crypto_failed(err);
+    const struct cm_be type = {bytes, sizeof(bytes), sizeof(bytes), false};
+    const struct cm_be data = {(uint8_t *)event->data, event->bytes, event->bytes, false};
+    return cm_tpm_hash(ret_digest, err, &type, &data);
 }
 
 enum cm_status cm_measurement_replay(const struct cm_measurement *measurement, uint32_t first,
@@ -132,18 +123,17 @@ enum cm_status cm_measurement_replay(const struct cm_measurement *measurement, u
                                      struct cm_error *err)
 {
     CM_ASSERT(first <= measurement->count && count <= measurement->count - first);
-    for (uint32_t i = first; i < first + count; i++) {
-        uint8_t digest[CM_DIGEST_BYTES], next[CM_DIGEST_BYTES];
-        enum cm_status status = cm_event_digest(&measurement->events[i], digest, err);
-        if (status != CM_OK) {
-            return status;
+    enum cm_status status = CM_OK;
+    for (uint32_t i = first; status == CM_OK && i < first + count; i++) {
+        uint8_t digest[CM_DIGEST_BYTES];
+        const struct cm_be old = {pcr, CM_DIGEST_BYTES, CM_DIGEST_BYTES, false};
+        const struct cm_be event = {digest, sizeof(digest), sizeof(digest), false};
+        status = cm_event_digest(&measurement->events[i], digest, err);
+        if (status == CM_OK) {
+            status = cm_tpm_hash(pcr, err, &old, &event);
         }
-        if (!hash_two(pcr, CM_DIGEST_BYTES, digest, sizeof(digest), next)) {
-            return crypto_failed(err);
-        }
-        memcpy(pcr, next, sizeof(next));
     }
-    return CM_OK;
+    return status;
 }
 
 enum cm_status cm_measurement_encode(const struct cm_measurement *measurement, uint8_t *ret_bytes,

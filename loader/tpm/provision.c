@@ -8,26 +8,6 @@ static const TPM2B_DATA no_data = {.size = 0};
 static const TPML_PCR_SELECTION no_pcrs = {.count = 0};
 static const TPM2B_SENSITIVE_CREATE no_sensitive = {.size = 0};
 
-static TPM2B_PUBLIC ecc_template(uint32_t attributes, bool signing)
-{
-    TPM2B_PUBLIC made = {.publicArea = {.type = TPM2_ALG_ECC,
-                                        .nameAlg = TPM2_ALG_SHA256,
-                                        .objectAttributes = attributes,
-                                        .parameters.eccDetail = {.curveID = TPM2_ECC_NIST_P256,
-                                                                 .kdf.scheme = TPM2_ALG_NULL}}};
-    TPMS_ECC_PARMS *ecc = &made.publicArea.parameters.eccDetail;
-    if (signing) {
-        ecc->symmetric.algorithm = TPM2_ALG_NULL;
-        ecc->scheme.scheme = TPM2_ALG_ECDSA;
-        ecc->scheme.details.ecdsa.hashAlg = TPM2_ALG_SHA256;
-    } else {
-        ecc->symmetric = (TPMT_SYM_DEF_OBJECT){
-            .algorithm = TPM2_ALG_AES, .keyBits.aes = 128, .mode.aes = TPM2_ALG_CFB};
-        ecc->scheme.scheme = TPM2_ALG_NULL;
-    }
-    return made;
-}
-
 static bool persistent_open(struct cm_tpm *tpm, TPM2_HANDLE handle, ESYS_TR *ret)
 {
     return Esys_TR_FromTPMPublic(tpm->esys, handle, ESYS_TR_NONE, ESYS_TR_NONE, ESYS_TR_NONE,
@@ -48,32 +28,20 @@ static enum cm_status key_keep(struct cm_tpm *tpm, ESYS_TR *transient, TPM2_HAND
 
 static enum cm_status srk_make(struct cm_tpm *tpm, ESYS_TR *ret, struct cm_error *err)
 {
-    TPM2B_PUBLIC template = ecc_template(CM_TPM_SRK_ATTRIBUTES, false), *public = NULL;
-    TPM2B_CREATION_DATA *creation = NULL;
-    TPM2B_DIGEST *hash = NULL;
-    TPMT_TK_CREATION *ticket = NULL;
+    const TPM2B_PUBLIC template = cm_tpm_ecc_template(CM_TPM_SRK_ATTRIBUTES, false);
     ESYS_TR transient = ESYS_TR_NONE;
     if (persistent_open(tpm, CM_SRK_HANDLE, ret)) {
         return CM_OK;
     }
-    enum cm_status status = cm_tpm_result(
-        Esys_CreatePrimary(tpm->esys, ESYS_TR_RH_OWNER, ESYS_TR_PASSWORD, ESYS_TR_NONE,
-                           ESYS_TR_NONE, &no_sensitive, &template, &no_data, &no_pcrs, &transient,
-                           &public, &creation, &hash, &ticket),
-        "CreatePrimary of the storage key", err);
-    if (status == CM_OK) {
-        status = key_keep(tpm, &transient, CM_SRK_HANDLE, ret, err);
-    }
-    Esys_Free(public);
-    Esys_Free(creation);
-    Esys_Free(hash);
-    Esys_Free(ticket);
-    return status;
+    enum cm_status status =
+        cm_tpm_primary_create(tpm, ESYS_TR_RH_OWNER, &template, "CreatePrimary of the storage key",
+                              &transient, NULL, err);
+    return status == CM_OK ? key_keep(tpm, &transient, CM_SRK_HANDLE, ret, err) : status;
 }
 
 static enum cm_status ak_make(struct cm_tpm *tpm, ESYS_TR srk, ESYS_TR *ret, struct cm_error *err)
 {
-    TPM2B_PUBLIC template = ecc_template(CM_TPM_AK_ATTRIBUTES, true), *public = NULL;
+    TPM2B_PUBLIC template = cm_tpm_ecc_template(CM_TPM_AK_ATTRIBUTES, true), *public = NULL;
     TPM2B_PRIVATE *private = NULL;
     TPM2B_CREATION_DATA *creation = NULL;
     TPM2B_DIGEST *hash = NULL;
@@ -189,12 +157,7 @@ static enum cm_status record_sign(struct cm_tpm *tpm, ESYS_TR ak, struct cm_enro
                                "Sign", err);
     }
     if (status == CM_OK) {
-        const TPMS_SIGNATURE_ECC *ecc = &signature->signature.ecdsa;
-        memset(e->signature, 0, sizeof(e->signature));
-        memcpy(e->signature + 32 - ecc->signatureR.size, ecc->signatureR.buffer,
-               ecc->signatureR.size);
-        memcpy(e->signature + 64 - ecc->signatureS.size, ecc->signatureS.buffer,
-               ecc->signatureS.size);
+        status = cm_tpm_signature_take(signature, e->signature, err);
     }
     Esys_Free(digest);
     Esys_Free(ticket);

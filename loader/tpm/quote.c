@@ -7,17 +7,6 @@
 
 #define QUOTE_TRIES 8
 
-static TPML_PCR_SELECTION selection_make(const uint32_t *pcrs, uint32_t count)
-{
-    TPML_PCR_SELECTION selection = {
-        .count = 1, .pcrSelections = {{.hash = TPM2_ALG_SHA256, .sizeofSelect = 3}}};
-    for (uint32_t i = 0; i < count; i++) {
-        BYTE *bits = &selection.pcrSelections[0].pcrSelect[pcrs[i] / 8];
-        *bits = (BYTE)(*bits | 1u << (pcrs[i] % 8));
-    }
-    return selection;
-}
-
 static enum cm_status ak_open(struct cm_tpm *tpm, const struct cm_enrolment *enrolment,
                               ESYS_TR *ret_ak, struct cm_error *err)
 {
@@ -46,21 +35,6 @@ static enum cm_status ak_open(struct cm_tpm *tpm, const struct cm_enrolment *enr
     return status;
 }
 
-static enum cm_status signature_take(const TPMT_SIGNATURE *signature, uint8_t ret[static 64],
-                                     struct cm_error *err)
-{
-    const TPMS_SIGNATURE_ECC *ecc = &signature->signature.ecdsa;
-    if (signature->sigAlg != TPM2_ALG_ECDSA || ecc->hash != TPM2_ALG_SHA256 ||
-        ecc->signatureR.size > 32 || ecc->signatureS.size > 32) {
-        return cm_error_set(err, CM_E_TPM, "CM-TPM-QUOTE",
-                            "the quote's signature has another form");
-    }
-    memset(ret, 0, 64);
-    memcpy(ret + 32 - ecc->signatureR.size, ecc->signatureR.buffer, ecc->signatureR.size);
-    memcpy(ret + 64 - ecc->signatureS.size, ecc->signatureS.buffer, ecc->signatureS.size);
-    return CM_OK;
-}
-
 static enum cm_status quote_once(struct cm_tpm *tpm, ESYS_TR ak,
                                  const TPML_PCR_SELECTION *selection,
                                  const uint8_t data[static CM_DIGEST_BYTES],
@@ -87,13 +61,11 @@ static enum cm_status quote_once(struct cm_tpm *tpm, ESYS_TR ak,
             "unmarshal of the quote", err);
     }
     if (status == CM_OK) {
-        status = signature_take(signature, ret->signature, err);
+        status = cm_tpm_signature_take(signature, ret->signature, err);
     }
     if (status == CM_OK) {
         memcpy(ret->attest, attest->attestationData, attest->size);
         ret->attest_bytes = attest->size;
-        ret->reset_count = parsed.clockInfo.resetCount;
-        ret->restart_count = parsed.clockInfo.restartCount;
         *ret_pcr_digest = parsed.attested.quote.pcrDigest;
     }
     Esys_Free(attest);
@@ -126,7 +98,7 @@ enum cm_status cm_tpm_quote(struct cm_tpm *tpm, const struct cm_enrolment *enrol
                             const uint8_t data[static CM_DIGEST_BYTES],
                             struct cm_tpm_quote *ret_quote, struct cm_error *err)
 {
-    const TPML_PCR_SELECTION selection = selection_make(pcrs, count);
+    const TPML_PCR_SELECTION selection = cm_tpm_selection(pcrs, count);
     TPM2B_DIGEST quoted = {.size = 0};
     ESYS_TR ak = ESYS_TR_NONE;
     bool match = false;
@@ -152,31 +124,12 @@ enum cm_status cm_tpm_quote(struct cm_tpm *tpm, const struct cm_enrolment *enrol
 enum cm_status cm_tpm_boot_read(struct cm_tpm *tpm, struct cm_tpm_boot *ret_boot,
                                 struct cm_error *err)
 {
-    const TPM2B_SENSITIVE_CREATE nothing = {.size = 0};
-    const TPM2B_DATA data = {.size = 0};
-    const TPML_PCR_SELECTION none = {.count = 0};
-    const TPM2B_PUBLIC template = {
-        .publicArea = {.type = TPM2_ALG_ECC,
-                       .nameAlg = TPM2_ALG_SHA256,
-                       .objectAttributes = CM_TPM_SRK_ATTRIBUTES,
-                       .parameters.eccDetail = {.symmetric = {.algorithm = TPM2_ALG_AES,
-                                                              .keyBits.aes = 128,
-                                                              .mode.aes = TPM2_ALG_CFB},
-                                                .scheme.scheme = TPM2_ALG_NULL,
-                                                .curveID = TPM2_ECC_NIST_P256,
-                                                .kdf.scheme = TPM2_ALG_NULL}}};
-    TPM2B_PUBLIC *public = NULL;
-    TPM2B_CREATION_DATA *creation = NULL;
-    TPM2B_DIGEST *hash = NULL;
-    TPMT_TK_CREATION *ticket = NULL;
+    const TPM2B_PUBLIC template = cm_tpm_ecc_template(CM_TPM_SRK_ATTRIBUTES, false);
     TPM2B_NAME *name = NULL;
     TPMS_TIME_INFO *time = NULL;
     ESYS_TR key = ESYS_TR_NONE;
-    enum cm_status status =
-        cm_tpm_result(Esys_CreatePrimary(tpm->esys, ESYS_TR_RH_NULL, ESYS_TR_PASSWORD, ESYS_TR_NONE,
-                                         ESYS_TR_NONE, &nothing, &template, &data, &none, &key,
-                                         &public, &creation, &hash, &ticket),
-                      "CreatePrimary of the null hierarchy", err);
+    enum cm_status status = cm_tpm_primary_create(
+        tpm, ESYS_TR_RH_NULL, &template, "CreatePrimary of the null hierarchy", &key, NULL, err);
     if (status == CM_OK) {
         status = cm_tpm_result(Esys_TR_GetName(tpm->esys, key, &name), "name", err);
     }
@@ -192,10 +145,6 @@ enum cm_status cm_tpm_boot_read(struct cm_tpm *tpm, struct cm_tpm_boot *ret_boot
                name->size < sizeof(ret_boot->null_name) ? name->size : sizeof(ret_boot->null_name));
     }
     cm_tpm_flush(tpm, &key);
-    Esys_Free(public);
-    Esys_Free(creation);
-    Esys_Free(hash);
-    Esys_Free(ticket);
     Esys_Free(name);
     Esys_Free(time);
     return status;

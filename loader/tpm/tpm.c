@@ -118,38 +118,90 @@ enum cm_status cm_tpm_public_marshal(const TPM2B_PUBLIC *public,
     return status;
 }
 
-enum cm_status cm_tpm_ek_create(struct cm_tpm *tpm, ESYS_TR *ret_ek, TPM2B_PUBLIC **ret_public,
-                                struct cm_error *err)
+TPML_PCR_SELECTION cm_tpm_selection(const uint32_t *pcrs, uint32_t count)
 {
-    /* TCG EK Credential Profile, template L-2: the unique fields are 32 zero bytes each. */
-    TPM2B_PUBLIC template = {
-        .publicArea = {.type = TPM2_ALG_ECC,
-                       .nameAlg = TPM2_ALG_SHA256,
-                       .objectAttributes = CM_TPM_EK_ATTRIBUTES,
-                       .authPolicy = {.size = CM_DIGEST_BYTES},
-                       .parameters.eccDetail = {.symmetric = {.algorithm = TPM2_ALG_AES,
-                                                              .keyBits.aes = 128,
-                                                              .mode.aes = TPM2_ALG_CFB},
-                                                .scheme.scheme = TPM2_ALG_NULL,
-                                                .curveID = TPM2_ECC_NIST_P256,
-                                                .kdf.scheme = TPM2_ALG_NULL},
-                       .unique.ecc = {.x.size = 32, .y.size = 32}}};
+    TPML_PCR_SELECTION selection = {
+        .count = 1, .pcrSelections = {{.hash = TPM2_ALG_SHA256, .sizeofSelect = 3}}};
+    for (uint32_t i = 0; i < count; i++) {
+        BYTE *bits = &selection.pcrSelections[0].pcrSelect[pcrs[i] / 8];
+        *bits = (BYTE)(*bits | 1u << (pcrs[i] % 8));
+    }
+    return selection;
+}
+
+enum cm_status cm_tpm_signature_take(const TPMT_SIGNATURE *signature, uint8_t ret[static 64],
+                                     struct cm_error *err)
+{
+    const TPMS_SIGNATURE_ECC *ecc = &signature->signature.ecdsa;
+    if (signature->sigAlg != TPM2_ALG_ECDSA || ecc->hash != TPM2_ALG_SHA256 ||
+        ecc->signatureR.size > 32 || ecc->signatureS.size > 32) {
+        return cm_error_set(err, CM_E_TPM, "CM-TPM-QUOTE",
+                            "the TPM's signature is not ECDSA P-256 with SHA-256");
+    }
+    memset(ret, 0, 64);
+    memcpy(ret + 32 - ecc->signatureR.size, ecc->signatureR.buffer, ecc->signatureR.size);
+    memcpy(ret + 64 - ecc->signatureS.size, ecc->signatureS.buffer, ecc->signatureS.size);
+    return CM_OK;
+}
+
+TPM2B_PUBLIC cm_tpm_ecc_template(uint32_t attributes, bool signing)
+{
+    TPM2B_PUBLIC made = {.publicArea = {.type = TPM2_ALG_ECC,
+                                        .nameAlg = TPM2_ALG_SHA256,
+                                        .objectAttributes = attributes,
+                                        .parameters.eccDetail = {.curveID = TPM2_ECC_NIST_P256,
+                                                                 .kdf.scheme = TPM2_ALG_NULL}}};
+    TPMS_ECC_PARMS *ecc = &made.publicArea.parameters.eccDetail;
+    if (signing) {
+        ecc->symmetric.algorithm = TPM2_ALG_NULL;
+        ecc->scheme.scheme = TPM2_ALG_ECDSA;
+        ecc->scheme.details.ecdsa.hashAlg = TPM2_ALG_SHA256;
+    } else {
+        ecc->symmetric = (TPMT_SYM_DEF_OBJECT){
+            .algorithm = TPM2_ALG_AES, .keyBits.aes = 128, .mode.aes = TPM2_ALG_CFB};
+        ecc->scheme.scheme = TPM2_ALG_NULL;
+    }
+    return made;
+}
+
+enum cm_status cm_tpm_primary_create(struct cm_tpm *tpm, ESYS_TR hierarchy,
+                                     const TPM2B_PUBLIC *template, const char *what,
+                                     ESYS_TR *ret_key, TPM2B_PUBLIC **ret_public,
+                                     struct cm_error *err)
+{
     const TPM2B_SENSITIVE_CREATE nothing = {.size = 0};
     const TPM2B_DATA data = {.size = 0};
-    const TPML_PCR_SELECTION selection = {.count = 0};
+    const TPML_PCR_SELECTION none = {.count = 0};
+    TPM2B_PUBLIC *public = NULL;
     TPM2B_CREATION_DATA *creation = NULL;
     TPM2B_DIGEST *hash = NULL;
     TPMT_TK_CREATION *ticket = NULL;
-    memcpy(template.publicArea.authPolicy.buffer, cm_tpm_ek_policy, CM_DIGEST_BYTES);
     enum cm_status status =
-        cm_tpm_result(Esys_CreatePrimary(tpm->esys, ESYS_TR_RH_ENDORSEMENT, ESYS_TR_PASSWORD,
-                                         ESYS_TR_NONE, ESYS_TR_NONE, &nothing, &template, &data,
-                                         &selection, ret_ek, ret_public, &creation, &hash, &ticket),
-                      "CreatePrimary of the endorsement key", err);
+        cm_tpm_result(Esys_CreatePrimary(tpm->esys, hierarchy, ESYS_TR_PASSWORD, ESYS_TR_NONE,
+                                         ESYS_TR_NONE, &nothing, template, &data, &none, ret_key,
+                                         &public, &creation, &hash, &ticket),
+                      what, err);
+    if (status == CM_OK && ret_public != NULL) {
+        *ret_public = public;
+        public = NULL;
+    }
+    Esys_Free(public);
     Esys_Free(creation);
     Esys_Free(hash);
     Esys_Free(ticket);
     return status;
+}
+
+enum cm_status cm_tpm_ek_create(struct cm_tpm *tpm, ESYS_TR *ret_ek, TPM2B_PUBLIC **ret_public,
+                                struct cm_error *err)
+{
+    /* TCG EK Credential Profile, template L-2: the unique fields are 32 zero bytes each. */
+    TPM2B_PUBLIC template = cm_tpm_ecc_template(CM_TPM_EK_ATTRIBUTES, false);
+    template.publicArea.authPolicy.size = CM_DIGEST_BYTES;
+    memcpy(template.publicArea.authPolicy.buffer, cm_tpm_ek_policy, CM_DIGEST_BYTES);
+    template.publicArea.unique.ecc.x.size = template.publicArea.unique.ecc.y.size = 32;
+    return cm_tpm_primary_create(tpm, ESYS_TR_RH_ENDORSEMENT, &template,
+                                 "CreatePrimary of the endorsement key", ret_ek, ret_public, err);
 }
 
 enum cm_status cm_tpm_ek_session(struct cm_tpm *tpm, ESYS_TR *ret_session, struct cm_error *err)
@@ -181,12 +233,10 @@ enum cm_status cm_tpm_ek_session(struct cm_tpm *tpm, ESYS_TR *ret_session, struc
 enum cm_status cm_tpm_pcr_read(struct cm_tpm *tpm, uint32_t pcr,
                                uint8_t ret_value[static CM_DIGEST_BYTES], struct cm_error *err)
 {
-    TPML_PCR_SELECTION wanted = {.count = 1,
-                                 .pcrSelections = {{.hash = TPM2_ALG_SHA256, .sizeofSelect = 3}}};
+    const TPML_PCR_SELECTION wanted = cm_tpm_selection(&pcr, 1);
     TPML_PCR_SELECTION *got = NULL;
     TPML_DIGEST *values = NULL;
     UINT32 counter;
-    wanted.pcrSelections[0].pcrSelect[pcr / 8] = (BYTE)(1u << (pcr % 8));
     enum cm_status status =
         cm_tpm_result(Esys_PCR_Read(tpm->esys, ESYS_TR_NONE, ESYS_TR_NONE, ESYS_TR_NONE, &wanted,
                                     &counter, &got, &values),

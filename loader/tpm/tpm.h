@@ -48,7 +48,6 @@ struct cm_tpm_quote {
     uint32_t attest_bytes;
     uint8_t signature[64]; /* r ‖ s by the AK */
     uint8_t pcr_values[CM_POLICY_PCRS_MAX][CM_DIGEST_BYTES];
-    uint32_t reset_count, restart_count;
 };
 
 /* Quote PCRs (ascending, SHA-256 bank) with `data` as extraData, by the enrolled AK; the values are

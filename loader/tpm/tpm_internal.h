@@ -27,6 +27,19 @@ void cm_tcti_free(TSS2_TCTI_CONTEXT *tcti);
 /* CM_OK for code 0, else an error of class TPM that names the command and the response code. */
 enum cm_status cm_tpm_result(TSS2_RC code, const char *command, struct cm_error *err);
 
+/* PCRs of the SHA-256 bank as a selection. */
+TPML_PCR_SELECTION cm_tpm_selection(const uint32_t *pcrs, uint32_t count);
+/* ECDSA over SHA-256 as r ‖ s. Fails: TPM CM-TPM-QUOTE. */
+CM_MUST_USE enum cm_status cm_tpm_signature_take(const TPMT_SIGNATURE *signature,
+                                                 uint8_t ret[static 64], struct cm_error *err);
+/* A P-256 template: restricted signing by ECDSA, or restricted decryption by AES-128-CFB. */
+TPM2B_PUBLIC cm_tpm_ecc_template(uint32_t attributes, bool signing);
+/* CreatePrimary without data or PCRs; `what` stands in errors. *ret_public may be NULL. */
+CM_MUST_USE enum cm_status cm_tpm_primary_create(struct cm_tpm *tpm, ESYS_TR hierarchy,
+                                                 const TPM2B_PUBLIC *template, const char *what,
+                                                 ESYS_TR *ret_key, TPM2B_PUBLIC **ret_public,
+                                                 struct cm_error *err);
+
 void cm_tpm_flush(struct cm_tpm *tpm, ESYS_TR *handle); /* NONE is fine; sets NONE */
 
 /* The endorsement key, made anew from its template (the same key each time). */

@@ -220,17 +220,12 @@ static enum cm_status object_load(struct unsealing *u, struct cm_error *err)
 static enum cm_status state_prove(struct unsealing *u, TPM2B_DIGEST *ret_digest,
                                   struct cm_error *err)
 {
-    TPML_PCR_SELECTION selection = {
-        .count = 1, .pcrSelections = {{.hash = TPM2_ALG_SHA256, .sizeofSelect = 3}}};
+    const TPML_PCR_SELECTION selection = cm_tpm_selection(u->state->pcrs, u->state->pcr_count);
     const TPM2B_DIGEST any = {.size = 0};
     TPM2B_OPERAND operand = {.size = 8};
     TPM2B_DIGEST *found = NULL;
     uint8_t wanted[CM_DIGEST_BYTES];
     ESYS_CONTEXT *esys = u->tpm->esys;
-    for (uint32_t i = 0; i < u->state->pcr_count; i++) {
-        BYTE *bits = &selection.pcrSelections[0].pcrSelect[u->state->pcrs[i] / 8];
-        *bits = (BYTE)(*bits | 1u << (u->state->pcrs[i] % 8));
-    }
     for (int i = 0; i < 8; i++) {
         operand.buffer[i] = (BYTE)(u->state->counter_max >> (56 - 8 * i));
     }
