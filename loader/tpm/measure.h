@@ -48,9 +48,23 @@ const char *cm_event_name(uint32_t type); /* "program" …; "unknown" */
 /* Append; types never go down, CM_EVENT_PACKAGE comes once. Fails: BUG. */
 CM_MUST_USE enum cm_status cm_measurement_add(struct cm_measurement *measurement, uint32_t type,
                                               const void *data, size_t bytes, struct cm_error *err);
+/* Digests of sealed memfds, by inode: a library that five programs need is hashed once. Zeroed at
+ * first; whoever made the files must keep them while it is used. */
+#define CM_DIGEST_CACHE_MAX 64u
+struct cm_digest_cache {
+    uint32_t count;
+    struct {
+        uint64_t device, inode;
+        uint8_t digest[CM_DIGEST_BYTES];
+    } rows[CM_DIGEST_CACHE_MAX];
+};
+
 /* Add a file's name and SHA-256 to the PROGRAM event under construction (data may be empty). */
 CM_MUST_USE enum cm_status cm_event_file_add(struct cm_event *event, const char *name, int fd,
-                                             struct cm_error *err);
+                                             struct cm_digest_cache *cache, struct cm_error *err);
+/* The files of a PROGRAM event in turn, borrowed; *at begins at 0. False: no more, or malformed. */
+bool cm_event_file_next(const struct cm_event *event, uint32_t *at, const char **ret_name,
+                        const uint8_t **ret_digest);
 CM_MUST_USE enum cm_status cm_event_digest(const struct cm_event *event,
                                            uint8_t ret_digest[static CM_DIGEST_BYTES],
                                            struct cm_error *err);

@@ -30,7 +30,8 @@ static enum cm_status folder_open(int *ret_fd, struct cm_error *err)
     return status;
 }
 
-static enum cm_status program_add(struct cm_image_store *store, int folder, const char *program,
+static enum cm_status program_add(struct cm_image_store *store, struct cm_digest_cache *digests,
+                                  int folder, const char *program,
                                   struct cm_measurement *measurement, struct cm_error *err)
 {
     struct cm_image image;
@@ -38,7 +39,7 @@ static enum cm_status program_add(struct cm_image_store *store, int folder, cons
     enum cm_status status = cm_image_load(store, folder, program, &image, err);
     for (uint32_t i = 0; status == CM_OK && i < image.count; i++) {
         const struct cm_image_file *file = &store->files[image.files[i]];
-        status = cm_event_file_add(&event, file->name, file->fd, err);
+        status = cm_event_file_add(&event, file->name, file->fd, digests, err);
     }
     return status == CM_OK
                ? cm_measurement_add(measurement, CM_EVENT_PROGRAM, event.data, event.bytes, err)
@@ -49,6 +50,7 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
                            struct cm_measurement *ret_measurement, struct cm_error *err)
 {
     static struct cm_image_store store;
+    struct cm_digest_cache digests = {.count = 0};
     uint8_t owner[CM_PUBLIC_KEY_BYTES], policy[CM_PUBLIC_KEY_BYTES];
     char text[CM_CONFIG_SEALED_BYTES];
     size_t bytes = 0;
@@ -58,7 +60,7 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
     ret_measurement->count = 0;
     enum cm_status status = folder_open(&folder, err);
     for (size_t i = 0; status == CM_OK && i < count; i++) {
-        status = program_add(&store, folder, programs[i], ret_measurement, err);
+        status = program_add(&store, &digests, folder, programs[i], ret_measurement, err);
     }
     if (status == CM_OK) {
         status = cm_config_point_read(configuration->package_owner, owner, err);
@@ -83,16 +85,15 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
     return status;
 }
 
-/* name '\0' digest … as an array of {name, sha256}. */
+/* As an array of {name, sha256}. */
 static json_t *files_json(const struct cm_event *event)
 {
     json_t *files = json_array();
+    const char *name;
+    const uint8_t *digest;
     char hex[2 * CM_DIGEST_BYTES + 1];
-    for (uint32_t at = 0; at < event->bytes;) {
-        const char *name = (const char *)event->data + at;
-        at += (uint32_t)strlen(name) + 1;
-        cm_hex_write(event->data + at, CM_DIGEST_BYTES, hex);
-        at += CM_DIGEST_BYTES;
+    for (uint32_t at = 0; cm_event_file_next(event, &at, &name, &digest);) {
+        cm_hex_write(digest, CM_DIGEST_BYTES, hex);
         json_array_append_new(files, json_pack("{s:s, s:s}", "name", name, "sha256", hex));
     }
     return files;

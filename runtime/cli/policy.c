@@ -106,30 +106,25 @@ static void states_print(struct explanation *x)
     }
 }
 
-/* The digest beside a name in a program's event; NULL if it is not there. */
 static const uint8_t *file_find(const struct cm_event *event, const char *name)
 {
-    for (uint32_t at = 0; at < event->bytes;) {
-        const char *here = (const char *)event->data + at;
-        at += (uint32_t)strnlen(here, event->bytes - at) + 1;
-        if (at + CM_DIGEST_BYTES > event->bytes) {
-            return NULL;
-        }
+    const char *here;
+    const uint8_t *digest;
+    for (uint32_t at = 0; cm_event_file_next(event, &at, &here, &digest);) {
         if (strcmp(here, name) == 0) {
-            return event->data + at;
+            return digest;
         }
-        at += CM_DIGEST_BYTES;
     }
     return NULL;
 }
 
 static void program_compare(const struct cm_event *now, const struct cm_event *then)
 {
-    for (uint32_t at = 0; at < now->bytes; at += CM_DIGEST_BYTES) {
-        const char *name = (const char *)now->data + at;
-        at += (uint32_t)strlen(name) + 1;
+    const char *name;
+    const uint8_t *digest;
+    for (uint32_t at = 0; cm_event_file_next(now, &at, &name, &digest);) {
         const uint8_t *was = file_find(then, name);
-        if (was == NULL || memcmp(was, now->data + at, CM_DIGEST_BYTES) != 0) {
+        if (was == NULL || memcmp(was, digest, CM_DIGEST_BYTES) != 0) {
             printf("differs: %s of program %s %s\n", name, (const char *)now->data,
                    was == NULL ? "was not there" : "has other bytes");
         }

@@ -17,7 +17,8 @@ static enum cm_status file_take(struct cm_keeper *keeper, const struct cm_measur
 {
     uint8_t text[CM_EVENT_BYTES_MAX];
     if (measure->type == CM_EVENT_PROGRAM) {
-        enum cm_status status = cm_event_file_add(&keeper->event, measure->name, fd, err);
+        enum cm_status status =
+            cm_event_file_add(&keeper->event, measure->name, fd, &keeper->digests, err);
         if (status == CM_OK && measure->complete == 1) {
             status = cm_measurement_add(&keeper->measurement, CM_EVENT_PROGRAM, keeper->event.data,
                                         keeper->event.bytes, err);
