@@ -11,12 +11,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "runtime/base/sealed.h"
+
 #ifndef MFD_EXEC /* Linux 6.3; older kernels refuse it, and make every memfd executable */
 #define MFD_EXEC 0x0010U
 #endif
 
 #define FILE_BYTES_MAX (256u << 20)
-#define SEALS          (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
 static const char *const folders[] = {
     "/lib/x86_64-linux-gnu",
@@ -51,7 +52,7 @@ static enum cm_status copy_seal(int source, const char *name, int *ret_fd, struc
         moved = sendfile(fd, source, &offset, (size_t)(facts.st_size - offset));
     }
     /* A file that shrank meanwhile is sealed as it was read: its digest is then unknown. */
-    if (moved < 0 || fcntl(fd, F_ADD_SEALS, SEALS) != 0) {
+    if (moved < 0 || fcntl(fd, F_ADD_SEALS, CM_SEALS_ALL) != 0) {
         goto failed;
     }
     *ret_fd = fd;

@@ -103,7 +103,7 @@ enum cm_status cm_evidence_parse(const uint8_t *bytes, size_t size,
     cm_cursor_copy(&cursor, e->attest_signature, sizeof(e->attest_signature));
     bool pcrs = pcrs_take(&cursor, e);
     e->ek_certificate_bytes = sized_take(&cursor, e->ek_certificate, sizeof(e->ek_certificate));
-    bool kinds = (e->kind == CM_EVIDENCE_BOOT || e->kind == CM_EVIDENCE_SESSION) &&
+    bool kinds = (e->kind == CM_QUOTE_BOOT || e->kind == CM_QUOTE_SESSION) &&
                  (e->mode == CM_ATTEST_STRICT || e->mode == CM_ATTEST_RESTARTABLE);
     if (!cm_cursor_ok(&cursor) || cm_cursor_left(&cursor) != 0 || !pcrs || !kinds) {
         size_t offset = cursor.offset;

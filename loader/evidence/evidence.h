@@ -13,19 +13,16 @@
 #include "loader/tpm/measure.h"
 #include "runtime/base/error.h"
 
-#define CM_EVIDENCE_BYTES_MAX   (32u << 10)
 #define CM_EVIDENCE_ATTEST_MAX  512u
 #define CM_EVIDENCE_CERT_MAX    4096u
 #define CM_EVIDENCE_PCRS_MAX    24u
 #define CM_EVIDENCE_NONCE_BYTES 32u
 #define CM_EVIDENCE_AGE_MAX_S   600u
-#define CM_EVIDENCE_EXPORTER    "EXPORTER-casemate-attestation"
 
-enum cm_evidence_kind { CM_EVIDENCE_BOOT = 1, CM_EVIDENCE_SESSION = 2 };
 enum cm_attest_mode { CM_ATTEST_STRICT = 1, CM_ATTEST_RESTARTABLE = 2 };
 
 struct cm_evidence {
-    uint32_t kind; /* enum cm_evidence_kind */
+    uint32_t kind; /* enum cm_quote_kind */
     uint32_t mode; /* enum cm_attest_mode */
     uint64_t made_unix_s;
     uint8_t nonce[CM_EVIDENCE_NONCE_BYTES];

@@ -13,6 +13,8 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#include "runtime/base/hex.h"
+
 #define WAIT_S     10
 #define HEAD_BYTES 8192
 
@@ -123,9 +125,7 @@ static bool request_send(SSL *tls, const struct address *address,
                          const uint8_t nonce[static CM_EVIDENCE_NONCE_BYTES])
 {
     char hex[2 * CM_EVIDENCE_NONCE_BYTES + 1], text[512];
-    for (size_t i = 0; i < CM_EVIDENCE_NONCE_BYTES; i++) {
-        snprintf(hex + 2 * i, 3, "%02x", nonce[i]);
-    }
+    cm_hex_write(nonce, CM_EVIDENCE_NONCE_BYTES, hex);
     int size = snprintf(text, sizeof(text),
                         "GET /v1/attestation?nonce=%s HTTP/1.1\r\nHost: %s\r\nConnection: "
                         "close\r\n\r\n",

@@ -116,11 +116,10 @@ static enum cm_status last_save(const char *path, const struct cm_attest *attest
 
 static void hex_print(const char *name, const uint8_t *bytes, size_t size)
 {
-    printf(" \"%s\": \"", name);
-    for (size_t i = 0; i < size; i++) {
-        printf("%02x", bytes[i]);
-    }
-    printf("\",\n");
+    char hex[2 * CM_PUBLIC_KEY_BYTES + 1];
+    CM_ASSERT(size <= CM_PUBLIC_KEY_BYTES);
+    cm_hex_write(bytes, size, hex);
+    printf(" \"%s\": \"%s\",\n", name, hex);
 }
 
 /* Text as a JSON string; anything that is not plain ASCII as \u00XX. */
@@ -155,7 +154,7 @@ static void json_print(const struct cm_evidence *e, const struct cm_evidence_fac
                        enum cm_status status, const struct cm_error *err)
 {
     printf("{\n \"kind\": \"%s\",\n \"mode\": \"%s\",\n \"made_unix_s\": %llu,\n",
-           e->kind == CM_EVIDENCE_SESSION ? "session" : "boot",
+           e->kind == CM_QUOTE_SESSION ? "session" : "boot",
            e->mode == CM_ATTEST_STRICT ? "strict" : "restartable",
            (unsigned long long)e->made_unix_s);
     hex_print("nonce", e->nonce, sizeof(e->nonce));
@@ -181,7 +180,7 @@ static void summary_print(const struct arguments *arguments, const struct cm_evi
     printf("believed: node %s runs package %02x%02x%02x%02x… in the signed state (%s)\n",
            facts->enrolment.node_name, e->core_digest[0], e->core_digest[1], e->core_digest[2],
            e->core_digest[3], e->mode == CM_ATTEST_STRICT ? "strict" : "restartable");
-    if (e->kind == CM_EVIDENCE_BOOT) {
+    if (e->kind == CM_QUOTE_BOOT) {
         printf("%s is evidence of the start: it proves no connection\n", arguments->subject);
     }
     if (facts->enrolment.development) {

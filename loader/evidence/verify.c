@@ -122,7 +122,7 @@ static enum cm_status check_signature(struct verification *v)
 
 static enum cm_status check_kind(struct verification *v)
 {
-    bool session = v->e->kind == CM_EVIDENCE_SESSION;
+    bool session = v->e->kind == CM_QUOTE_SESSION;
     if ((v->q->live != NULL || v->q->nonce != NULL) && !session) {
         return refuse(v, "CM-EVD-KIND",
                       "evidence of kind boot answers no nonce: ask for a session's");

@@ -11,13 +11,7 @@
 #include <unistd.h>
 
 #include "loader/package/internal.h"
-
-static void hex(const uint8_t *bytes, size_t size, char *ret_text)
-{
-    for (size_t i = 0; i < size; i++) {
-        snprintf(ret_text + 2 * i, 3, "%02x", bytes[i]);
-    }
-}
+#include "runtime/base/hex.h"
 
 static const char *suite_name(uint32_t suite)
 {
@@ -54,14 +48,14 @@ static json_t *head_describe(const struct cm_package_head *head, uint64_t file_b
 {
     const struct cm_package_core *core = &head->core;
     char digest[2 * CM_DIGEST_BYTES + 1], owner[2 * CM_PUBLIC_KEY_BYTES + 1];
-    hex(core->core_digest, CM_DIGEST_BYTES, digest);
-    hex(core->owner_key, CM_PUBLIC_KEY_BYTES, owner);
+    cm_hex_write(core->core_digest, CM_DIGEST_BYTES, digest);
+    cm_hex_write(core->owner_key, CM_PUBLIC_KEY_BYTES, owner);
     bool signed_well =
         cm_signature_check(core->owner_key, core->core_digest, core->signature, NULL) == CM_OK;
     json_t *slots = json_array();
     for (uint32_t i = 0; i < head->slot_count; i++) {
         char node[2 * CM_DIGEST_BYTES + 1];
-        hex(head->slots[i].node, CM_DIGEST_BYTES, node);
+        cm_hex_write(head->slots[i].node, CM_DIGEST_BYTES, node);
         json_array_append_new(slots,
                               json_pack("{s:s, s:s, s:s, s:i}", "kind",
                                         head->slots[i].kind == CM_SLOT_TPM ? "tpm" : "broker",

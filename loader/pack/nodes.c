@@ -447,10 +447,10 @@ enum cm_status cm_command_slots_remove(const struct cm_pack_arguments *arguments
 
 static void hex_print(const uint8_t *bytes, size_t size, const char *end)
 {
-    for (size_t i = 0; i < size; i++) {
-        printf("%02x", bytes[i]);
-    }
-    printf("%s", end);
+    char hex[2 * CM_PUBLIC_KEY_BYTES + 1];
+    CM_ASSERT(size <= CM_PUBLIC_KEY_BYTES);
+    cm_hex_write(bytes, size, hex);
+    printf("%s%s", hex, end);
 }
 
 static enum cm_status node_trust_print(const struct cm_pack_arguments *arguments, const char *path,

@@ -133,12 +133,13 @@ enum cm_status cm_config_complete(const struct cm_configuration *configuration, 
                                 needed[i].name, needed[i].name);
         }
     }
-    if (strcmp(configuration->tpm, "development") != 0 && configuration->tpm[0] != '/') {
+    bool development = cm_config_tpm_development(configuration->tpm);
+    if (!development && configuration->tpm[0] != '/') {
         return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-VALUE",
                             "%s: sealed: tpm is %.64s, expected development or an absolute path",
                             path, configuration->tpm);
     }
-    if (configuration->attest_mode[0] == '\0' && strcmp(configuration->tpm, "development") != 0) {
+    if (!development && configuration->attest_mode[0] == '\0') {
         return cm_error_set(
             err, CM_E_CONFIG, "CM-CONFIG-MISSING",
             "%s: sealed: attest_mode is missing: choose strict (one start per boot) or "

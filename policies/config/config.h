@@ -111,6 +111,8 @@ CM_MUST_USE enum cm_status cm_config_text_read(struct cm_configuration *configur
                                                const uint8_t *text, size_t bytes, const char *name,
                                                const char *folder, struct cm_error *err);
 
+/* Is a `tpm:` the development TPM, which protects nothing? */
+bool cm_config_tpm_development(const char *tpm);
 /* "strict" or "restartable": as written, or the development TPM's default. */
 const char *cm_config_attest_mode(const struct cm_configuration *configuration);
 

@@ -10,6 +10,11 @@
 
 #include "policies/config/config.h"
 
+bool cm_config_tpm_development(const char *tpm)
+{
+    return strcmp(tpm, "development") == 0;
+}
+
 static int socket_open(const char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};

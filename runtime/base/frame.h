@@ -197,7 +197,10 @@ struct cm_measure {    /* CM_FRAME_MEASURE; its descriptor: the bytes that are m
     char name[CM_NAME_BYTES];
 };
 
+/* Shared by gateway, keeper and verifier: loader/evidence/FORMAT.md. */
 enum cm_quote_kind { CM_QUOTE_BOOT = 1, CM_QUOTE_SESSION = 2 };
+#define CM_EVIDENCE_BYTES_MAX (32u << 10)
+#define CM_EVIDENCE_EXPORTER  "EXPORTER-casemate-attestation"
 
 struct cm_quote_request {
     uint64_t id;   /* the gateway's, never 0; 0: the supervisor's own */

@@ -2,11 +2,9 @@
  */
 #include <arpa/inet.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <jansson.h>
 #include <netinet/in.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -42,31 +40,14 @@ static void report_add(struct report *report, const char *what, const char *subj
 static enum cm_status package_check(const struct cm_configuration *configuration,
                                     const uint8_t *owner, struct cm_error *err)
 {
-    struct cm_package_head *head = malloc(sizeof(*head));
-    uint8_t *bytes = malloc(CM_PACKAGE_HEAD_BYTES);
-    CM_ASSERT(head != NULL && bytes != NULL);
-    enum cm_status status = CM_OK;
-    int fd = open(configuration->package, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        status = cm_error_set(err, CM_E_PACKAGE, "CM-PKG-OPEN", "cannot open package %s: %s",
-                              configuration->package, strerrordesc_np(errno));
-    } else if (pread(fd, bytes, CM_PACKAGE_HEAD_BYTES, 0) != (ssize_t)CM_PACKAGE_HEAD_BYTES) {
-        status = cm_error_set(err, CM_E_PACKAGE, "CM-PKG-SHORT",
-                              "%s is shorter than a package's head", configuration->package);
-    } else {
-        status = cm_package_head_parse(bytes, CM_PACKAGE_HEAD_BYTES, head, err);
-    }
+    static struct cm_package_head head;
+    enum cm_status status = cli_package_head(configuration->package, &head, err);
     if (status == CM_OK && owner != NULL &&
-        memcmp(head->core.owner_key, owner, CM_PUBLIC_KEY_BYTES) != 0) {
+        memcmp(head.core.owner_key, owner, CM_PUBLIC_KEY_BYTES) != 0) {
         status = cm_error_set(err, CM_E_PACKAGE, "CM-PKG-OWNER",
                               "%s is signed by another owner than package_owner %s",
                               configuration->package, configuration->package_owner);
     }
-    if (fd >= 0) {
-        close(fd);
-    }
-    free(bytes);
-    free(head);
     return status;
 }
 
@@ -125,7 +106,7 @@ static void files_check(struct report *report, const struct cm_configuration *co
     report_add(report, "policy list", path, file_check(path, CM_E_POLICY, &err), &err);
     snprintf(path, sizeof(path), "%s/enrolment.bin", configuration->state);
     report_add(report, "enrolment", path, file_check(path, CM_E_CONFIG, &err), &err);
-    if (strcmp(configuration->tpm, "development") != 0) {
+    if (!cm_config_tpm_development(configuration->tpm)) {
         status = file_check(configuration->tpm, CM_E_TPM, &err);
         report_add(report, "tpm", configuration->tpm, status, &err);
     }

@@ -47,6 +47,11 @@ CM_MUST_USE enum cm_status cli_file_write(const char *path, const void *bytes, s
 CM_MUST_USE enum cm_status cli_program_path(const char *name, char *ret_path, size_t size,
                                             struct cm_error *err);
 
+/* The head of the package at `path`, parsed; authenticates nothing. Fails: PACKAGE. */
+struct cm_package_head;
+CM_MUST_USE enum cm_status cli_package_head(const char *path, struct cm_package_head *ret_head,
+                                            struct cm_error *err);
+
 /* provision.c: run the keeper once (and a development TPM for it) and take the enrolment record.
  * development_state: path of the state file to make, or NULL for a device at tpm_path. */
 CM_MUST_USE enum cm_status cli_provision(const char *node_name, const char *tpm_path,

@@ -212,7 +212,7 @@ enum cm_status command_revoke(struct words *words, struct cm_error *err)
     int lock = -1;
     enum cm_status status =
         cm_config_arguments_load(words->count, words->at, &arguments, &configuration, err);
-    bool development = strcmp(configuration.tpm, "development") == 0;
+    bool development = cm_config_tpm_development(configuration.tpm);
     snprintf(devtpm, sizeof(devtpm), "%s/devtpm.state", configuration.state);
     if (status == CM_OK && development) {
         status = state_lock(configuration.state, &lock, err);

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "loader/package/package.h"
 #include "runtime/cli/cli_internal.h"
 
 enum cm_status cli_file_read(const char *path, uint8_t *bytes, size_t size, size_t *ret_used,
@@ -71,4 +72,21 @@ enum cm_status cli_program_path(const char *name, char *ret_path, size_t size, s
                             "cannot run %s beside casemate in %s", name, own);
     }
     return CM_OK;
+}
+
+enum cm_status cli_package_head(const char *path, struct cm_package_head *ret_head,
+                                struct cm_error *err)
+{
+    static uint8_t bytes[CM_PACKAGE_HEAD_BYTES];
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-PKG-OPEN", "cannot open package %s: %s", path,
+                            strerrordesc_np(errno));
+    }
+    ssize_t got = pread(fd, bytes, sizeof(bytes), 0);
+    close(fd);
+    return got == (ssize_t)sizeof(bytes)
+               ? cm_package_head_parse(bytes, sizeof(bytes), ret_head, err)
+               : cm_error_set(err, CM_E_PACKAGE, "CM-PKG-SHORT",
+                              "%s is shorter than a package's head", path);
 }

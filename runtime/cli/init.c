@@ -44,7 +44,7 @@ static enum cm_status plan_read(struct words *words, struct plan *plan, struct c
     if (plan->tpm == NULL) {
         plan->tpm = access("/dev/tpmrm0", F_OK) == 0 ? "/dev/tpmrm0" : "development";
     }
-    bool development = strcmp(plan->tpm, "development") == 0;
+    bool development = cm_config_tpm_development(plan->tpm);
     if (!development && plan->tpm[0] != '/') {
         return cm_error_set(err, CM_E_USAGE, "CM-CLI-USAGE",
                             "--tpm is \"development\" or an absolute path, not \"%.64s\"",
@@ -171,7 +171,7 @@ static enum cm_status yaml_write(const struct plan *plan, struct cm_error *err)
         "  # threads: 0\n"
         "  # drain_timeout_ms: 30000\n",
         package, plan->tpm,
-        strcmp(plan->tpm, "development") == 0 ? "               # protects nothing" : "",
+        cm_config_tpm_development(plan->tpm) ? "               # protects nothing" : "",
         plan->attest_mode);
     path_join(path, plan->work, "casemate.yaml");
     return cli_file_write(path, text, (size_t)used, 0644, err);
@@ -185,7 +185,7 @@ static enum cm_status enrol(const struct plan *plan, struct cm_error *err)
     char path[PATH_BYTES];
     path_join(state, plan->work, "devtpm.state");
     path_join(path, plan->work, "enrolment.bin");
-    bool development = strcmp(plan->tpm, "development") == 0;
+    bool development = cm_config_tpm_development(plan->tpm);
     enum cm_status status =
         cli_provision(plan->node_name, plan->tpm, development ? state : NULL, record, &used, err);
     return status == CM_OK ? cli_file_write(path, record, used, 0644, err) : status;
@@ -239,7 +239,7 @@ static void next_steps_print(const struct plan *plan)
 {
     printf("casemate: %s holds this node's state; enrolment record: %s/enrolment.bin\n",
            plan->state, plan->state);
-    if (strcmp(plan->tpm, "development") == 0) {
+    if (cm_config_tpm_development(plan->tpm)) {
         printf("casemate: the development TPM protects nothing: for trials only\n");
     }
     if (plan->owner_key == NULL || plan->policy_key == NULL) {

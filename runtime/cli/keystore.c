@@ -15,6 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "runtime/base/hex.h"
 #include "runtime/cli/cli_internal.h"
 
 struct key_store {
@@ -135,13 +136,6 @@ enum cm_status key_store_publish(struct key_store *store, struct cm_error *err)
     return status;
 }
 
-static void hex(const uint8_t *bytes, size_t size, char *ret_text)
-{
-    for (size_t i = 0; i < size; i++) {
-        snprintf(ret_text + 2 * i, 3, "%02x", bytes[i]);
-    }
-}
-
 static void base64url(const uint8_t bytes[static 32], char ret_text[static 44])
 {
     static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
@@ -201,7 +195,7 @@ enum cm_status key_store_add(struct key_store *store, const char *name, int64_t 
     if (getrandom(random, 40, 0) != 40) {
         return cm_error_errno(err, errno, "CM-CLI-RANDOM", "no random bytes");
     }
-    hex(random, 8, id);
+    cm_hex_write(random, 8, id);
     base64url(random + 8, secret);
     snprintf(ret_text, CLI_KEY_TEXT_BYTES, "cm-%s-%s", id, secret);
     enum cm_status status = CM_OK;
@@ -220,11 +214,12 @@ enum cm_status key_store_revoke(struct key_store *store, const char *id, struct 
 {
     sqlite3_stmt *update = NULL;
     int changed = 0;
-    bool good = sqlite3_exec(store->db, "BEGIN IMMEDIATE", NULL, NULL, NULL) == SQLITE_OK &&
-                sqlite3_prepare_v2(store->db,
-                                   "UPDATE keys SET revoked_unix_s = ? WHERE lower(hex(id)) = ? "
-                                   "AND revoked_unix_s = 0",
-                                   -1, &update, NULL) == SQLITE_OK;
+    bool good =
+        sqlite3_exec(store->db, "BEGIN IMMEDIATE", NULL, NULL, NULL) == SQLITE_OK &&
+        sqlite3_prepare_v2(store->db,
+                           "UPDATE keys SET revoked_unix_s = ? WHERE lower(cm_hex_write(id)) = ? "
+                           "AND revoked_unix_s = 0",
+                           -1, &update, NULL) == SQLITE_OK;
     if (good) {
         sqlite3_bind_int64(update, 1, time(NULL));
         sqlite3_bind_text(update, 2, id, -1, SQLITE_STATIC);
@@ -252,7 +247,7 @@ enum cm_status key_store_list(struct key_store *store,
     sqlite3_stmt *query = NULL;
     int step;
     if (sqlite3_prepare_v2(store->db,
-                           "SELECT lower(hex(id)), name, created_unix_s, expires_unix_s, "
+                           "SELECT lower(cm_hex_write(id)), name, created_unix_s, expires_unix_s, "
                            "revoked_unix_s FROM keys ORDER BY created_unix_s, id",
                            -1, &query, NULL) != SQLITE_OK) {
         return database_refuse(store, "read", err);

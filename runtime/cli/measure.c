@@ -55,7 +55,7 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
     char text[CM_CONFIG_SEALED_BYTES];
     size_t bytes = 0;
     int folder = -1;
-    bool development = strcmp(configuration->tpm, "development") == 0;
+    bool development = cm_config_tpm_development(configuration->tpm);
     size_t count = sizeof(programs) / sizeof(programs[0]) - (development ? 0 : 1);
     ret_measurement->count = 0;
     enum cm_status status = folder_open(&folder, err);

@@ -1,12 +1,7 @@
 /* casemate policy explain: would a start unseal, and if not, what differs? Asks before a reboot or
  * an upgrade; needs no TPM and starts nothing. */
-#include <errno.h>
-#include <fcntl.h>
-#include <jansson.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "loader/package/package.h"
 #include "loader/tpm/enrolment.h"
@@ -37,22 +32,12 @@ static enum cm_status enrolment_load(struct explanation *x, struct cm_error *err
 /* The policy list beside the package, under the pinned authority; and the package's event. */
 static enum cm_status package_load(struct explanation *x, struct cm_error *err)
 {
-    static uint8_t head_bytes[CM_PACKAGE_HEAD_BYTES], list[CM_POLICY_LIST_BYTES_MAX];
+    static uint8_t list[CM_POLICY_LIST_BYTES_MAX];
     static struct cm_package_head head;
     char path[CM_CONFIG_TEXT_BYTES + 16];
     uint8_t authority[CM_PUBLIC_KEY_BYTES];
     size_t used = 0;
-    int fd = open(x->configuration.package, O_RDONLY | O_CLOEXEC);
-    ssize_t got = fd >= 0 ? pread(fd, head_bytes, sizeof(head_bytes), 0) : -1;
-    int error_number = errno;
-    if (fd >= 0) {
-        close(fd);
-    }
-    if (got < 0) {
-        return cm_error_set(err, CM_E_PACKAGE, "CM-PKG-OPEN", "cannot read package %s: %s",
-                            x->configuration.package, strerrordesc_np(error_number));
-    }
-    enum cm_status status = cm_package_head_parse(head_bytes, (size_t)got, &head, err);
+    enum cm_status status = cli_package_head(x->configuration.package, &head, err);
     if (status == CM_OK) {
         status = cm_measurement_add(&x->now, CM_EVENT_PACKAGE, head.core.core_digest,
                                     CM_DIGEST_BYTES, err);

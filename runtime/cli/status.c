@@ -57,7 +57,7 @@ static void status_print(const json_t *root)
     printf("url:      https://%s/v1\n", text_of(root, "listen"));
     printf("package:  %s\n", text_of(root, "package"));
     printf("device:   %s\n", text_of(root, "device"));
-    bool development = strcmp(text_of(root, "tpm"), "development") == 0;
+    bool development = cm_config_tpm_development(text_of(root, "tpm"));
     printf("tpm:      %s%s\n", text_of(root, "tpm"), development ? " (protects nothing)" : "");
     printf("keys:     %lld\n", number_of(json_object_get(root, "keys"), "count"));
     if (ready) {

@@ -9,11 +9,8 @@
 #include "runtime/base/hex.h"
 #include "runtime/gateway/gateway_internal.h"
 
-#define QUERY              "nonce="
-#define EVIDENCE_BYTES_MAX (64u << 10)
-#define ANSWER_MS          15000
-/* FORMAT.md of loader/evidence names the label. */
-#define EXPORTER_LABEL "EXPORTER-casemate-attestation"
+#define QUERY     "nonce="
+#define ANSWER_MS 15000
 
 bool attestation_nonce(struct cm_span query, uint8_t ret_nonce[static 32])
 {
@@ -49,9 +46,9 @@ void attestation_begin(struct connection *connection, struct cm_span query)
         return;
     }
     request.id = ++attestation->last_id;
-    if (SSL_export_keying_material(tls, request.exporter, sizeof(request.exporter), EXPORTER_LABEL,
-                                   strlen(EXPORTER_LABEL), request.nonce, sizeof(request.nonce),
-                                   1) != 1 ||
+    if (SSL_export_keying_material(tls, request.exporter, sizeof(request.exporter),
+                                   CM_EVIDENCE_EXPORTER, strlen(CM_EVIDENCE_EXPORTER),
+                                   request.nonce, sizeof(request.nonce), 1) != 1 ||
         cm_channel_send(&gateway->channel, CM_FRAME_QUOTE, &request, sizeof(request), NULL, 0,
                         &err) != CM_OK) {
         refuse(connection, 503, "no_quote", "No quote can be made now.", RETRY_LOAD_S);
@@ -84,7 +81,7 @@ void attestation_answer(struct gateway *gateway)
     if (connection == NULL) {
         return;
     }
-    static uint8_t bytes[EVIDENCE_BYTES_MAX];
+    static uint8_t bytes[CM_EVIDENCE_BYTES_MAX];
     const struct reply reply = {.status = 200, .content_type = "application/octet-stream"};
     if (info.bytes > sizeof(bytes) ||
         pread(gateway->frame.fds[0], bytes, info.bytes, 0) != (ssize_t)info.bytes) {

@@ -5,6 +5,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "runtime/base/hex.h"
 #include "runtime/gateway/gateway_internal.h"
 #include "runtime/gateway/text.h"
 
@@ -44,11 +45,8 @@ static void request_id_set(struct connection *connection, struct cm_span given)
     uint8_t random[12] = {0};
     ssize_t got = getrandom(random, sizeof(random), 0);
     (void)got;
-    size_t used = (size_t)snprintf(connection->request_id, REQUEST_ID_BYTES, "req-");
-    for (size_t i = 0; i < sizeof(random); i++) {
-        used += (size_t)snprintf(connection->request_id + used, REQUEST_ID_BYTES - used, "%02x",
-                                 random[i]);
-    }
+    int used = snprintf(connection->request_id, REQUEST_ID_BYTES, "req-");
+    cm_hex_write(random, sizeof(random), connection->request_id + used);
 }
 
 /* A flood of refusals must not become a flood of lines. */

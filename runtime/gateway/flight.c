@@ -5,6 +5,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "runtime/base/hex.h"
 #include "runtime/gateway/gateway_internal.h"
 #include "runtime/gateway/text.h"
 
@@ -64,11 +65,10 @@ struct flight *flight_new(struct connection *connection, enum cm_endpoint endpoi
     memcpy(flight->key_id, connection->key_id, sizeof(flight->key_id));
     ssize_t got = getrandom(random, sizeof(random), 0);
     (void)got;
-    size_t used = (size_t)snprintf(flight->reply_id, REPLY_ID_BYTES, "%s",
-                                   endpoint == CM_ENDPOINT_CHAT ? "chatcmpl-" : "cmpl-");
-    for (size_t i = 0; i < sizeof(random); i++) {
-        used += (size_t)snprintf(flight->reply_id + used, REPLY_ID_BYTES - used, "%02x", random[i]);
-    }
+    _Static_assert(sizeof("chatcmpl-") + 2 * sizeof(random) <= REPLY_ID_BYTES, "the id fits");
+    int used = snprintf(flight->reply_id, REPLY_ID_BYTES, "%s",
+                        endpoint == CM_ENDPOINT_CHAT ? "chatcmpl-" : "cmpl-");
+    cm_hex_write(random, sizeof(random), flight->reply_id + used);
     TAILQ_INSERT_TAIL(&gateway->flights, flight, entry);
     gateway->flight_count++;
     return flight;

@@ -4,6 +4,8 @@
 #include <string.h>
 #include <strings.h>
 
+#include "runtime/base/hex.h"
+
 static enum cm_status refuse(struct cm_http_refusal *ret_refusal, int status, const char *message)
 {
     *ret_refusal = (struct cm_http_refusal){status, message};
@@ -334,19 +336,10 @@ void cm_http_chunks_init(struct cm_http_chunks *chunks, uint64_t total_max)
     *chunks = (struct cm_http_chunks){.total_max = total_max, .state = CHUNK_SIZE};
 }
 
-static int hex_value(uint8_t byte)
-{
-    if (byte >= '0' && byte <= '9') {
-        return byte - '0';
-    }
-    byte |= 0x20;
-    return byte >= 'a' && byte <= 'f' ? byte - 'a' + 10 : -1;
-}
-
 /* One byte of a size line. At most 8 digits: no overflow, and no line that never ends. */
 static enum cm_http_chunk size_byte(struct cm_http_chunks *chunks, uint8_t byte)
 {
-    int digit = hex_value(byte);
+    int digit = cm_hex_digit((char)byte);
     if (digit >= 0 && chunks->digits < 8) {
         chunks->left = chunks->left * 16 + (uint64_t)digit;
         chunks->digits++;
@@ -427,8 +420,8 @@ bool cm_http_percent_decode(struct cm_span in, char *out, size_t out_size)
     for (size_t i = 0; i < in.size; i++) {
         uint8_t byte = (uint8_t)in.at[i];
         if (byte == '%') {
-            int high = in.size - i > 2 ? hex_value((uint8_t)in.at[i + 1]) : -1;
-            int low = in.size - i > 2 ? hex_value((uint8_t)in.at[i + 2]) : -1;
+            int high = in.size - i > 2 ? cm_hex_digit(in.at[i + 1]) : -1;
+            int low = in.size - i > 2 ? cm_hex_digit(in.at[i + 2]) : -1;
             if (high < 0 || low < 0) {
                 return false;
             }

@@ -1,13 +1,11 @@
 /* Evidence: a fresh quote with everything that a verifier needs beside it, in a sealed memfd. */
 #include "loader/evidence/evidence.h"
+#include "runtime/base/sealed.h"
 #include "runtime/keeper/keeper.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
-#include <unistd.h>
 
 /* The same boot, and a PCR that nobody else has touched? */
 enum cm_status cm_keeper_boot_check(struct cm_keeper *keeper, struct cm_error *err)
@@ -43,7 +41,6 @@ static enum cm_status evidence_fill(struct cm_keeper *keeper,
                                     const struct cm_quote_request *request,
                                     struct cm_evidence *evidence, struct cm_error *err)
 {
-    static uint8_t enrolment[CM_ENROLMENT_BYTES_MAX];
     size_t used = 0;
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
@@ -58,15 +55,11 @@ static enum cm_status evidence_fill(struct cm_keeper *keeper,
     memcpy(evidence->owner_key, keeper->head.core.owner_key, CM_PUBLIC_KEY_BYTES);
     memcpy(evidence->owner_signature, keeper->head.core.signature,
            sizeof(evidence->owner_signature));
-    enum cm_status status =
-        cm_enrolment_encode(&keeper->enrolment, enrolment, sizeof(enrolment), &used, err);
-    if (status == CM_OK) {
-        memcpy(evidence->enrolment, enrolment, used);
-        evidence->enrolment_bytes = (uint32_t)used;
-        status = cm_measurement_encode(&keeper->measurement, evidence->log, sizeof(evidence->log),
-                                       &used, err);
-        evidence->log_bytes = (uint32_t)used;
-    }
+    memcpy(evidence->enrolment, keeper->config.enrolment, keeper->config.enrolment_bytes);
+    evidence->enrolment_bytes = keeper->config.enrolment_bytes;
+    enum cm_status status = cm_measurement_encode(&keeper->measurement, evidence->log,
+                                                  sizeof(evidence->log), &used, err);
+    evidence->log_bytes = (uint32_t)used;
     return status;
 }
 
@@ -93,22 +86,6 @@ static enum cm_status evidence_quote(struct cm_keeper *keeper, struct cm_evidenc
     return status;
 }
 
-static enum cm_status memfd_seal(const uint8_t *bytes, size_t size, int *ret_fd,
-                                 struct cm_error *err)
-{
-    int fd = memfd_create("evidence", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd < 0 || write(fd, bytes, size) != (ssize_t)size ||
-        fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
-        int error_number = errno;
-        if (fd >= 0) {
-            close(fd);
-        }
-        return cm_error_errno(err, error_number, "CM-KEEPER-EVIDENCE", "cannot seal the evidence");
-    }
-    *ret_fd = fd;
-    return CM_OK;
-}
-
 enum cm_status cm_keeper_evidence(struct cm_keeper *keeper, const struct cm_quote_request *request,
                                   int *ret_fd, uint32_t *ret_bytes, struct cm_error *err)
 {
@@ -126,10 +103,11 @@ enum cm_status cm_keeper_evidence(struct cm_keeper *keeper, const struct cm_quot
         status = cm_evidence_encode(&evidence, bytes, sizeof(bytes), &used, err);
     }
     if (status == CM_OK) {
-        status = memfd_seal(bytes, used, ret_fd, err);
-    }
-    if (status == CM_OK) {
         *ret_bytes = (uint32_t)used;
+        *ret_fd = cm_memfd_sealed("evidence", bytes, used);
+        if (*ret_fd < 0) {
+            status = cm_error_errno(err, errno, "CM-KEEPER-EVIDENCE", "cannot seal the evidence");
+        }
     }
     return status;
 }

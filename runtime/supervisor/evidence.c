@@ -6,15 +6,13 @@
 
 #include "runtime/supervisor/supervisor_internal.h"
 
-#define EVIDENCE_BYTES_MAX (64u << 10)
-
 bool evidence_fresh(const struct service *service, uint64_t now)
 {
     return service->evidence_ms != 0 &&
            now - service->evidence_ms <= service->configuration->evidence_lifetime_ms;
 }
 
-void evidence_request(struct service *service, uint64_t now)
+static void evidence_request(struct service *service, uint64_t now)
 {
     const struct cm_quote_request request = {.kind = CM_QUOTE_BOOT};
     service->quote_pending = true;
@@ -45,7 +43,7 @@ void evidence_tick(struct service *service, uint64_t now)
 /* Beside the status: what `casemate-verify` reads. */
 static void evidence_write(struct service *service, int fd, uint32_t bytes)
 {
-    static uint8_t copy[EVIDENCE_BYTES_MAX];
+    static uint8_t copy[CM_EVIDENCE_BYTES_MAX];
     if (bytes <= sizeof(copy) && pread(fd, copy, bytes, 0) == (ssize_t)bytes) {
         run_file_write(service, "evidence.bin", copy, bytes);
     }

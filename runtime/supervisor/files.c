@@ -11,6 +11,7 @@
 #include "loader/package/package.h"
 #include "loader/tpm/enrolment.h"
 #include "runtime/base/cursor.h"
+#include "runtime/base/sealed.h"
 #include "runtime/supervisor/supervisor_internal.h"
 
 #define KEYS_HEADER_BYTES 16u
@@ -48,21 +49,6 @@ static bool file_write(int fd, const void *bytes, size_t size)
         used += (size_t)put;
     }
     return true;
-}
-
-/* A memfd of these bytes that nobody can change any more; -1 on error. */
-static int memfd_sealed(const char *name, const uint8_t *bytes, size_t size)
-{
-    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd < 0) {
-        return -1;
-    }
-    if (!file_write(fd, bytes, size) || lseek(fd, 0, SEEK_SET) != 0 ||
-        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL) != 0) {
-        close(fd);
-        return -1;
-    }
-    return fd;
 }
 
 static enum cm_status policy_read(const char *package_path, uint8_t *bytes, size_t size,
@@ -112,7 +98,7 @@ enum cm_status head_memfd_make(int package_fd, const char *package_path, int *re
                              CM_POLICY_LIST_BYTES_MAX + 1, &policy_bytes, err);
     }
     if (status == CM_OK) {
-        int fd = memfd_sealed("casemate-head", bytes, CM_PACKAGE_HEAD_BYTES + policy_bytes);
+        int fd = cm_memfd_sealed("casemate-head", bytes, CM_PACKAGE_HEAD_BYTES + policy_bytes);
         if (fd < 0) {
             status = cm_error_errno(err, errno, "CM-SUP-MEMFD", "cannot make head memory");
         } else {
@@ -166,8 +152,8 @@ static bool keys_load(struct service *service, int fd)
                CM_LOG_S("text", "keys.table is damaged: no key is accepted until `casemate keys` "
                                 "writes it again"));
     }
-    int memory = memfd_sealed("casemate-keys", bytes + KEYS_HEADER_BYTES,
-                              info.count * sizeof(struct cm_api_key));
+    int memory = cm_memfd_sealed("casemate-keys", bytes + KEYS_HEADER_BYTES,
+                                 info.count * sizeof(struct cm_api_key));
     free(bytes);
     if (memory < 0) {
         return false;

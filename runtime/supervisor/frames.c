@@ -267,9 +267,7 @@ static void on_loaded(struct service *service)
            CM_LOG_I("decrypt_us", service->loaded.decrypt_us),
            CM_LOG_I("total_us", service->loaded.total_us),
            CM_LOG_I("arena_locked", service->loaded.arena_locked));
-    if (service->evidence_ms == 0) {
-        evidence_request(service, clock_ms());
-    }
+    evidence_tick(service, clock_ms());
 }
 
 static void frame_handle(struct service *service, struct child *child)

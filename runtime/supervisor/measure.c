@@ -1,28 +1,18 @@
 /* What the keeper measures: the sealed copies that run, the sealed configuration, the device. */
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "loader/tpm/measure.h"
+#include "runtime/base/sealed.h"
 #include "runtime/supervisor/supervisor_internal.h"
 
 static enum cm_status text_seal(const char *name, const char *text, size_t bytes, int *ret_fd,
                                 struct cm_error *err)
 {
-    int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd < 0 || write(fd, text, bytes) != (ssize_t)bytes ||
-        fcntl(fd, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
-        int error_number = errno;
-        if (fd >= 0) {
-            close(fd);
-        }
-        return cm_error_errno(err, error_number, "CM-SUP-MEASURE", "cannot seal the %s", name);
-    }
-    *ret_fd = fd;
-    return CM_OK;
+    *ret_fd = cm_memfd_sealed(name, text, bytes);
+    return *ret_fd >= 0 ? CM_OK
+                        : cm_error_errno(err, errno, "CM-SUP-MEASURE", "cannot seal the %s", name);
 }
 
 enum cm_status measure_open(struct service *service, struct cm_error *err)

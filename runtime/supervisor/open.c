@@ -77,7 +77,7 @@ static enum cm_status tpm_open(struct service *service, struct cm_error *err)
 {
     char path[CM_CONFIG_TEXT_BYTES + 32];
     int ends[2];
-    if (strcmp(service->configuration->tpm, "development") != 0) {
+    if (!cm_config_tpm_development(service->configuration->tpm)) {
         return cm_config_tpm_open(service->configuration->tpm, &service->tpm_fd, err);
     }
     service->keeper_config.development_tpm = 1;

@@ -164,7 +164,6 @@ void measure_send(struct service *service, struct child *keeper);
 
 /* evidence.c */
 bool evidence_fresh(const struct service *service, uint64_t now);
-void evidence_request(struct service *service, uint64_t now);
 void evidence_tick(struct service *service, uint64_t now);
 void on_quote(struct service *service, struct child *gateway);
 void on_evidence(struct service *service);

@@ -8,6 +8,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "runtime/base/hex.h"
+
 static uint64_t now_us(void)
 {
     struct timespec now;
@@ -130,9 +132,7 @@ static void hello_make(struct cm_worker *worker)
         snprintf(hello->model_name, sizeof(hello->model_name), "%.*s", (int)name->size,
                  name->bytes);
     }
-    for (size_t i = 0; i < CM_DIGEST_BYTES; i++) {
-        snprintf(hello->package_digest + 2 * i, 3, "%02x", digest[i]);
-    }
+    cm_hex_write(digest, CM_DIGEST_BYTES, hello->package_digest);
     snprintf(hello->device, sizeof(hello->device), "%.62s", facts.name);
     hello->context_max = worker->limits.context_max;
     hello->vocabulary = worker->manifest.vocabulary;

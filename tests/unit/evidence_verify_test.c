@@ -1,13 +1,10 @@
 /* One negative vector for each check of the verifier, made by an attacker who holds the node's own
  * attestation key, so that the signature is right wherever it is not the thing that is wrong. */
 #include <criterion/criterion.h>
-#include <openssl/core_names.h>
-#include <openssl/ec.h>
-#include <openssl/ecdsa.h>
-#include <openssl/evp.h>
 
 #include "loader/evidence/verify.h"
 #include "loader/tpm/internal.h"
+#include "tests/unit/p256.h"
 
 #define NOW 1800000000u
 
@@ -28,34 +25,11 @@ struct scene {
 static struct scene s;
 static struct cm_error err;
 
-static void sign(EVP_PKEY *key, const uint8_t digest[32], uint8_t ret[64])
-{
-    uint8_t der[80];
-    size_t size = sizeof(der);
-    EVP_PKEY_CTX *signer = EVP_PKEY_CTX_new(key, NULL);
-    cr_assert(EVP_PKEY_sign_init(signer) == 1 &&
-              EVP_PKEY_sign(signer, der, &size, digest, 32) == 1);
-    EVP_PKEY_CTX_free(signer);
-    const uint8_t *at = der;
-    ECDSA_SIG *pair = d2i_ECDSA_SIG(NULL, &at, (long)size);
-    BN_bn2binpad(ECDSA_SIG_get0_r(pair), ret, 32);
-    BN_bn2binpad(ECDSA_SIG_get0_s(pair), ret + 32, 32);
-    ECDSA_SIG_free(pair);
-}
-
-static void point_of(EVP_PKEY *key, uint8_t ret[CM_PUBLIC_KEY_BYTES])
-{
-    size_t used;
-    cr_assert_eq(EVP_PKEY_get_octet_string_param(key, OSSL_PKEY_PARAM_PUB_KEY, ret,
-                                                 CM_PUBLIC_KEY_BYTES, &used),
-                 1);
-}
-
 static uint32_t public_make(EVP_PKEY *key, uint32_t attributes, bool decrypts, uint8_t *ret)
 {
     uint8_t point[CM_PUBLIC_KEY_BYTES], area[256];
     struct cm_be body = {area, sizeof(area), 0, false}, whole = {ret, 512, 0, false};
-    point_of(key, point);
+    p256_point(key, point);
     cm_be_u16(&body, CM_TPM_ALG_ECC);
     cm_be_u16(&body, CM_TPM_ALG_SHA256);
     cm_be_u32(&body, attributes);
@@ -86,7 +60,7 @@ static void enrolment_make(uint32_t ak_attributes)
     cr_assert_eq(cm_tpm_name(e->ek_public, e->ek_public_bytes, name, &err), CM_OK);
     memcpy(e->node, name + 2, CM_DIGEST_BYTES);
     cr_assert_eq(cm_enrolment_digest(e, digest, &err), CM_OK);
-    sign(s.ak, digest, e->signature);
+    p256_sign(s.ak, digest, e->signature);
     EVP_PKEY_free(ek);
     EVP_PKEY_free(srk);
 }
@@ -112,7 +86,7 @@ static void scene_make(void)
     s.hash = CM_TPM_ALG_SHA256;
     s.selected = 1u << 14 | 1u << 7;
     struct cm_evidence *e = &s.evidence;
-    *e = (struct cm_evidence){.kind = CM_EVIDENCE_SESSION,
+    *e = (struct cm_evidence){.kind = CM_QUOTE_SESSION,
                               .mode = CM_ATTEST_RESTARTABLE,
                               .made_unix_s = NOW,
                               .pcr_count = 2,
@@ -121,8 +95,8 @@ static void scene_make(void)
     memset(e->tls_key_digest, 2, 32);
     memset(e->exporter, 3, 32);
     memset(e->core_digest, 4, 32);
-    point_of(s.owner, e->owner_key);
-    sign(s.owner, e->core_digest, e->owner_signature);
+    p256_point(s.owner, e->owner_key);
+    p256_sign(s.owner, e->core_digest, e->owner_signature);
     enrolment_make(CM_TPM_AK_ATTRIBUTES);
     log_make();
     memcpy(s.live.nonce, e->nonce, 32);
@@ -177,7 +151,7 @@ static void scene_seal(void)
     cm_be_sized(&be, digest, 32);
     e->attest_bytes = (uint32_t)be.used;
     EVP_Digest(e->attest, e->attest_bytes, digest, NULL, EVP_sha256(), NULL);
-    sign(s.ak, digest, e->attest_signature);
+    p256_sign(s.ak, digest, e->attest_signature);
 }
 
 static void scene_done(void)
@@ -246,7 +220,7 @@ static void ak_other(void)
 }
 static void boot_kind(void)
 {
-    s.evidence.kind = CM_EVIDENCE_BOOT;
+    s.evidence.kind = CM_QUOTE_BOOT;
 }
 static void nonce_other(void)
 {
@@ -335,7 +309,7 @@ static void development(void)
     uint8_t digest[CM_DIGEST_BYTES];
     s.enrolment.development = true;
     cr_assert_eq(cm_enrolment_digest(&s.enrolment, digest, &err), CM_OK);
-    sign(s.ak, digest, s.enrolment.signature);
+    p256_sign(s.ak, digest, s.enrolment.signature);
 }
 static void development_allowed(void)
 {
@@ -358,7 +332,7 @@ static void attest_longer(void)
     uint8_t digest[CM_DIGEST_BYTES];
     s.evidence.attest[s.evidence.attest_bytes++] = 0;
     EVP_Digest(s.evidence.attest, s.evidence.attest_bytes, digest, NULL, EVP_sha256(), NULL);
-    sign(s.ak, digest, s.evidence.attest_signature);
+    p256_sign(s.ak, digest, s.evidence.attest_signature);
 }
 static void log_cut(void)
 {

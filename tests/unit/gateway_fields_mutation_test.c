@@ -9,6 +9,7 @@
 #include "runtime/base/cursor.h"
 #include "runtime/gateway/request.h"
 #include "runtime/gateway/text.h"
+#include "tests/unit/random.h"
 
 #define MUTATIONS  60000
 #define BODY_MAX   8192
@@ -75,16 +76,6 @@ static const char *const hostile[] = {
     "xxxxxxxxxxxxxxxxxxxx\""};
 #define HOSTILE_COUNT (sizeof(hostile) / sizeof(hostile[0]))
 #define WELL_FORMED   33 /* the first of them, most */
-
-static uint64_t random_state;
-
-static size_t below(size_t bound) /* splitmix64 */
-{
-    uint64_t value = random_state += 0x9e3779b97f4a7c15;
-    value = (value ^ value >> 30) * 0xbf58476d1ce4e5b9;
-    value = (value ^ value >> 27) * 0x94d049bb133111eb;
-    return (size_t)((value ^ value >> 31) % bound);
-}
 
 struct token {
     const char *at;

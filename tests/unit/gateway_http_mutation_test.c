@@ -11,6 +11,7 @@
 #include <strings.h>
 
 #include "runtime/gateway/http.h"
+#include "tests/unit/random.h"
 
 #define MUTATIONS 60000
 #define INPUT_MAX 4096
@@ -34,16 +35,6 @@ struct outcome {
     size_t body_bytes;
     uint8_t body[BODY_MAX];
 };
-
-static uint64_t random_state;
-
-static size_t below(size_t bound) /* splitmix64 */
-{
-    uint64_t value = random_state += 0x9e3779b97f4a7c15;
-    value = (value ^ value >> 30) * 0xbf58476d1ce4e5b9;
-    value = (value ^ value >> 27) * 0x94d049bb133111eb;
-    return (size_t)((value ^ value >> 31) % bound);
-}
 
 /* ------------------------------------------------------------------ the oracle */
 

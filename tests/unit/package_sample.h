@@ -10,12 +10,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <openssl/core_names.h>
-#include <openssl/ec.h>
-#include <openssl/ecdsa.h>
-#include <openssl/evp.h>
-
 #include "loader/package/write.h"
+#include "tests/unit/p256.h"
 
 #define SAMPLE_VOCABULARY 8u
 
@@ -39,18 +35,8 @@ static inline enum cm_status sample_sign(void *context, const uint8_t digest[CM_
                                          uint8_t ret_signature[CM_PACKAGE_SIGNATURE_BYTES],
                                          struct cm_error *err)
 {
-    uint8_t der[80];
-    size_t der_bytes = sizeof(der);
     (void)err;
-    EVP_PKEY_CTX *signer = EVP_PKEY_CTX_new(context, NULL);
-    cr_assert(EVP_PKEY_sign_init(signer) == 1 &&
-              EVP_PKEY_sign(signer, der, &der_bytes, digest, CM_DIGEST_BYTES) == 1);
-    EVP_PKEY_CTX_free(signer);
-    const uint8_t *at = der;
-    ECDSA_SIG *pair = d2i_ECDSA_SIG(NULL, &at, (long)der_bytes);
-    cr_assert_eq(BN_bn2binpad(ECDSA_SIG_get0_r(pair), ret_signature, 32), 32);
-    cr_assert_eq(BN_bn2binpad(ECDSA_SIG_get0_s(pair), ret_signature + 32, 32), 32);
-    ECDSA_SIG_free(pair);
+    p256_sign(context, digest, ret_signature);
     return CM_OK;
 }
 
@@ -114,10 +100,7 @@ static inline void sample_make(struct sample *sample, uint32_t suite, uint64_t p
         snprintf(sample->folder, sizeof(sample->folder), "/tmp/casemate-package-XXXXXX");
         cr_assert_not_null(mkdtemp(sample->folder));
         sample->owner = EVP_EC_gen("P-256");
-        size_t used;
-        cr_assert_eq(EVP_PKEY_get_octet_string_param(sample->owner, OSSL_PKEY_PARAM_PUB_KEY,
-                                                     sample->owner_key, CM_PUBLIC_KEY_BYTES, &used),
-                     1);
+        p256_point(sample->owner, sample->owner_key);
     }
     snprintf(sample->path, sizeof(sample->path), "%s/%s", sample->folder, name);
     for (size_t i = 0; i < CM_KEY_BYTES; i++) {

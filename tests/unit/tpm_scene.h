@@ -11,14 +11,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <openssl/core_names.h>
-#include <openssl/ec.h>
-#include <openssl/ecdsa.h>
-#include <openssl/evp.h>
-
 #include "loader/package/package.h"
 #include "loader/tpm/tpm.h"
 #include "loader/tpm/tpm_internal.h"
+#include "tests/unit/p256.h"
 
 struct scene {
     pid_t pid;
@@ -92,39 +88,22 @@ static inline int state_new(void)
     return fd;
 }
 
-static inline void sign(EVP_PKEY *key, const uint8_t digest[CM_DIGEST_BYTES], uint8_t ret[64])
-{
-    uint8_t der[80];
-    size_t size = sizeof(der);
-    EVP_PKEY_CTX *signer = EVP_PKEY_CTX_new(key, NULL);
-    cr_assert(EVP_PKEY_sign_init(signer) == 1 &&
-              EVP_PKEY_sign(signer, der, &size, digest, CM_DIGEST_BYTES) == 1);
-    EVP_PKEY_CTX_free(signer);
-    const uint8_t *at = der;
-    ECDSA_SIG *pair = d2i_ECDSA_SIG(NULL, &at, (long)size);
-    BN_bn2binpad(ECDSA_SIG_get0_r(pair), ret, 32);
-    BN_bn2binpad(ECDSA_SIG_get0_s(pair), ret + 32, 32);
-    ECDSA_SIG_free(pair);
-}
-
 static inline void state_sign(struct scene *s, struct cm_policy_state *state)
 {
     uint8_t digest[CM_DIGEST_BYTES];
     cr_assert_eq(cm_policy_state_to_sign(state, digest, NULL), CM_OK);
-    sign(s->authority, digest, state->signature);
+    p256_sign(s->authority, digest, state->signature);
 }
 
 static inline void scene_make(struct scene *s, int state_fd)
 {
     struct cm_error err;
-    size_t used;
     memset(s, 0, sizeof(*s));
     tpm_start(s, state_fd);
     cr_assert_eq(cm_tpm_provision(s->tpm, "node", true, &s->enrolment, &err), CM_OK, "%s",
                  err.text);
     s->authority = EVP_EC_gen("P-256");
-    EVP_PKEY_get_octet_string_param(s->authority, OSSL_PKEY_PARAM_PUB_KEY, s->authority_key,
-                                    CM_PUBLIC_KEY_BYTES, &used);
+    p256_point(s->authority, s->authority_key);
     memset(s->key, 0x77, sizeof(s->key));
     cr_assert_eq(cm_seal_to_node(&s->enrolment, s->authority_key, "test", s->key, s->payload,
                                  sizeof(s->payload), &s->payload_bytes, &err),

@@ -1,0 +1,13 @@
+/* Small files in memory that nobody can change any more: what one role hands another. */
+#ifndef CASEMATE_RUNTIME_BASE_SEALED_H
+#define CASEMATE_RUNTIME_BASE_SEALED_H
+
+#include <fcntl.h>
+#include <stddef.h>
+
+#define CM_SEALS_ALL (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+
+/* A close-on-exec memfd of these bytes, sealed, at offset 0; -1 and errno on error. */
+int cm_memfd_sealed(const char *name, const void *bytes, size_t size);
+
+#endif
