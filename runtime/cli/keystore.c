@@ -214,12 +214,11 @@ enum cm_status key_store_revoke(struct key_store *store, const char *id, struct 
 {
     sqlite3_stmt *update = NULL;
     int changed = 0;
-    bool good =
-        sqlite3_exec(store->db, "BEGIN IMMEDIATE", NULL, NULL, NULL) == SQLITE_OK &&
-        sqlite3_prepare_v2(store->db,
-                           "UPDATE keys SET revoked_unix_s = ? WHERE lower(cm_hex_write(id)) = ? "
-                           "AND revoked_unix_s = 0",
-                           -1, &update, NULL) == SQLITE_OK;
+    bool good = sqlite3_exec(store->db, "BEGIN IMMEDIATE", NULL, NULL, NULL) == SQLITE_OK &&
+                sqlite3_prepare_v2(store->db,
+                                   "UPDATE keys SET revoked_unix_s = ? WHERE lower(hex(id)) = ? "
+                                   "AND revoked_unix_s = 0",
+                                   -1, &update, NULL) == SQLITE_OK;
     if (good) {
         sqlite3_bind_int64(update, 1, time(NULL));
         sqlite3_bind_text(update, 2, id, -1, SQLITE_STATIC);
@@ -247,7 +246,7 @@ enum cm_status key_store_list(struct key_store *store,
     sqlite3_stmt *query = NULL;
     int step;
     if (sqlite3_prepare_v2(store->db,
-                           "SELECT lower(cm_hex_write(id)), name, created_unix_s, expires_unix_s, "
+                           "SELECT lower(hex(id)), name, created_unix_s, expires_unix_s, "
                            "revoked_unix_s FROM keys ORDER BY created_unix_s, id",
                            -1, &query, NULL) != SQLITE_OK) {
         return database_refuse(store, "read", err);
