@@ -9,6 +9,7 @@
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "runtime/base/sealed.h"
@@ -80,30 +81,37 @@ static enum cm_status elf_load(int fd, const char *name, struct cm_elf *ret_elf,
     return status;
 }
 
-/* Take an open file into the store; closes source. */
+/* Take a sealed file into the store, which owns it from then on. */
+static enum cm_status store_take(struct cm_image_store *store, int fd, const char *name,
+                                 uint8_t *ret_index, struct cm_error *err)
+{
+    struct cm_image_file *file = &store->files[store->count];
+    if (store->count == CM_STORE_FILES_MAX || strlen(name) >= sizeof(file->name)) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-IMAGE-FILE", "too many files, or name: %s", name);
+    }
+    enum cm_status status = elf_load(fd, name, &file->elf, err);
+    if (status == CM_OK) {
+        snprintf(file->name, sizeof(file->name), "%s", name);
+        file->fd = fd;
+        *ret_index = (uint8_t)store->count++;
+    }
+    return status;
+}
+
+/* Copy an open file into the store; closes source. */
 static enum cm_status store_add(struct cm_image_store *store, int source, const char *name,
                                 uint8_t *ret_index, struct cm_error *err)
 {
-    enum cm_status status = CM_OK;
-    struct cm_image_file *file = &store->files[store->count];
-    if (store->count == CM_STORE_FILES_MAX || strlen(name) >= sizeof(file->name)) {
-        status =
-            cm_error_set(err, CM_E_CONFIG, "CM-IMAGE-FILE", "too many files, or name: %s", name);
-    } else {
-        status = copy_seal(source, name, &file->fd, err);
-    }
+    int fd = -1;
+    enum cm_status status = copy_seal(source, name, &fd, err);
     close(source);
-    if (status != CM_OK) {
-        return status;
+    if (status == CM_OK) {
+        status = store_take(store, fd, name, ret_index, err);
+        if (status != CM_OK) {
+            close(fd);
+        }
     }
-    status = elf_load(file->fd, name, &file->elf, err);
-    if (status != CM_OK) {
-        close(file->fd);
-        return status;
-    }
-    snprintf(file->name, sizeof(file->name), "%s", name);
-    *ret_index = (uint8_t)store->count++;
-    return CM_OK;
+    return status;
 }
 
 static enum cm_status library_find(struct cm_image_store *store, const char *name,
@@ -219,19 +227,128 @@ uint32_t cm_image_fds(const struct cm_image_store *store, const struct cm_image 
     return image->count;
 }
 
-void cm_image_exec(const struct cm_image *image, const char *program)
+void cm_image_exec(const struct cm_image *image, char *const *arguments, char *const *environment)
 {
     char preload[CM_IMAGE_FILES_MAX * 20] = "", path[32];
+    char *loaded[CM_IMAGE_ARGUMENTS_MAX + 8] = {
+        arguments[0], "--inhibit-cache", "--preload", preload, "--argv0", arguments[0], path};
     size_t used = 0;
-    char *const environment[] = {NULL};
-    char *const plain[] = {(char *)program, NULL};
-    char *const loaded[] = {(char *)program, "--inhibit-cache", "--preload", preload,
-                            "--argv0",       (char *)program,   path,        NULL};
+    for (size_t i = 1; arguments[i] != NULL; i++) {
+        if (i == CM_IMAGE_ARGUMENTS_MAX) {
+            errno = E2BIG;
+            return;
+        }
+        loaded[6 + i] = arguments[i];
+    }
     for (uint32_t i = 2; i < image->count; i++) {
         used += (size_t)snprintf(preload + used, sizeof(preload) - used, "%s/proc/self/fd/%u",
                                  i == 2 ? "" : ":", CM_IMAGE_FD_FIRST + i);
     }
     snprintf(path, sizeof(path), "/proc/self/fd/%d", CM_IMAGE_FD_FIRST);
     syscall(SYS_execveat, CM_IMAGE_FD_FIRST + (image->dynamic ? 1 : 0), "",
-            image->dynamic ? loaded : plain, environment, AT_EMPTY_PATH);
+            image->dynamic ? loaded : arguments, environment, AT_EMPTY_PATH);
+}
+
+static enum cm_status own_refuse(struct cm_error *err, const char *what)
+{
+    return cm_error_set(err, CM_E_POLICY, "CM-IMAGE-OWN",
+                        "this program does not run from its sealed, measured copy (%s): start it "
+                        "with `casemate serve`",
+                        what);
+}
+
+/* The name that a memfd was made with: "/memfd:NAME (deleted)". */
+static bool memfd_name(int fd, char ret_name[static CM_ELF_NAME_BYTES])
+{
+    static const char before[] = "/memfd:", after[] = " (deleted)";
+    char path[32], link[CM_ELF_NAME_BYTES + sizeof(before) + sizeof(after)];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    ssize_t size = readlink(path, link, sizeof(link));
+    ssize_t name = size - (ssize_t)(sizeof(before) - 1) - (ssize_t)(sizeof(after) - 1);
+    if (name <= 0 || name >= (ssize_t)CM_ELF_NAME_BYTES ||
+        memcmp(link, before, sizeof(before) - 1) != 0 ||
+        memcmp(link + size - (sizeof(after) - 1), after, sizeof(after) - 1) != 0) {
+        return false;
+    }
+    memcpy(ret_name, link + sizeof(before) - 1, (size_t)name);
+    ret_name[name] = '\0';
+    return true;
+}
+
+/* Which file of the image holds this mapped code; -1: none. */
+static int mapping_find(const struct cm_image_store *store, const struct cm_image *image, dev_t dev,
+                        unsigned long long inode)
+{
+    struct stat facts;
+    for (uint32_t i = 0; i < image->count; i++) {
+        if (fstat(store->files[image->files[i]].fd, &facts) == 0 && facts.st_dev == dev &&
+            facts.st_ino == inode) {
+            return (int)i;
+        }
+    }
+    return -1;
+}
+
+/* All code of this process is the image's, and this very function is the program's. */
+static enum cm_status mappings_check(const struct cm_image_store *store,
+                                     const struct cm_image *image, struct cm_error *err)
+{
+    char line[512];
+    bool found = false;
+    enum cm_status status = CM_OK;
+    FILE *maps = fopen("/proc/self/maps", "re");
+    if (maps == NULL) {
+        return cm_error_errno(err, errno, "CM-IMAGE-OWN", "cannot read our mappings");
+    }
+    while (status == CM_OK && fgets(line, sizeof(line), maps) != NULL) {
+        unsigned long begin, end;
+        unsigned major, minor;
+        unsigned long long inode;
+        char permissions[5], path[256] = "";
+        if (sscanf(line, "%lx-%lx %4s %*x %x:%x %llu %255[^\n]", &begin, &end, permissions, &major,
+                   &minor, &inode, path) < 6 ||
+            permissions[2] != 'x' || strcmp(path, "[vdso]") == 0 ||
+            strcmp(path, "[vsyscall]") == 0) {
+            continue;
+        }
+        int file = mapping_find(store, image, makedev(major, minor), inode);
+        unsigned long here = (unsigned long)(uintptr_t)&mappings_check;
+        found = found || (file == 0 && here >= begin && here < end);
+        if (file < 0) {
+            status = own_refuse(err, path[0] != '\0' ? path : "code that no file holds");
+        }
+    }
+    fclose(maps);
+    return status == CM_OK && !found ? own_refuse(err, "the program is another") : status;
+}
+
+enum cm_status cm_image_adopt(struct cm_image_store *store, struct cm_image *ret_image,
+                              struct cm_error *err)
+{
+    struct cm_image image = {.count = 0};
+    enum cm_status status = CM_OK;
+    for (int fd = CM_IMAGE_FD_FIRST; status == CM_OK && fcntl(fd, F_GETFD) >= 0; fd++) {
+        char name[CM_ELF_NAME_BYTES];
+        int seals = fcntl(fd, F_GET_SEALS);
+        uint8_t index;
+        if (seals < 0 || (seals & CM_SEALS_ALL) != CM_SEALS_ALL || !memfd_name(fd, name) ||
+            fcntl(fd, F_SETFD, FD_CLOEXEC) != 0) {
+            return own_refuse(err, "a descriptor of it is not sealed memory");
+        }
+        status = store_take(store, fd, name, &index, err);
+        if (status == CM_OK) {
+            status = image_add(&image, index, err);
+        }
+    }
+    if (status == CM_OK && image.count == 0) {
+        status = own_refuse(err, "it was started by its path");
+    }
+    if (status == CM_OK) {
+        image.dynamic = store->files[image.files[0]].elf.interpreter[0] != '\0';
+        status = mappings_check(store, &image, err);
+    }
+    if (status == CM_OK) {
+        *ret_image = image;
+    }
+    return status;
 }

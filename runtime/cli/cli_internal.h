@@ -46,6 +46,8 @@ CM_MUST_USE enum cm_status cli_file_write(const char *path, const void *bytes, s
 /* Folder of our own executable plus name. */
 CM_MUST_USE enum cm_status cli_program_path(const char *name, char *ret_path, size_t size,
                                             struct cm_error *err);
+/* That folder, as a close-on-exec O_PATH descriptor. */
+CM_MUST_USE enum cm_status cli_programs_open(int *ret_fd, struct cm_error *err);
 
 /* The head of the package at `path`, parsed; authenticates nothing. Fails: PACKAGE. */
 struct cm_package_head;

@@ -10,6 +10,9 @@
 #include <unistd.h>
 
 #include "runtime/cli/cli_internal.h"
+#include "sandbox/image.h"
+
+#define ENVIRONMENT_MAX 256u
 
 enum cm_status command_version(struct words *words, struct cm_error *err)
 {
@@ -23,12 +26,63 @@ enum cm_status command_version(struct words *words, struct cm_error *err)
     return CM_OK;
 }
 
+/* What the supervisor may know of our environment. An allow list: the loader and libc obey others,
+ * and would bring in code or behaviour that nobody has measured. */
+static bool environment_passes(const char *entry)
+{
+    static const char *const names[] = {"CASEMATE_",      "HOME=",         "XDG_STATE_HOME=",
+                                        "NOTIFY_SOCKET=", "WATCHDOG_PID=", "WATCHDOG_USEC="};
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        if (strncmp(entry, names[i], strlen(names[i])) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Execute a sealed copy of the supervisor, which measures the descriptors that it runs from. */
+static enum cm_status supervisor_exec(char *const *arguments, struct cm_error *err)
+{
+    static struct cm_image_store store;
+    static char *environment[ENVIRONMENT_MAX + 1];
+    struct cm_image image;
+    int folder = -1, fds[CM_IMAGE_FILES_MAX], high[CM_IMAGE_FILES_MAX + 1];
+    size_t used = 0;
+    enum cm_status status = cli_programs_open(&folder, err);
+    if (status == CM_OK) {
+        status = cm_image_load(&store, folder, arguments[0], &image, err);
+    }
+    if (status != CM_OK) {
+        return status;
+    }
+    for (char **entry = environ; *entry != NULL && used < ENVIRONMENT_MAX; entry++) {
+        if (environment_passes(*entry)) {
+            environment[used++] = *entry;
+        }
+    }
+    uint32_t count = cm_image_fds(&store, &image, fds);
+    /* Out of the way first: no order of dup2 can then clobber. */
+    bool good = true;
+    for (uint32_t i = 0; i <= count; i++) {
+        high[i] = fcntl(i < count ? fds[i] : folder, F_DUPFD_CLOEXEC, CM_IMAGE_FD_FIRST + 64);
+        good = good && high[i] >= 0;
+    }
+    for (uint32_t i = 0; good && i < count; i++) {
+        good = dup2(high[i], CM_IMAGE_FD_FIRST + (int)i) >= 0;
+    }
+    good = good && dup2(high[count], CM_IMAGE_FD_FOLDER) >= 0 &&
+           close_range(CM_IMAGE_FD_FIRST + count, ~0u, 0) == 0;
+    if (good) {
+        cm_image_exec(&image, arguments, environment);
+    }
+    return cm_error_errno(err, errno, "CM-CLI-EXEC", "cannot run %s", arguments[0]);
+}
+
 enum cm_status command_serve(struct words *words, struct cm_error *err)
 {
     static struct cm_config_arguments arguments;
     static struct cm_configuration configuration;
     struct key_store *store = NULL;
-    char path[4200];
     enum cm_status status =
         cm_config_arguments_load(words->count, words->at, &arguments, &configuration, err);
     if (status == CM_OK) {
@@ -41,16 +95,12 @@ enum cm_status command_serve(struct words *words, struct cm_error *err)
         status = key_store_publish(store, err);
     }
     key_store_close(store);
-    if (status == CM_OK) {
-        status = cli_program_path("casemate-supervisor", path, sizeof(path), err);
-    }
     if (status != CM_OK) {
         return status;
     }
-    char *argv[130] = {(char *)"casemate-supervisor"};
+    char *argv[CM_IMAGE_ARGUMENTS_MAX] = {(char *)"casemate-supervisor"};
     memcpy(argv + 1, words->at, (size_t)words->count * sizeof(char *));
-    execv(path, argv);
-    return cm_error_errno(err, errno, "CM-CLI-EXEC", "cannot run %s", path);
+    return supervisor_exec(argv, err);
 }
 
 /* The state folder of --config/--state and the like. */

@@ -74,6 +74,18 @@ enum cm_status cli_program_path(const char *name, char *ret_path, size_t size, s
     return CM_OK;
 }
 
+enum cm_status cli_programs_open(int *ret_fd, struct cm_error *err)
+{
+    char path[4200];
+    enum cm_status status = cli_program_path("", path, sizeof(path), err);
+    if (status == CM_OK) {
+        *ret_fd = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+        status = *ret_fd >= 0 ? CM_OK
+                              : cm_error_errno(err, errno, "CM-CLI-OPEN", "cannot open %s", path);
+    }
+    return status;
+}
+
 enum cm_status cli_package_head(const char *path, struct cm_package_head *ret_head,
                                 struct cm_error *err)
 {

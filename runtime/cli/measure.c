@@ -18,18 +18,6 @@
 static const char *const programs[] = {"casemate-supervisor", "casemate-gateway", "casemate-worker",
                                        "casemate-keeper", "casemate-devtpm"};
 
-static enum cm_status folder_open(int *ret_fd, struct cm_error *err)
-{
-    char path[4200];
-    enum cm_status status = cli_program_path("", path, sizeof(path), err);
-    if (status == CM_OK) {
-        *ret_fd = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
-        status = *ret_fd >= 0 ? CM_OK
-                              : cm_error_errno(err, errno, "CM-CLI-OPEN", "cannot open %s", path);
-    }
-    return status;
-}
-
 static enum cm_status program_add(struct cm_image_store *store, struct cm_digest_cache *digests,
                                   int folder, const char *program,
                                   struct cm_measurement *measurement, struct cm_error *err)
@@ -58,7 +46,7 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
     bool development = cm_config_tpm_development(configuration->tpm);
     size_t count = sizeof(programs) / sizeof(programs[0]) - (development ? 0 : 1);
     ret_measurement->count = 0;
-    enum cm_status status = folder_open(&folder, err);
+    enum cm_status status = cli_programs_open(&folder, err);
     for (size_t i = 0; status == CM_OK && i < count; i++) {
         status = program_add(&store, &digests, folder, programs[i], ret_measurement, err);
     }

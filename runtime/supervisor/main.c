@@ -2,31 +2,24 @@
  *
  * It parses the configuration and nothing else; request bytes, weights and keys never pass through
  * it, descriptors do. */
-#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
 
 #include "policies/config/arguments.h"
 #include "runtime/supervisor/supervisor_internal.h"
 
-/* The role programs lie beside our own executable. */
-static enum cm_status programs_open(int *ret_fd, struct cm_error *err)
+/* The role programs lie in the folder that `casemate serve` has opened for us. */
+static enum cm_status programs_take(int *ret_fd, struct cm_error *err)
 {
-    char path[4096];
-    ssize_t size = readlink("/proc/self/exe", path, sizeof(path) - 1);
-    if (size <= 0) {
-        return cm_error_errno(err, errno, "CM-SUP-PROGRAM", "cannot find our own folder");
+    struct stat facts;
+    if (fstat(CM_IMAGE_FD_FOLDER, &facts) != 0 || !S_ISDIR(facts.st_mode) ||
+        fcntl(CM_IMAGE_FD_FOLDER, F_SETFD, FD_CLOEXEC) != 0) {
+        return cm_error_set(err, CM_E_USAGE, "CM-SUP-PROGRAM",
+                            "the folder of the programs is not open: start with `casemate serve`");
     }
-    path[size] = '\0';
-    *strrchr(path, '/') = '\0';
-    int fd = open(path[0] != '\0' ? path : "/", O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) {
-        return cm_error_errno(err, errno, "CM-SUP-PROGRAM", "cannot open %s", path);
-    }
-    *ret_fd = fd;
+    *ret_fd = CM_IMAGE_FD_FOLDER;
     return CM_OK;
 }
 
@@ -37,13 +30,13 @@ int main(int argc, char **argv)
     static struct cm_config_arguments arguments;
     struct cm_error err;
     int programs_fd = -1;
-    enum cm_status status =
-        cm_config_arguments_load(argc - 1, argv + 1, &arguments, &configuration, &err);
+    (void)prctl(PR_SET_NAME, "casemate-supervisor"); /* else the loader's descriptor number */
+    enum cm_status status = programs_take(&programs_fd, &err);
     if (status == CM_OK) {
-        status = cm_config_complete(&configuration, arguments.path, &err);
+        status = cm_config_arguments_load(argc - 1, argv + 1, &arguments, &configuration, &err);
     }
     if (status == CM_OK) {
-        status = programs_open(&programs_fd, &err);
+        status = cm_config_complete(&configuration, arguments.path, &err);
     }
     if (status == CM_OK) {
         status = service_open(&service, &configuration, programs_fd, &err);

@@ -403,11 +403,10 @@ static void children_kill(struct service *service)
     service->end = why;
 }
 
-/* Every program that will run, copied and sealed once: replacements run the same bytes. */
+/* Every role that will run, copied and sealed once: replacements run the same bytes. */
 static enum cm_status images_load(struct service *service, struct cm_error *err)
 {
-    enum cm_status status = cm_image_load(&service->store, service->programs_fd,
-                                          "casemate-supervisor", &service->image, err);
+    enum cm_status status = CM_OK;
     for (size_t i = 0; status == CM_OK && i < CHILD_COUNT; i++) {
         struct child *child = &service->children[i];
         if (child->role != CM_ROLE_DEVTPM || service->keeper_config.development_tpm == 1) {
@@ -436,7 +435,10 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     child_init(&service->children[CHILD_KEEPER], CM_ROLE_KEEPER, "keeper", "casemate-keeper");
     child_init(&service->children[CHILD_DEVTPM], CM_ROLE_DEVTPM, "devtpm", "casemate-devtpm");
     state_reason_set(service, "loading");
-    enum cm_status status = service_files_open(service, err);
+    enum cm_status status = cm_image_adopt(&service->store, &service->image, err);
+    if (status == CM_OK) {
+        status = service_files_open(service, err);
+    }
     if (status == CM_OK) {
         status = images_load(service, err);
     }

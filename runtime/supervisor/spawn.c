@@ -59,6 +59,8 @@ __attribute__((noreturn)) static void child_run(const char *program, const struc
 {
     static const char lost[] = "{\"level\":\"error\",\"event\":\"exec_failed\"}\n";
     const struct rlimit none = {0, 0};
+    char *const arguments[] = {(char *)program, NULL};
+    char *const environment[] = {NULL};
     /* Here: own namespaces and the cgroup (clone3 instead of fork), and the wait for "go". */
     setsid();
     umask(077);
@@ -74,7 +76,7 @@ __attribute__((noreturn)) static void child_run(const char *program, const struc
     setrlimit(RLIMIT_CORE, &none);
     /* Here: the other limits, capabilities, no new namespaces, no_new_privs, Landlock; the role
      * itself allocates its memory and sets the filter before it says READY. */
-    cm_image_exec(image, program);
+    cm_image_exec(image, arguments, environment);
     ssize_t written = write(CM_FD_LOG, lost, sizeof(lost) - 1);
     (void)written;
     _exit(127);

@@ -78,9 +78,9 @@ enum service_phase { SERVICE_RUN, SERVICE_DRAIN, SERVICE_STOP };
 struct service {
     const struct cm_configuration *configuration;
     struct cm_log log;
-    int programs_fd; /* folder of our own executable */
+    int programs_fd; /* folder of the role programs */
     struct cm_image_store store;
-    struct cm_image image;       /* our own, to be measured */
+    struct cm_image image;       /* that we were started from, to be measured */
     int sealed_fd, device_id_fd; /* what is measured beside programs */
     int listener_fd, package_fd, tpm_fd, devtpm_end_fd, devtpm_state_fd, head_fd, signal_fd;
     int run_fd; /* <state>/run */

@@ -20,7 +20,8 @@ class Service:
         self.state = folder / "state"
         self.bin.mkdir()
         self.state.mkdir()
-        shutil.copy(build / "bin" / "casemate-supervisor", self.bin)
+        for name in ("casemate", "casemate-supervisor"):
+            shutil.copy(build / "bin" / name, self.bin)
         for role in ROLES:
             shutil.copy(build / "harness" / "role_double", self.bin / f"casemate-{role}")
         for name in ("owner", "policy"):
@@ -42,7 +43,7 @@ class Service:
 
     def start(self, *more):
         self.process = subprocess.Popen(
-            [self.bin / "casemate-supervisor", "--config", self.state / "casemate.yaml", *more],
+            [self.bin / "casemate", "serve", "--config", self.state / "casemate.yaml", *more],
             stdout=subprocess.PIPE, stderr=open(self.errors, "wb"))
         return self
 
@@ -297,3 +298,75 @@ def test_what_is_missing_is_named(service, change, code, text):
     service.start()
     assert service.process.wait(10) == code
     assert text in service.log() and not service.events()
+
+
+def image_exec(service, seal=True, preload=()):
+    """Execute the supervisor as `casemate serve` does, but with what an attacker would change."""
+    import fcntl
+    program = service.bin / "casemate-supervisor"
+    needed = re.findall(r"\(NEEDED\).*\[(.+?)\]", subprocess.run(
+        ["readelf", "-d", program], capture_output=True, text=True, check=True).stdout)
+    libraries = [f"/lib/x86_64-linux-gnu/{name}" for name in needed if not name.startswith("ld-")]
+    files = [program, "/lib64/ld-linux-x86-64.so.2", *libraries]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            error = os.open(service.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(error, 2)
+            os.dup2(os.open(service.bin, os.O_PATH | os.O_DIRECTORY), 31)
+            for i, file in enumerate(files):
+                fd = os.memfd_create(os.path.basename(file), os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+                os.write(fd, open(file, "rb").read())
+                if seal:
+                    fcntl.fcntl(fd, 1033, 15)  # F_ADD_SEALS: all
+                os.dup2(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY), 32 + i)
+            os.closerange(32 + len(files), 256)
+            listed = ":".join([f"/proc/self/fd/{34 + i}" for i in range(len(libraries))] +
+                              [str(p) for p in preload])
+            os.execve("/proc/self/fd/33", ["casemate-supervisor", "--inhibit-cache", "--preload",
+                                           listed, "--argv0", "casemate-supervisor",
+                                           "/proc/self/fd/32", "--config",
+                                           str(service.state / "casemate.yaml")], {})
+        finally:
+            os._exit(99)
+    return pid
+
+
+def ended(pid):
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError("it serves")
+
+
+def test_a_supervisor_that_does_not_run_from_its_sealed_image_refuses(service):
+    """By its path; with code beside the image; from memory that could still change. And a control."""
+    done = subprocess.run([service.bin / "casemate-supervisor", "--config",
+                           service.state / "casemate.yaml"], capture_output=True, text=True, timeout=10)
+    assert done.returncode == 2 and "casemate serve" in done.stderr
+    extra = "/lib/x86_64-linux-gnu/libm.so.6"
+    assert ended(image_exec(service, preload=[extra])) == 5
+    assert "CM-IMAGE-OWN" in service.log() and "libm.so.6" in service.log()
+    assert ended(image_exec(service, seal=False)) == 5
+    assert "not sealed" in service.log()
+    assert not service.events()
+    pid = image_exec(service)  # the same way, unchanged: it serves
+    service.until(lambda: service.status().get("ready"))
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 0
+
+
+def test_what_a_caller_preloads_does_not_reach_the_supervisor(service):
+    os.environ["LD_PRELOAD"] = "/lib/x86_64-linux-gnu/libm.so.6"
+    try:
+        service.start()
+    finally:
+        del os.environ["LD_PRELOAD"]
+    service.ready()
+    names = open(f"/proc/{service.process.pid}/environ").read()
+    assert "LD_" not in names and service.stop() == 0

@@ -17,6 +17,7 @@
 
 #include "runtime/base/frame.h"
 #include "runtime/base/ring.h"
+#include "sandbox/image.h"
 
 static char folder[4096];
 static const char *role = "";
@@ -255,11 +256,10 @@ int main(int argc, char **argv)
     char path[4200];
     (void)argc;
     cm_role_begin(argv[0]);
-    /* We run from sealed memory: our folder is the supervisor's. */
-    snprintf(path, sizeof(path), "/proc/%d/exe", (int)getppid());
+    /* We run from sealed memory, as our parent does: the folder of the programs is open there. */
+    snprintf(path, sizeof(path), "/proc/%d/fd/%d", (int)getppid(), CM_IMAGE_FD_FOLDER);
     ssize_t size = readlink(path, folder, sizeof(folder) - 1);
     folder[size > 0 ? size : 0] = '\0';
-    *strrchr(folder, '/') = '\0';
     role = strchr(argv[0], '-') + 1;
     snprintf(path, sizeof(path), "%s/%s.mode", folder, role);
     FILE *file = fopen(path, "re");
