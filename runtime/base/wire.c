@@ -17,4 +17,6 @@ const struct cm_wire_row cm_wire_rows[CM_WIRE_TYPE_COUNT] = {
     [CM_WIRE_DONE] = {"done", TO_GATEWAY, EXACT(cm_wire_done), "over, with usage and times"},
     [CM_WIRE_STATS] = {"stats", TO_GATEWAY, EXACT(cm_wire_stats),
                        "figures for /metrics and /readyz"},
+    [CM_WIRE_VERDICT] = {"verdict", TO_GATEWAY, EXACT(cm_wire_verdict),
+                         "what a rule of the guard found, and what came of it"},
 };

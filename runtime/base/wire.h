@@ -17,6 +17,8 @@ enum cm_wire_type {
     CM_WIRE_TEXT,         /* worker -> gateway: struct cm_wire_text, then released UTF-8 */
     CM_WIRE_DONE,         /* worker -> gateway: struct cm_wire_done; the request is over */
     CM_WIRE_STATS,        /* worker -> gateway, about once a second: struct cm_wire_stats */
+    CM_WIRE_VERDICT,      /* worker -> gateway: struct cm_wire_verdict; before the REFUSED, TEXT or
+                             DONE that it explains */
     CM_WIRE_TYPE_COUNT
 };
 
@@ -92,6 +94,7 @@ enum cm_refusal {
     CM_REFUSAL_DRAIN = 4,   /* 503 */
     CM_REFUSAL_FAILED = 5,  /* 500 */
     CM_REFUSAL_EMPTY = 6,   /* the prompt has no token: 400 */
+    CM_REFUSAL_FILTER = 7,  /* the guard refused the prompt: 400 content_filter */
 };
 
 struct cm_wire_refused {
@@ -104,6 +107,28 @@ struct cm_wire_refused {
 struct cm_wire_text {
     uint32_t completion_tokens; /* so far */
     uint32_t bytes;             /* of UTF-8 that follow; never ends inside a character */
+};
+
+/* What a rule of the guard found, and what came of it. Never the text itself. */
+#define CM_RULE_ID_BYTES  48 /* terminated, [a-z0-9-] */
+#define CM_CATEGORY_BYTES 32 /* terminated, [a-z0-9-/] */
+
+enum cm_verdict_action {
+    CM_VERDICT_REPORT = 1, /* nothing was changed */
+    CM_VERDICT_REDACT = 2, /* output: the span was replaced */
+    CM_VERDICT_REFUSE = 3, /* the prompt was refused, or the reply ends before the span */
+};
+enum cm_verdict_stage { CM_VERDICT_INPUT = 1, CM_VERDICT_OUTPUT = 2 };
+
+struct cm_wire_verdict {
+    char rule[CM_RULE_ID_BYTES];
+    char category[CM_CATEGORY_BYTES];
+    uint32_t action; /* enum cm_verdict_action */
+    uint32_t stage;  /* enum cm_verdict_stage */
+    uint32_t part;   /* input: index of the message; output: 0 */
+    uint32_t reserved;
+    uint64_t offset; /* of the span, in bytes of the message or of the unfiltered reply */
+    uint64_t bytes;
 };
 
 enum cm_finish {

@@ -283,6 +283,9 @@ static void refusal_fill(const struct cm_wire_refused *refused, struct cm_api_er
     case CM_REFUSAL_EMPTY:
         cm_api_error_set(ret_error, 400, "empty_prompt", "The prompt has no tokens.");
         return;
+    case CM_REFUSAL_FILTER:
+        cm_api_error_set(ret_error, 400, "content_filter", "The guard refused the prompt.");
+        return;
     case CM_REFUSAL_FAILED:
         break;
     }
@@ -295,7 +298,7 @@ static const char *on_refused(struct flight *flight, const struct cm_wire_refuse
     if (flight->accepted) {
         return "refused after it was accepted";
     }
-    if (refused->reason < CM_REFUSAL_CONTEXT || refused->reason > CM_REFUSAL_EMPTY) {
+    if (refused->reason < CM_REFUSAL_CONTEXT || refused->reason > CM_REFUSAL_FILTER) {
         return "unknown refusal";
     }
     if (flight->connection != NULL) {
@@ -451,6 +454,17 @@ static const char *on_done(struct flight *flight, const struct cm_wire_done *don
     return NULL;
 }
 
+/* Checked here; the API's part of it comes with the moderation shape. */
+static const char *on_verdict(const struct cm_wire_verdict *verdict)
+{
+    bool sound = verdict->rule[0] != '\0' &&
+                 memchr(verdict->rule, '\0', sizeof(verdict->rule)) != NULL &&
+                 memchr(verdict->category, '\0', sizeof(verdict->category)) != NULL &&
+                 verdict->action >= CM_VERDICT_REPORT && verdict->action <= CM_VERDICT_REFUSE &&
+                 verdict->stage >= CM_VERDICT_INPUT && verdict->stage <= CM_VERDICT_OUTPUT;
+    return sound ? NULL : "a malformed verdict";
+}
+
 /* NULL, or how the record breaks the rules. The size was checked against the wire table. */
 const char *flight_record(struct gateway *gateway, const struct cm_record *record,
                           const uint8_t *payload)
@@ -482,6 +496,11 @@ const char *flight_record(struct gateway *gateway, const struct cm_record *recor
         struct cm_wire_done done;
         memcpy(&done, payload, sizeof(done));
         return on_done(flight, &done);
+    }
+    case CM_WIRE_VERDICT: {
+        struct cm_wire_verdict verdict;
+        memcpy(&verdict, payload, sizeof(verdict));
+        return on_verdict(&verdict);
     }
     case CM_WIRE_GENERATE:
     case CM_WIRE_CANCEL:
