@@ -44,6 +44,7 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     NUMBER(write_timeout_ms, 100, 600000, "ms", "30000", "without progress towards a client"),
     NUMBER(request_timeout_ms, 0, 86400000, "ms", "600000", "for a whole generation; 0: none"),
     NUMBER(drain_timeout_ms, 0, 3600000, "ms", "30000", "for requests in flight when the service stops"),
+    NUMBER(watchdog_timeout_ms, 2000, 600000, "ms", "30000", "a role that shows no life for so long is replaced"),
     NUMBER(max_tokens_default, 0, 1u << 20, "", "0", "reply length where the client names none; 0: up to the context"),
     NUMBER(evidence_refresh_ms, 1000, 3600000, "ms", "300000", "between two quotes of the service's own"),
     NUMBER(evidence_lifetime_ms, 1000, 3600000, "ms", "600000", "age of its last quote at which the service stops being ready"),

@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "runtime/base/error.h"
+#include "runtime/base/role_end.h"
 #include "runtime/base/secret.h"
 
 /* Descriptors at fixed numbers in every role (design section 3). */
@@ -255,6 +256,7 @@ struct cm_state {
     uint32_t development_tpm;
     char reason[CM_NAME_BYTES]; /* why not ready: "loading", "worker_gone", "draining", … */
     uint64_t resident_bytes[5]; /* supervisor, gateway, keeper, worker, devtpm; 0 unknown */
+    uint32_t ends[4][CM_ROLE_END_COUNT]; /* gateway, keeper, worker, devtpm */
 };
 
 struct cm_key_request {

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/file.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "runtime/cli/cli_internal.h"
@@ -41,9 +42,39 @@ static void roles_print(const json_t *roles)
     printf("%-11s %-9s %7s %9s %9s %9s\n", "role", "state", "pid", "restarts", "start_ms", "MiB");
     json_object_foreach((json_t *)roles, name, role)
     {
-        printf("%-11s %-9s %7lld %9lld %9lld %9.1f\n", name, text_of(role, "state"),
+        long long due_ms = number_of(role, "due_ms");
+        printf("%-11s %-9s %7lld %9lld %9lld %9.1f", name, text_of(role, "state"),
                number_of(role, "pid"), number_of(role, "restarts"), number_of(role, "start_ms"),
                (double)number_of(role, "resident_bytes") / 1048576.0);
+        due_ms > 0 ? printf("  again in %lld ms\n", due_ms) : printf("\n");
+    }
+}
+
+static void time_text(long long unix_s, char ret_text[static 24])
+{
+    struct tm day;
+    time_t at = (time_t)unix_s;
+    strftime(ret_text, 24, "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&at, &day));
+}
+
+/* The last ends that nobody asked for: when, who, how, why, and what to do about it. */
+static void ends_print(const json_t *ends, size_t most)
+{
+    size_t count = json_array_size(ends);
+    for (size_t i = count > most ? count - most : 0; i < count; i++) {
+        const json_t *end = json_array_get(ends, i);
+        char when[24];
+        if (strcmp(text_of(end, "end"), cm_role_ends[CM_ROLE_END_STOPPED].word) == 0) {
+            continue;
+        }
+        time_text(number_of(end, "unix_s"), when);
+        printf("ended:    %s %s %s after %lld ms%s: %s: %s\n", when, text_of(end, "role"),
+               text_of(end, "end"), number_of(end, "life_ms"),
+               json_is_true(json_object_get(end, "served")) ? "" : ", before it served",
+               text_of(end, "cause"), text_of(end, "text"));
+        if (text_of(end, "next")[0] != '\0') {
+            printf("          %s\n", text_of(end, "next"));
+        }
     }
 }
 
@@ -69,9 +100,40 @@ static void status_print(const json_t *root)
         printf("weights:  %s\n", locked ? "locked" : "not locked");
     }
     roles_print(json_object_get(root, "roles"));
+    ends_print(json_object_get(root, "ends"), 5);
     for (size_t i = 0; i < json_array_size(not_yet); i++) {
         printf("not yet: %s\n", json_string_value(json_array_get(not_yet, i)));
     }
+}
+
+/* Nothing runs: what the last one left behind says why. root may be NULL. */
+static enum cm_status stopped_explain(json_t *root, const char *state, bool as_json,
+                                      struct cm_error *err)
+{
+    const json_t *over = json_object_get(root, "over");
+    char last[512] = "none has run";
+    if (over != NULL && number_of(over, "exit_code") == 0) {
+        snprintf(last, sizeof(last), "the last one stopped as it was told");
+    } else if (over != NULL) {
+        snprintf(last, sizeof(last), "the last one ended with exit %lld, %s: %.400s",
+                 number_of(over, "exit_code"), text_of(over, "id"), text_of(over, "text"));
+    } else if (root != NULL) {
+        snprintf(last, sizeof(last),
+                 "the last one was killed from outside, or the machine went down under it");
+    }
+    if (as_json) {
+        json_t *told = root != NULL ? json_incref(root) : json_object();
+        json_object_set_new(told, "running", json_false());
+        json_object_set_new(told, "ready", json_false());
+        json_dumpf(told, stdout, JSON_INDENT(1));
+        printf("\n");
+        json_decref(told);
+    } else if (over == NULL || number_of(over, "exit_code") != 0) {
+        ends_print(json_object_get(root, "ends"), 5);
+    }
+    return cm_error_set(err, CM_E_SYSTEM, "CM-CLI-STOPPED",
+                        "no service runs from %.100s: %.300s. Start: casemate serve --state %.100s",
+                        state, last, state);
 }
 
 enum cm_status command_status(struct words *words, struct cm_error *err)
@@ -86,16 +148,14 @@ enum cm_status command_status(struct words *words, struct cm_error *err)
     if (status != CM_OK) {
         return status;
     }
-    if (!service_runs(configuration.state)) {
-        if (as_json) {
-            printf("{\"running\": false}\n");
-        }
-        return cm_error_set(err, CM_E_SYSTEM, "CM-CLI-STOPPED",
-                            "no service runs from %s; casemate serve --state %s starts one",
-                            configuration.state, configuration.state);
-    }
+    bool runs = service_runs(configuration.state);
     snprintf(path, sizeof(path), "%s/run/status.json", configuration.state);
     json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &where);
+    if (!runs) {
+        status = stopped_explain(root, configuration.state, as_json, err);
+        json_decref(root);
+        return status;
+    }
     if (root == NULL) {
         return cm_error_set(err, CM_E_SYSTEM, "CM-CLI-STATUS", "cannot read %s: %s", path,
                             where.text);

@@ -164,6 +164,18 @@ static void counters_write(const struct cm_metrics *metrics, struct evbuffer *ou
                     COUNT(output_token_bounds));
 }
 
+static void ends_write(const struct cm_state *state, struct evbuffer *out)
+{
+    static const char *const roles[] = {"gateway", "keeper", "worker", "devtpm"};
+    head(out, "casemate_role_ends_total", "counter", "Processes of roles by how they ended.");
+    for (size_t role = 0; role < COUNT(roles); role++) {
+        for (size_t end = 0; end < CM_ROLE_END_COUNT; end++) {
+            cm_text_format(out, "casemate_role_ends_total{role=\"%s\",end=\"%s\"} %u\n",
+                           roles[role], cm_role_ends[end].word, state->ends[role][end]);
+        }
+    }
+}
+
 static void state_write(const struct cm_metrics_now *now, struct evbuffer *out)
 {
     static const char *const roles[] = {"supervisor", "gateway", "keeper", "worker", "devtpm"};
@@ -192,6 +204,7 @@ static void state_write(const struct cm_metrics_now *now, struct evbuffer *out)
                            state->resident_bytes[i]);
         }
     }
+    ends_write(state, out);
 }
 
 static void worker_write(const struct cm_metrics_now *now, struct evbuffer *out)

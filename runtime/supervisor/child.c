@@ -73,7 +73,7 @@ enum cm_status child_start(struct service *service, struct child *child, int inp
     child->generation++;
     child->started_ms = clock_ms();
     child->ready_ms = 0;
-    child->heartbeat_ms = 0;
+    child->heard_ms = child->started_ms;
     child->stop_ms = 0;
     child->closed = false;
     child->log_used = 0;
@@ -93,11 +93,13 @@ out:
     return status;
 }
 
-void child_kill(struct service *service, struct child *child, const struct cm_error *why)
+void child_kill(struct service *service, struct child *child, enum cm_role_end end,
+                const struct cm_error *why)
 {
     if (!child_alive(child)) {
         return;
     }
+    child->kill = end;
     if (!child->error_set) {
         child->error = *why;
         child->error_set = true;
@@ -155,17 +157,7 @@ void child_reap(struct service *service, struct child *child)
     if (child->log_used > 0) {
         log_take(child, "\n", 1);
     }
-    if (!child->error_set) {
-        bool exited = how.si_code == CLD_EXITED;
-        cm_error_set(&child->error, CM_E_SYSTEM, exited ? "CM-SUP-EXIT" : "CM-SUP-SIGNAL",
-                     "%s ended %s %d", child->name, exited ? "with code" : "by signal",
-                     how.si_status);
-        child->error_set = true;
-    }
-    CM_LOG(&service->log, child->stop_sent ? CM_LOG_INFO : CM_LOG_WARN, "role_ended",
-           CM_LOG_S("name", child->name), CM_LOG_I("pid", child->pid),
-           CM_LOG_S("how", how.si_code == CLD_EXITED ? "exit" : "signal"),
-           CM_LOG_I("code", how.si_status));
+    end_take(service, child, &how, false);
     close(child->channel.fd);
     close(child->pidfd);
     close(child->log_fd);

@@ -1,5 +1,5 @@
 /* Files that the supervisor reads and writes: package head and policy list into a memfd, the table
- * of API keys, run/status.json, run/tls-certificate.pem. It parses neither package nor policy. */
+ * of API keys, run/tls-certificate.pem. It parses neither package nor policy. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -233,93 +233,4 @@ void certificate_write(struct service *service)
     }
     used += (size_t)snprintf(pem + used, sizeof(pem) - used, "-----END CERTIFICATE-----\n");
     run_file_write(service, "tls-certificate.pem", pem, used);
-}
-
-static uint64_t resident_bytes(pid_t pid)
-{
-    char path[64];
-    char text[128];
-    unsigned long long total = 0;
-    unsigned long long resident = 0;
-    snprintf(path, sizeof(path), "/proc/%d/statm", (int)pid);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        return 0;
-    }
-    ssize_t got = read(fd, text, sizeof(text) - 1);
-    close(fd);
-    text[got > 0 ? got : 0] = '\0';
-    if (sscanf(text, "%llu %llu", &total, &resident) != 2) {
-        return 0;
-    }
-    return resident * (uint64_t)sysconf(_SC_PAGESIZE);
-}
-
-static void json_text(char *out, size_t size, const char *text)
-{
-    size_t used = 0;
-    for (; *text != '\0' && used + 3 < size; text++) {
-        if (*text == '"' || *text == '\\') {
-            out[used++] = '\\';
-        }
-        out[used++] = *text;
-    }
-    out[used] = '\0';
-}
-
-static size_t status_head(const struct service *service, char *out, size_t size)
-{
-    char model[2 * CM_CONFIG_TEXT_BYTES];
-    char package[2 * CM_CONFIG_TEXT_BYTES];
-    char reason[2 * CM_NAME_BYTES];
-    json_text(model, sizeof(model), service->configuration->model_name);
-    json_text(package, sizeof(package), service->configuration->package);
-    json_text(reason, sizeof(reason), service->state.reason);
-    return (size_t)snprintf(
-        out, size,
-        "{\"version\": \"%s\", \"pid\": %d, \"ready\": %s, \"draining\": %s, \"reason\": \"%s\",\n"
-        " \"listen\": \"%s\", \"model_name\": \"%s\", \"package\": \"%s\", \"device\": \"%s\",\n"
-        " \"tpm\": \"%s\", \"keys\": {\"generation\": %llu, \"count\": %u},\n"
-        " \"load\": {\"stage\": %u, \"bytes\": %llu, \"read_us\": %llu, \"verify_us\": %llu, "
-        "\"decrypt_us\": %llu, \"total_us\": %llu, \"arena_locked\": %s},\n",
-        CASEMATE_VERSION, (int)getpid(), service->state.ready ? "true" : "false",
-        service->state.draining ? "true" : "false", reason, service->address, model, package,
-        service->configuration->device, service->configuration->tpm,
-        (unsigned long long)service->keys_info.generation, service->keys_info.count,
-        service->state.load.stage, (unsigned long long)service->loaded.bytes,
-        (unsigned long long)service->loaded.read_us, (unsigned long long)service->loaded.verify_us,
-        (unsigned long long)service->loaded.decrypt_us,
-        (unsigned long long)service->loaded.total_us,
-        service->loaded.arena_locked ? "true" : "false");
-}
-
-void status_write(struct service *service, uint64_t now_ms)
-{
-    static const char *const states[] = {"absent", "starting", "serving", "killed"};
-    static const size_t places[CHILD_COUNT] = {1, 3, 2, 4}; /* in cm_state.resident_bytes */
-    char text[8192];
-    service->status_written_ms = now_ms;
-    service->state.resident_bytes[0] = resident_bytes(getpid());
-    size_t used = status_head(service, text, sizeof(text));
-    used += (size_t)snprintf(text + used, sizeof(text) - used,
-                             " \"roles\": {\n  \"supervisor\": {\"pid\": %d, \"state\": "
-                             "\"serving\", \"restarts\": 0, \"resident_bytes\": %llu}",
-                             (int)getpid(), (unsigned long long)service->state.resident_bytes[0]);
-    for (size_t i = 0; i < CHILD_COUNT; i++) {
-        struct child *child = &service->children[i];
-        child->resident_bytes = child->pid != 0 ? resident_bytes(child->pid) : 0;
-        service->state.resident_bytes[places[i]] = child->resident_bytes;
-        used += (size_t)snprintf(
-            text + used, sizeof(text) - used,
-            ",\n  \"%s\": {\"pid\": %d, \"state\": \"%s\", \"restarts\": %u, \"generation\": %u, "
-            "\"start_ms\": %llu, \"resident_bytes\": %llu}",
-            child->name, (int)child->pid, states[child->state], child->restarts, child->generation,
-            (unsigned long long)(child->ready_ms != 0 ? child->ready_ms - child->started_ms : 0),
-            (unsigned long long)child->resident_bytes);
-    }
-    used += (size_t)snprintf(text + used, sizeof(text) - used,
-                             "},\n \"not_yet\": ["
-                             "\"sandbox filters\", \"guard\", \"adapters\", \"GPU backend\"]}\n");
-    service->state_dirty = true; /* the gateway's metrics show resident bytes */
-    run_file_write(service, "status.json", text, used);
 }

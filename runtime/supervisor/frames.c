@@ -18,7 +18,8 @@ void frame_send(struct service *service, struct child *child, enum cm_frame_type
         cm_channel_send(&child->channel, type, payload, bytes, fds, fd_count, &err);
     /* A closed channel is followed by the child's death, which says more. */
     if (status != CM_OK && !(status == CM_E_SYSTEM && err.subcode == EPIPE)) {
-        child_kill(service, child, &err);
+        cm_error_wrap(&err, "%s", child->name);
+        child_kill(service, child, CM_ROLE_END_STUCK, &err);
     }
 }
 
@@ -55,7 +56,7 @@ static void violation(struct service *service, struct child *child, const char *
     struct cm_error err;
     cm_error_set(&err, CM_E_INPUT, "CM-FRAME-PROTOCOL", "%s broke the control protocol: %s",
                  child->name, what);
-    child_kill(service, child, &err);
+    child_kill(service, child, CM_ROLE_END_PROTOCOL, &err);
 }
 
 static void announce(struct service *service)
@@ -301,8 +302,7 @@ static void frame_handle(struct service *service, struct child *child)
         on_quote_failed(service);
         return;
     case CM_FRAME_HEARTBEAT:
-        child->heartbeat_ms = clock_ms();
-        return;
+        return; /* as each frame, a sign of life */
     case CM_FRAME_DRAINED:
         child->drained = true;
         return;
@@ -332,7 +332,8 @@ void frames_receive(struct service *service, struct child *child)
             return;
         }
         if (status == CM_E_INPUT) {
-            child_kill(service, child, &err);
+            cm_error_wrap(&err, "%s", child->name);
+            child_kill(service, child, CM_ROLE_END_PROTOCOL, &err);
             return;
         }
         if (status != CM_OK) {
@@ -343,6 +344,7 @@ void frames_receive(struct service *service, struct child *child)
             }
             return;
         }
+        child->heard_ms = clock_ms();
         frame_handle(service, child);
         cm_frame_close_fds(&service->frame);
     }

@@ -99,6 +99,42 @@ static void child_retry(struct service *service, struct child *child)
            CM_LOG_S("id", child->error.id));
 }
 
+/* A filter that kills once may have met a bug. Twice within an hour somebody is trying. */
+static bool policy_killed_again(struct child *child, uint64_t now)
+{
+    bool again = child->policy_ms != 0 && now - child->policy_ms < POLICY_WINDOW_MS;
+    if (child->end != CM_ROLE_END_POLICY) {
+        return false;
+    }
+    child->policy_ms = now;
+    return again;
+}
+
+/* It is not replaced: the service ends, or goes on ending. */
+static bool end_is_final(struct service *service, struct child *child)
+{
+    bool development = service->keeper_config.development_tpm == 1;
+    bool needed_once =
+        child->role == CM_ROLE_DEVTPM ||
+        (child->role == CM_ROLE_KEEPER && (!development || service->keeper_config.strict == 1));
+    struct cm_error why;
+    if (policy_killed_again(child, clock_ms())) {
+        cm_error_set(&why, CM_E_SANDBOX, cm_role_ends[CM_ROLE_END_POLICY].id,
+                     "%s was killed by its filter twice within an hour: %s; last: %.200s",
+                     child->name, cm_role_ends[CM_ROLE_END_POLICY].next, child->error.text);
+    } else if (child->end != CM_ROLE_END_POLICY && error_is_final(&child->error)) {
+        why = child->error;
+    } else if (needed_once) {
+        cm_error_set(&why, CM_E_TPM, "CM-SUP-TPM-GONE",
+                     "%s is gone, and with it this boot's measurements: %.300s", child->name,
+                     child->error.text);
+    } else {
+        return false;
+    }
+    service_fail(service, &why);
+    return true;
+}
+
 static void child_ended(struct service *service, struct child *child)
 {
     struct child *gateway = &service->children[CHILD_GATEWAY];
@@ -117,26 +153,18 @@ static void child_ended(struct service *service, struct child *child)
         rings_renew(service, gateway);
         state_send(service, true);
     } else if (child->role == CM_ROLE_GATEWAY) {
+        if (service->state.ready == 1) {
+            state_reason_set(service, "gateway_gone");
+        }
         rings_renew(service, worker);
     }
     if (service->phase == SERVICE_DRAIN) {
         return; /* nobody is replaced any more */
     }
-    bool development = service->keeper_config.development_tpm == 1;
-    bool needed_once =
-        child->role == CM_ROLE_DEVTPM ||
-        (child->role == CM_ROLE_KEEPER && (!development || service->keeper_config.strict == 1));
-    if (error_is_final(&child->error)) {
-        service_fail(service, &child->error);
-    } else if (needed_once) {
-        struct cm_error why;
-        cm_error_set(&why, CM_E_TPM, "CM-SUP-TPM-GONE",
-                     "%s is gone, and with it this boot's measurements: %.300s", child->name,
-                     child->error.text);
-        service_fail(service, &why);
-    } else {
+    if (!end_is_final(service, child)) {
         child_retry(service, child);
     }
+    status_write(service, clock_ms()); /* whoever looks now sees why */
 }
 
 /* What a keeper died over must not answer the next one's first command. */
@@ -280,22 +308,26 @@ static void reconcile(struct service *service, uint64_t now)
 static void child_watch(struct service *service, struct child *child, uint64_t now)
 {
     struct cm_error why;
+    uint64_t silence_ms =
+        child->state == CHILD_SERVING ? service->configuration->watchdog_timeout_ms : START_WAIT_MS;
     if (!child_alive(child)) {
         return;
     }
     if (child->stop_ms != 0 && now >= child->stop_ms) {
         cm_error_set(&why, CM_E_SYSTEM, "CM-SUP-STUCK", "%s did not go when asked", child->name);
-        child_kill(service, child, &why);
-    } else if (child->heartbeat_ms != 0 && now - child->heartbeat_ms >= WATCHDOG_MS) {
-        cm_error_set(&why, CM_E_SYSTEM, "CM-SUP-WATCHDOG", "%s has shown no life for %u s",
-                     child->name, WATCHDOG_MS / 1000);
-        child_kill(service, child, &why);
+        child_kill(service, child, CM_ROLE_END_STUCK, &why);
+    } else if (now - child->heard_ms >= silence_ms) {
+        cm_error_set(&why, CM_E_SYSTEM, "CM-SUP-WATCHDOG",
+                     "%s has shown no life for %llu ms while it %s", child->name,
+                     (unsigned long long)silence_ms,
+                     child->state == CHILD_SERVING ? "served" : "started");
+        child_kill(service, child, CM_ROLE_END_WATCHDOG, &why);
     } else if (child->role == CM_ROLE_KEEPER &&
                ((service->tls_pending && now - service->tls_asked_ms >= ANSWER_WAIT_MS) ||
                 (service->key_pending && now - service->key_asked_ms >= ANSWER_WAIT_MS))) {
         cm_error_set(&why, CM_E_TPM, "CM-SUP-KEEPER", "the keeper gave no key page within %u s",
                      ANSWER_WAIT_MS / 1000);
-        child_kill(service, child, &why);
+        child_kill(service, child, CM_ROLE_END_STUCK, &why);
     }
 }
 
@@ -395,7 +427,7 @@ static void children_kill(struct service *service)
     cm_error_set(&why, CM_E_SYSTEM, "CM-SUP-INTERRUPTED", "ended at once by a second signal");
     for (size_t i = 0; i < CHILD_COUNT; i++) {
         struct child *child = &service->children[i];
-        child_kill(service, child, &why);
+        child_kill(service, child, CM_ROLE_END_INTERRUPTED, &why);
         if (child->state != CHILD_ABSENT) {
             child_reap(service, child);
         }
@@ -466,6 +498,8 @@ enum cm_status service_run(struct service *service, struct cm_error *err)
     if (service->signals >= 2 && !children_gone(service)) {
         children_kill(service);
     }
+    service->over = true;
+    state_reason_set(service, "stopped");
     status_write(service, clock_ms());
     if (service->end.status != CM_OK) {
         *err = service->end;

@@ -1,12 +1,13 @@
 /* The supervisor's inside: one struct of everything, one file per matter.
  *
- * spawn.c   one child from fork to exec       rings.c    ring memory and its two views
- * child.c   channel, log, death, back-off     files.c    package head, key table, status,
- * certificate frames.c  what children say                 service.c  what has to happen next; the
- * loop */
+ * spawn.c    one child from fork to exec    rings.c    ring memory and its two views
+ * child.c    channel, log, death, back-off  files.c    package head, key table, certificate
+ * frames.c   what children say              status.c   status.json
+ * service.c  what has to happen next; the loop */
 #ifndef CASEMATE_RUNTIME_SUPERVISOR_INTERNAL_H
 #define CASEMATE_RUNTIME_SUPERVISOR_INTERNAL_H
 
+#include <signal.h>
 #include <stdbool.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -21,9 +22,11 @@
 #define BACKOFF_MOST_MS  30000u
 #define BUDGET_DEATHS    5u
 #define BUDGET_WINDOW_MS 60000u
-#define STOP_WAIT_MS     3000u  /* from STOP to SIGKILL */
-#define ANSWER_WAIT_MS   30000u /* keeper: from a request to its page */
-#define WATCHDOG_MS      30000u /* from one heartbeat to the next, once there was one */
+#define STOP_WAIT_MS     3000u    /* from STOP to SIGKILL */
+#define ANSWER_WAIT_MS   30000u   /* keeper: from a request to its page */
+#define START_WAIT_MS    120000u  /* from one sign of life to the next before READY */
+#define POLICY_WINDOW_MS 3600000u /* a second policy kill within it ends the service */
+#define END_RECORDS      16       /* the last ends of roles, in status.json */
 
 enum child_index { CHILD_GATEWAY, CHILD_WORKER, CHILD_KEEPER, CHILD_DEVTPM, CHILD_COUNT };
 
@@ -56,14 +59,31 @@ struct child {
     bool log_cut; /* the line was longer: the rest is dropped up to its end */
     uint32_t generation;
     uint32_t restarts;
-    uint64_t started_ms, ready_ms, heartbeat_ms;
-    uint64_t due_ms;  /* absent: not before this */
-    uint64_t stop_ms; /* killed when this is over; 0: never */
-    bool closed;      /* it has closed its channel */
+    uint64_t started_ms, ready_ms, heard_ms; /* heard: any frame */
+    uint64_t due_ms;                         /* absent: not before this */
+    uint64_t stop_ms;                        /* killed when this is over; 0: never */
+    bool closed;                             /* it has closed its channel */
     bool stop_sent, drain_sent, drained, error_set;
     struct cm_error error; /* why it went, or is about to */
+    enum cm_role_end kill; /* KILLED: what for */
+    enum cm_role_end end;  /* of the last generation, once reaped */
+    uint64_t policy_ms;    /* the last policy kill; 0: none */
     struct backoff backoff;
     uint64_t resident_bytes;
+};
+
+/* One end of one role, as it stands in status.json. */
+struct end_record {
+    int64_t unix_s;
+    const char *name;
+    enum cm_role_end end;
+    pid_t pid;
+    uint32_t generation;
+    int code; /* exit code, or signal */
+    bool by_signal, served;
+    uint64_t life_ms;
+    char cause[CM_ERROR_ID_BYTES];
+    char text[200];
 };
 
 /* One pair of rings: memory, read-only views, events. All owned; -1 when absent. */
@@ -109,11 +129,14 @@ struct service {
     uint64_t state_sent_ms, status_written_ms, progress_logged_ms;
     struct cm_loaded loaded;
     bool announced;
+    struct end_record ends[END_RECORDS]; /* a ring: end_count % END_RECORDS is the next */
+    uint64_t end_count;
     /* the end */
     enum service_phase phase;
     uint32_t signals;
     uint64_t drain_until_ms;
     struct cm_error end; /* status CM_OK: a clean end */
+    bool over;           /* nothing runs any more */
     struct cm_frame frame;
 };
 
@@ -139,15 +162,22 @@ void child_init(struct child *child, enum cm_role role, const char *name, const 
 /* Spawn with input (descriptor 5), rings (6..11 or NULL), page (12) and tpm (13), -1 for none. */
 CM_MUST_USE enum cm_status child_start(struct service *service, struct child *child, int input,
                                        const int *rings, int page, int tpm, struct cm_error *err);
-void child_kill(struct service *service, struct child *child, const struct cm_error *why);
+void child_kill(struct service *service, struct child *child, enum cm_role_end end,
+                const struct cm_error *why);
 void child_log_copy(struct child *child);
-/* The process is gone: reap it, close everything, fill child->error if nothing did. */
+/* The process is gone: reap it, close everything, record how it ended. */
 void child_reap(struct service *service, struct child *child);
 bool child_alive(const struct child *child);
 /* Note a death at now_ms; false: the budget is used up. Else *ret_delay_ms until the next try.
  * `random` is any number. */
 bool backoff_next(struct backoff *backoff, uint64_t started_ms, uint64_t now_ms, uint32_t random,
                   uint64_t *ret_delay_ms);
+
+/* ends.c */
+enum cm_role_end end_judge(const struct child *child, const siginfo_t *how, bool memory_kill);
+/* Judge, count, record and log; fills child->end, and child->error if nobody gave a reason.
+ * memory_kill: the kernel has counted a kill for want of memory in the child's group. */
+void end_take(struct service *service, struct child *child, const siginfo_t *how, bool memory_kill);
 
 /* frames.c */
 void frames_receive(struct service *service, struct child *child);
@@ -175,10 +205,12 @@ CM_MUST_USE enum cm_status head_memfd_make(int package_fd, const char *package_p
                                            struct cm_error *err);
 /* Look at keys.table; a change makes a new sealed memfd. True if there is something to send. */
 bool keys_refresh(struct service *service);
-void status_write(struct service *service, uint64_t now_ms);
 void certificate_write(struct service *service);
 /* A small file in <state>/run, beside and renamed. */
 void run_file_write(struct service *service, const char *name, const void *bytes, size_t size);
+
+/* status.c */
+void status_write(struct service *service, uint64_t now_ms);
 
 /* service.c */
 void service_fail(struct service *service, const struct cm_error *why);

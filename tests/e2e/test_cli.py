@@ -198,7 +198,8 @@ def test_check_of_a_busy_address(casemate, node):
 def test_status_of_a_stopped_and_of_a_running_service(casemate, node, build, tmp_path):
     done = run(casemate, "status", "--state", node)
     assert done.returncode == 9 and "no service runs" in done.stderr
-    assert json.loads(run(casemate, "status", "--state", node, "--json").stdout) == {"running": False}
+    assert json.loads(run(casemate, "status", "--state", node, "--json").stdout) == {
+        "running": False, "ready": False}
     (casemate.parent / "casemate-keeper").unlink()
     shutil.copy(build / "harness" / "role_double", casemate.parent / "casemate-keeper")
     (tmp_path / "m.cmpkg").write_bytes(b"\0" * 80000)

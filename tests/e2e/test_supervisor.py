@@ -218,6 +218,51 @@ def test_a_protocol_violation_kills(service, role, mode):
     service.until(lambda: service.status().get("ready"))
 
 
+@pytest.mark.parametrize("role,mode,end", [
+    ("worker", "raise31", "policy_kill"), ("gateway", "raise11", "signal"),
+    ("worker", "raise9", "signal"), ("gateway", "leave", "exit"),
+    ("worker", "fail_serving", "failed"), ("worker", "crash", "signal"),
+    ("worker", "violate", "protocol"), ("gateway", "raise19", "watchdog"),
+    ("keeper", "raise31", "policy_kill")])
+def test_each_end_has_its_type(service, role, mode, end):
+    """In status, in the log and for the gateway's metrics; and the next one serves."""
+    service.mode(role, mode)
+    service.start("--watchdog_timeout_ms", "2000") if mode == "raise19" else service.start()
+    told = service.until(lambda: service.status().get("ends"))
+    service.mode(role, "ok")
+    assert (told[0]["role"], told[0]["end"], told[0]["generation"]) == (role, end, 1), told
+    assert told[0]["served"] == (mode != "crash") and told[0]["id"].startswith("CM-END-")
+    assert told[0]["cause"].startswith("CM-") and role in told[0]["text"] or "double" in told[0]["text"]
+    lines = [json.loads(line) for line in service.log().splitlines() if '"role_ended"' in line]
+    assert lines[0]["end"] == end and lines[0]["name"] == role and lines[0]["id"] == told[0]["id"]
+    service.ready()
+    assert service.stop() == 0
+    assert [e["end"] for e in service.status()["ends"]][-4:] == ["stopped"] * 4
+    assert service.status()["over"] == {"exit_code": 0, "id": "", "text": "stopped"}
+
+
+def test_a_second_policy_kill_ends_the_service(service):
+    service.mode("worker", "raise31")
+    service.start()
+    assert service.process.wait(10) == 8
+    assert [e["end"] for e in service.status()["ends"]
+            if e["role"] == "worker"] == ["policy_kill", "policy_kill"]
+    assert service.log().splitlines()[-1].startswith("casemate: CM-END-POLICY: ")
+    assert service.status()["over"]["exit_code"] == 8 and not service.orphans()
+
+
+@pytest.mark.parametrize("role", ["gateway", "worker", "keeper"])
+def test_a_role_that_stands_still_is_replaced(service, role):
+    """The watchdog sees what no exit shows."""
+    service.start("--watchdog_timeout_ms", "2000").ready()
+    before = service.pid(role)
+    os.kill(before, signal.SIGSTOP)
+    service.until(lambda: service.pid(role) != before, 5)
+    service.until(lambda: [e["end"] for e in service.status()["ends"]] == ["watchdog"])
+    service.ready()
+    assert "CM-SUP-WATCHDOG" in service.log()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_drain_then_stop_in_order(service, number):
     service.start().ready()

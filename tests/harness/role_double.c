@@ -198,6 +198,15 @@ static void on_config(void)
         uint8_t raw[8] = {99};
         send(CM_FD_CONTROL, raw, sizeof(raw), 0);
     }
+    if (strncmp(mode, "raise", 5) == 0) {
+        raise(atoi(mode + 5));
+    }
+    if (strcmp(mode, "leave") == 0) {
+        _exit(0);
+    }
+    if (strcmp(mode, "fail_serving") == 0) {
+        fail(CM_E_DEVICE, "CM-DOUBLE-DEVICE");
+    }
     if (strcmp(mode, "unasked") == 0) {
         struct cm_key_page_info info = {.generation = 77};
         int page = open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -277,8 +286,10 @@ int main(int argc, char **argv)
                     CM_ROLE_SUPERVISOR);
     descriptors_note();
     for (;;) {
-        enum cm_status status = cm_channel_wait(&channel, &frame, -1, &err);
+        enum cm_status status = cm_channel_wait(&channel, &frame, 300, &err);
         if (status == CM_E_BUSY) {
+            const struct cm_heartbeat beat = {.counter = 1};
+            send_frame(CM_FRAME_HEARTBEAT, &beat, sizeof(beat), NULL);
             continue;
         }
         if (status != CM_OK) {

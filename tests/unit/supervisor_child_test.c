@@ -53,6 +53,47 @@ Test(supervisor_child, a_healthy_minute_resets_the_delay)
     cr_assert_eq(delay, 50);
 }
 
+Test(supervisor_child, the_kernel_is_believed_before_the_role)
+{
+    struct child said = {.error_set = true, .ready_ms = 5};
+    struct child ours = {.state = CHILD_KILLED, .kill = CM_ROLE_END_WATCHDOG, .ready_ms = 5};
+    struct child stopped = {.stop_sent = true, .ready_ms = 5};
+    struct child serving = {.ready_ms = 5}, starting = {.ready_ms = 0};
+    const struct row {
+        struct child *child;
+        int code, status;
+        bool memory;
+        enum cm_role_end wanted;
+    } rows[] = {
+        {&said, CLD_KILLED, SIGSYS, false, CM_ROLE_END_POLICY},
+        {&ours, CLD_DUMPED, SIGSYS, false, CM_ROLE_END_POLICY},
+        {&ours, CLD_KILLED, SIGKILL, true, CM_ROLE_END_WATCHDOG},
+        {&ours, CLD_KILLED, SIGSEGV, false, CM_ROLE_END_SIGNAL},
+        {&serving, CLD_KILLED, SIGKILL, true, CM_ROLE_END_MEMORY},
+        {&serving, CLD_KILLED, SIGKILL, false, CM_ROLE_END_SIGNAL},
+        {&serving, CLD_KILLED, SIGTERM, true, CM_ROLE_END_SIGNAL},
+        {&stopped, CLD_EXITED, 0, false, CM_ROLE_END_STOPPED},
+        {&stopped, CLD_EXITED, 1, false, CM_ROLE_END_FAILED},
+        {&said, CLD_EXITED, 0, false, CM_ROLE_END_FAILED},
+        {&serving, CLD_EXITED, 0, false, CM_ROLE_END_EXIT},
+        {&starting, CLD_EXITED, 0, false, CM_ROLE_END_START},
+        {&starting, CLD_EXITED, 4, false, CM_ROLE_END_START},
+        {&starting, CLD_KILLED, SIGSEGV, false, CM_ROLE_END_SIGNAL},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        siginfo_t how = {.si_code = rows[i].code};
+        how.si_status = rows[i].status;
+        cr_assert_eq(end_judge(rows[i].child, &how, rows[i].memory), rows[i].wanted, "row %zu", i);
+    }
+    for (size_t i = 0; i < CM_ROLE_END_COUNT; i++) {
+        cr_assert(cm_role_ends[i].word != NULL && strncmp(cm_role_ends[i].id, "CM-END-", 7) == 0);
+        for (size_t j = 0; j < i; j++) {
+            cr_assert_str_neq(cm_role_ends[i].word, cm_role_ends[j].word);
+            cr_assert_str_neq(cm_role_ends[i].id, cm_role_ends[j].id);
+        }
+    }
+}
+
 static bool writable(int fd)
 {
     void *at = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
