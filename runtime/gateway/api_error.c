@@ -4,6 +4,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+#include "runtime/gateway/moderation.h"
 #include "runtime/gateway/text.h"
 
 static const struct {
@@ -94,5 +95,10 @@ void cm_api_error_write(const struct cm_api_error *error, struct evbuffer *out)
     text_or_null(out, error->param);
     cm_text_put(out, ",\"code\":");
     text_or_null(out, error->code);
-    cm_text_put(out, "}}");
+    cm_text_put(out, "}");
+    if (error->moderation != NULL) {
+        cm_text_put(out, ",\"moderation\":");
+        cm_moderation_write(error->moderation, out);
+    }
+    cm_text_put(out, "}");
 }

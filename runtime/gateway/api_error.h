@@ -9,6 +9,8 @@
 
 #include "runtime/base/error.h"
 
+struct cm_moderation;
+
 struct cm_api_error {
     int status;
     const char *type; /* static */
@@ -17,6 +19,7 @@ struct cm_api_error {
     char param[96];         /* "": null */
     uint32_t retry_after_s; /* 0: no Retry-After */
     bool no_retry;          /* a try again would cost as much and fail the same way */
+    const struct cm_moderation *moderation; /* stands beside the error; NULL: none */
 };
 
 /* Fill; `type` follows from the status. Returns CM_E_INPUT for `return cm_api_error_set(...)`. */
@@ -27,7 +30,7 @@ enum cm_status cm_api_error_set(struct cm_api_error *error, int status, const ch
 CM_PRINTF(5, 6)
 enum cm_status cm_api_error_field(struct cm_api_error *error, int status, const char *code,
                                   const char *param, const char *format, ...);
-/* {"error":{…}} */
+/* {"error":{…}}, and "moderation" where the guard refused */
 void cm_api_error_write(const struct cm_api_error *error, struct evbuffer *out);
 const char *cm_http_reason(int status);
 

@@ -41,6 +41,15 @@ static void chunk_end(const struct flight *flight, struct evbuffer *out)
     cm_text_put(out, "}\n\n");
 }
 
+/* What the guard found: where it was asked for, or where there is something to say. */
+static void moderation(const struct flight *flight, struct evbuffer *out)
+{
+    if (flight->moderated || flight->moderation.total > 0) {
+        cm_text_put(out, ",\"moderation\":");
+        cm_moderation_write(&flight->moderation, out);
+    }
+}
+
 static const char *chunk_object(const struct flight *flight)
 {
     return flight->endpoint == CM_ENDPOINT_CHAT ? "chat.completion.chunk" : "text_completion";
@@ -91,6 +100,7 @@ void completion_end(const struct flight *flight, const struct cm_wire_done *done
     common(flight, chunk_object(flight), out);
     cm_text_format(out, "[{\"index\":0,%s,\"logprobs\":null,\"finish_reason\":\"%s\"}]",
                    chat ? "\"delta\":{}" : "\"text\":\"\"", finish_reason(done->finish));
+    moderation(flight, out);
     chunk_end(flight, out);
     if (flight->include_usage) {
         cm_text_put(out, "data: ");
@@ -115,5 +125,6 @@ void completion_whole(const struct flight *flight, const struct cm_wire_done *do
     cm_text_format(out, "%s,\"logprobs\":null,\"finish_reason\":\"%s\"}],\"usage\":",
                    chat ? ",\"refusal\":null}" : "", finish_reason(done->finish));
     usage(flight, done->prompt_tokens, done->completion_tokens, out);
+    moderation(flight, out);
     cm_text_put(out, "}");
 }

@@ -103,6 +103,20 @@ void exchange_finish(struct connection *connection, int status, enum cm_end end)
            CM_LOG_I("completion_tokens", flight->completion_tokens));
 }
 
+void exchange_verdict(struct connection *connection, const struct cm_wire_verdict *verdict)
+{
+    struct gateway *gateway = connection->gateway;
+    if (log_permitted(gateway)) {
+        CM_LOG(&gateway->log, CM_LOG_INFO, "verdict",
+               CM_LOG_S("request_id", connection->request_id), CM_LOG_S("rule", verdict->rule),
+               CM_LOG_S("category", verdict->category),
+               CM_LOG_S("action", cm_verdict_action_name(verdict->action)),
+               CM_LOG_S("stage", cm_verdict_stage_name(verdict->stage)),
+               CM_LOG_I("message", verdict->part), CM_LOG_I("offset", verdict->offset),
+               CM_LOG_I("bytes", verdict->bytes));
+    }
+}
+
 static void refuse(struct connection *connection, int status, const char *code, const char *message)
 {
     struct cm_api_error error;

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "runtime/gateway/moderation.h"
 #include "runtime/gateway/request.h"
 
 #define TOKENS_MAX 1000000
@@ -203,6 +204,50 @@ APPLY(modalities)
         return value_refuse(error, name_text, "[\"text\"]");
     }
     return CM_OK;
+}
+
+/* The rules decide for everyone: a request may ask to see verdicts, not to change them. */
+static enum cm_status moderation_policy_check(const json_t *policy, struct cm_api_error *error)
+{
+    const char *stage;
+    json_t *value;
+    if (!json_is_object(policy)) {
+        return type_refuse(error, "moderation.policy", "an object");
+    }
+    json_object_foreach((json_t *)policy, stage, value)
+    {
+        const char *mode = json_string_value(json_object_get(value, "mode"));
+        bool known = strcmp(stage, "input") == 0 || strcmp(stage, "output") == 0;
+        if (!known || (!json_is_null(value) && (mode == NULL || strcmp(mode, "block") != 0))) {
+            return cm_api_error_field(error, 400, "unsupported_parameter", "moderation.policy",
+                                      "'moderation.policy' can only hold 'input' and 'output' with "
+                                      "the mode \"block\": this server's rules decide.");
+        }
+    }
+    return CM_OK;
+}
+
+APPLY(moderation)
+{
+    const char *key;
+    json_t *part;
+    if (!json_is_object(value)) {
+        return type_refuse(error, name_text, "an object");
+    }
+    json_object_foreach((json_t *)value, key, part)
+    {
+        if (strcmp(key, "model") != 0 && strcmp(key, "policy") != 0) {
+            return cm_api_error_field(error, 400, "unknown_parameter", "moderation",
+                                      "Unknown parameter: 'moderation.%.40s'.", key);
+        }
+    }
+    const char *model = json_string_value(json_object_get(value, "model"));
+    if (model == NULL || strcmp(model, CM_MODERATION_MODEL) != 0) {
+        return value_refuse(error, "moderation.model", "\"" CM_MODERATION_MODEL "\"");
+    }
+    request->moderated = true;
+    part = json_object_get(value, "policy");
+    return part == NULL || json_is_null(part) ? CM_OK : moderation_policy_check(part, error);
 }
 
 APPLY(tool_choice)
@@ -456,6 +501,7 @@ const struct cm_field_row cm_field_rows[] = {
     APPLIED("response_format", B, response_format, "only {\"type\":\"text\"}"),
     APPLIED("modalities", C, modalities, "only [\"text\"]"),
     APPLIED("tool_choice", C, tool_choice, "only \"none\" and \"auto\", which are the same without tools"),
+    APPLIED("moderation", C, moderation, "{\"model\":\"casemate-guard\"}: the reply carries `moderation` also where no rule matched; policy modes only \"block\""),
     IGNORED("user", B, "who asks follows from the key alone"),
     IGNORED("metadata", B, "nothing is stored"),
     IGNORED("store", C, "nothing is ever stored"),
@@ -480,7 +526,6 @@ const struct cm_field_row cm_field_rows[] = {
     REFUSED("reasoning_effort", C, "the effort cannot be set"),
     REFUSED("verbosity", C, "the length of replies cannot be steered by a field"),
     REFUSED("web_search_options", C, "nothing outside is reached"),
-    REFUSED("moderation", C, "moderation cannot be asked for by request"),
     REFUSED("stop_token_ids", B, "use stop with strings"),
     REFUSED("bad_words", B, "words cannot be excluded by request"),
     REFUSED("allowed_token_ids", B, "tokens cannot be restricted"),

@@ -233,6 +233,7 @@ void flight_submit(struct flight *flight, struct evbuffer *body)
         flight->stream = request.stream;
         flight->include_usage = request.include_usage;
         flight->continuous_usage = request.continuous_usage;
+        flight->moderated = request.moderated;
         cm_request_free(&request);
     }
     evbuffer_drain(body, size);
@@ -260,7 +261,25 @@ static const char *on_accepted(struct flight *flight, const struct cm_wire_accep
     return NULL;
 }
 
-static void refusal_fill(const struct cm_wire_refused *refused, struct cm_api_error *ret_error)
+/* Which category, and where: never what. */
+static void filter_fill(const struct flight *flight, struct cm_api_error *ret_error)
+{
+    const struct cm_wire_verdict *verdict =
+        cm_moderation_refusing(&flight->moderation, CM_VERDICT_INPUT);
+    cm_api_error_set(ret_error, 400, "content_filter",
+                     "The prompt was refused by the guard: %s (rule %s).",
+                     verdict != NULL ? verdict->category : "unknown",
+                     verdict != NULL ? verdict->rule : "unknown");
+    if (flight->endpoint == CM_ENDPOINT_CHAT && verdict != NULL) {
+        snprintf(ret_error->param, sizeof(ret_error->param), "messages[%u].content", verdict->part);
+    } else if (flight->endpoint == CM_ENDPOINT_TEXT) {
+        snprintf(ret_error->param, sizeof(ret_error->param), "prompt");
+    }
+    ret_error->moderation = &flight->moderation;
+}
+
+static void refusal_fill(const struct flight *flight, const struct cm_wire_refused *refused,
+                         struct cm_api_error *ret_error)
 {
     switch ((enum cm_refusal)refused->reason) {
     case CM_REFUSAL_CONTEXT:
@@ -284,7 +303,7 @@ static void refusal_fill(const struct cm_wire_refused *refused, struct cm_api_er
         cm_api_error_set(ret_error, 400, "empty_prompt", "The prompt has no tokens.");
         return;
     case CM_REFUSAL_FILTER:
-        cm_api_error_set(ret_error, 400, "content_filter", "The guard refused the prompt.");
+        filter_fill(flight, ret_error);
         return;
     case CM_REFUSAL_FAILED:
         break;
@@ -302,8 +321,9 @@ static const char *on_refused(struct flight *flight, const struct cm_wire_refuse
         return "unknown refusal";
     }
     if (flight->connection != NULL) {
-        refusal_fill(refused, &error);
-        answer_error(flight, &error, CM_END_REFUSED);
+        refusal_fill(flight, refused, &error);
+        answer_error(flight, &error,
+                     refused->reason == CM_REFUSAL_FILTER ? CM_END_FILTER : CM_END_REFUSED);
     }
     flight_free(flight);
     return NULL;
@@ -454,15 +474,17 @@ static const char *on_done(struct flight *flight, const struct cm_wire_done *don
     return NULL;
 }
 
-/* Checked here; the API's part of it comes with the moderation shape. */
-static const char *on_verdict(const struct cm_wire_verdict *verdict)
+static const char *on_verdict(struct flight *flight, const struct cm_wire_verdict *verdict)
 {
-    bool sound = verdict->rule[0] != '\0' &&
-                 memchr(verdict->rule, '\0', sizeof(verdict->rule)) != NULL &&
-                 memchr(verdict->category, '\0', sizeof(verdict->category)) != NULL &&
-                 verdict->action >= CM_VERDICT_REPORT && verdict->action <= CM_VERDICT_REFUSE &&
-                 verdict->stage >= CM_VERDICT_INPUT && verdict->stage <= CM_VERDICT_OUTPUT;
-    return sound ? NULL : "a malformed verdict";
+    if (!cm_verdict_sound(verdict)) {
+        return "a malformed verdict";
+    }
+    cm_moderation_add(&flight->moderation, verdict);
+    cm_metrics_verdict(&flight->gateway->metrics, verdict);
+    if (flight->connection != NULL) {
+        exchange_verdict(flight->connection, verdict);
+    }
+    return NULL;
 }
 
 /* NULL, or how the record breaks the rules. The size was checked against the wire table. */
@@ -500,7 +522,7 @@ const char *flight_record(struct gateway *gateway, const struct cm_record *recor
     case CM_WIRE_VERDICT: {
         struct cm_wire_verdict verdict;
         memcpy(&verdict, payload, sizeof(verdict));
-        return on_verdict(&verdict);
+        return on_verdict(flight, &verdict);
     }
     case CM_WIRE_GENERATE:
     case CM_WIRE_CANCEL:

@@ -21,6 +21,7 @@
 #include "runtime/gateway/http.h"
 #include "runtime/gateway/keys.h"
 #include "runtime/gateway/metrics.h"
+#include "runtime/gateway/moderation.h"
 #include "runtime/gateway/request.h"
 #include "runtime/gateway/routes.h"
 
@@ -96,6 +97,7 @@ struct flight {
     uint8_t key_id[8];
     enum cm_endpoint endpoint;
     bool stream, include_usage, continuous_usage;
+    bool moderated; /* asked for verdicts, also where there are none */
     bool accepted;
     bool begun; /* a byte of the reply has left */
     bool cancel_due, cancel_sent;
@@ -103,6 +105,7 @@ struct flight {
     uint8_t *payload; /* until it is in the ring */
     size_t payload_bytes;
     struct cm_wire_accepted usage;
+    struct cm_moderation moderation;
     uint32_t completion_tokens;
     uint64_t created_unix_s;
     uint64_t started_us, first_us, last_us, pinged_ms;
@@ -204,6 +207,8 @@ struct evbuffer *connection_output(struct connection *connection);
 void exchange_input(struct connection *connection);
 void exchange_reset(struct connection *connection);
 void exchange_finish(struct connection *connection, int status, enum cm_end end);
+/* Log a verdict of the flight under way: rule and place, never text. */
+void exchange_verdict(struct connection *connection, const struct cm_wire_verdict *verdict);
 /* A head that cannot be understood or never came whole: answer, and close. */
 void exchange_refuse_head(struct connection *connection, int status, const char *code,
                           const char *message);

@@ -2,8 +2,10 @@
 #include "runtime/gateway/metrics.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 
+#include "runtime/gateway/moderation.h"
 #include "runtime/gateway/text.h"
 
 /* opentelemetry semantic conventions, gen_ai.server.* explicit bucket boundaries, seconds */
@@ -76,6 +78,24 @@ void cm_metrics_response(struct cm_metrics *metrics, const struct cm_route *rout
     CM_ASSERT(false && "a status outside the table");
 }
 
+/* The rows that the rules in use need are few; a worker gone wild fills one more, not memory. */
+void cm_metrics_verdict(struct cm_metrics *metrics, const struct cm_wire_verdict *verdict)
+{
+    struct cm_verdict_row *row = metrics->verdicts;
+    const struct cm_verdict_row *end = row + metrics->verdict_rows;
+    while (row < end && (row->action != verdict->action || row->stage != verdict->stage ||
+                         strcmp(row->category, verdict->category) != 0)) {
+        row++;
+    }
+    if (row == end && metrics->verdict_rows < CM_VERDICT_ROWS) {
+        metrics->verdict_rows++;
+        row->action = verdict->action;
+        row->stage = verdict->stage;
+        snprintf(row->category, sizeof(row->category), "%s", verdict->category);
+    }
+    row->count++;
+}
+
 static void head(struct evbuffer *out, const char *name, const char *kind, const char *help)
 {
     cm_text_format(out, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, kind);
@@ -132,6 +152,26 @@ static void responses_write(const struct cm_metrics *metrics, struct evbuffer *o
     for (size_t i = 0; i < CM_END_COUNT; i++) {
         cm_text_format(out, "casemate_generations_total{end=\"%s\"} %" PRIu64 "\n", end_names[i],
                        metrics->ends[i]);
+    }
+}
+
+static void verdicts_write(const struct cm_metrics *metrics, struct evbuffer *out)
+{
+    head(out, "casemate_guard_verdicts_total", "counter",
+         "What rules of the guard found, by category, action and stage.");
+    for (uint32_t i = 0; i < metrics->verdict_rows; i++) {
+        const struct cm_verdict_row *row = &metrics->verdicts[i];
+        cm_text_format(out,
+                       "casemate_guard_verdicts_total{category=\"%s\",action=\"%s\",stage=\"%s\"} "
+                       "%" PRIu64 "\n",
+                       row->category, cm_verdict_action_name(row->action),
+                       cm_verdict_stage_name(row->stage), row->count);
+    }
+    if (metrics->verdicts[CM_VERDICT_ROWS].count > 0) {
+        cm_text_format(out,
+                       "casemate_guard_verdicts_total{category=\"other\",action=\"\",stage=\"\"} "
+                       "%" PRIu64 "\n",
+                       metrics->verdicts[CM_VERDICT_ROWS].count);
     }
 }
 
@@ -257,6 +297,7 @@ void cm_metrics_write(const struct cm_metrics *metrics, const struct cm_metrics_
     label(out, now->version);
     cm_text_put(out, "} 1\n");
     responses_write(metrics, out);
+    verdicts_write(metrics, out);
     counters_write(metrics, out);
     state_write(now, out);
     if (now->hello != NULL && now->stats != NULL) {

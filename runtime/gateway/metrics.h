@@ -37,6 +37,13 @@ const char *cm_end_name(enum cm_end end);
 
 #define CM_STATUS_SLOTS 18
 
+#define CM_VERDICT_ROWS 64 /* categories by action and stage; beyond them "other" */
+struct cm_verdict_row {
+    char category[CM_CATEGORY_BYTES];
+    uint32_t action, stage;
+    uint64_t count;
+};
+
 struct cm_metrics {
     uint64_t responses[CM_ROUTE_COUNT + 1][CM_STATUS_SLOTS]; /* last row: no route */
     uint64_t ends[CM_END_COUNT];
@@ -49,6 +56,8 @@ struct cm_metrics {
     uint64_t cached_tokens;
     uint64_t completion_tokens;
     uint64_t worker_violations;
+    uint32_t verdict_rows;
+    struct cm_verdict_row verdicts[CM_VERDICT_ROWS + 1];
     struct cm_histogram time_to_first_token;
     struct cm_histogram request_duration;
     struct cm_histogram time_per_output_token;
@@ -75,6 +84,7 @@ void cm_metrics_response(struct cm_metrics *metrics, const struct cm_route *rout
 void cm_metrics_first_token(struct cm_metrics *metrics, double seconds);
 void cm_metrics_duration(struct cm_metrics *metrics, double seconds);
 void cm_metrics_output_token(struct cm_metrics *metrics, double seconds);
+void cm_metrics_verdict(struct cm_metrics *metrics, const struct cm_wire_verdict *verdict);
 void cm_metrics_write(const struct cm_metrics *metrics, const struct cm_metrics_now *now,
                       struct evbuffer *out);
 

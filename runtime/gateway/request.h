@@ -28,6 +28,7 @@ struct cm_request {
     bool prompt_given;
     bool stream_options_given;
     bool model_given;
+    bool moderated;
     struct cm_wire_generate wire; /* without tenant */
     json_t *root;                 /* owned; texts below are borrowed from it */
     const json_t *prompt;         /* array of messages, or a string */

@@ -851,6 +851,71 @@ def test_finish_reasons(gateway, text, finish, stream):
     assert last["choices"][0]["finish_reason"] == finish
 
 
+def moderation_of(raw: dict):
+    """As the openai package's types read it."""
+    return openai.types.chat.chat_completion.Moderation.model_validate(raw, strict=True)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_the_guard_refuses(gateway, path, stream):
+    text = "refuse filter zebra-canary"
+    body = (chat(text, stream=stream) if path.endswith("chat/completions") else
+            {"model": "test-model", "prompt": text, "stream": stream})
+    before = gateway.figure("casemate_guard_verdicts_total")
+    reply = gateway.post(body, path=path)
+    assert reply.status == 400 and set(reply.json) == {"error", "moderation"}
+    assert reply.headers["content-type"] == "application/json" and b"zebra" not in reply.body
+    assert reply.json["error"] == {
+        "code": "content_filter", "type": "invalid_request_error",
+        "param": "prompt" if path == "/v1/completions" else "messages[0].content",
+        "message": "The prompt was refused by the guard: test/one (rule a-refusal)."}
+    told = moderation_of(reply.json["moderation"])
+    assert told.input.results[0].flagged and not told.output.results[0].flagged
+    assert told.input.results[0].categories == {"test/one": True}
+    assert [v["action"] for v in told.input.results[0].verdicts] == ["report", "refuse"]
+    assert gateway.figure("casemate_guard_verdicts_total") == before + 2
+    assert gateway.figure('casemate_generations_total{end="content_filter"}') > 0
+    gateway.well()
+
+
+def test_verdicts_are_logged_without_text(own):
+    gateway = own()
+    assert gateway.post(chat("refuse filter zebra-canary")).status == 400
+    lines = [json.loads(x) for x in (gateway.folder / "gateway.log").read_text().splitlines()]
+    told = [x for x in lines if x["event"] == "verdict"]
+    assert [(x["rule"], x["category"], x["action"], x["stage"], x["offset"], x["bytes"])
+            for x in told] == [("a-report", "test/one", "report", "input", 7, 5),
+                               ("a-refusal", "test/one", "refuse", "input", 7, 5)]
+    assert "zebra" not in str(lines)
+
+
+def test_the_client_is_told_of_a_refused_prompt(gateway):
+    with gateway.client() as client, pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="test-model", stream=True, messages=[
+            {"role": "system", "content": "x"}, {"role": "user", "content": "refuse filter"}])
+    assert refused.value.code == "content_filter" and "test/one" in refused.value.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_verdicts_of_a_reply(gateway, stream):
+    def ask(text, **fields):
+        made = client.chat.completions.create(
+            model="test-model", messages=[{"role": "user", "content": text}], stream=stream, **fields)
+        return [c for c in made if c.choices and c.choices[0].finish_reason][-1] if stream else made
+
+    asked = {"model": "casemate-guard", "policy": {"output": {"mode": "block"}}}
+    with gateway.client() as client:
+        ended = ask("filter")
+        assert ended.choices[0].finish_reason == "content_filter"
+        assert ended.moderation.output.results[0].flagged
+        assert ended.moderation.output.results[0].category_scores == {"test/one": 1.0}
+        assert not ended.moderation.input.results[0].flagged
+        assert ask("echo a").moderation is None
+        clean = ask("echo a", moderation=asked).moderation
+        assert clean.output.type == "moderation_results" and not clean.output.results[0].flagged
+
+
 AWKWARD = ['"\\/', "\b\f\n\r\t\x7f", "data: x", "\u2028\u2029", "äöü€😀", "\x1b[31m", "[DONE]"]
 
 
@@ -999,7 +1064,8 @@ def test_a_reply_that_the_worker_ends_badly(gateway, text, status, code, stream)
 
 
 @pytest.mark.parametrize("how", ["early", "utf8", "cut", "length", "short", "long", "type", "generate",
-                                 "unknown", "finish", "hello", "cursor", "count"])
+                                 "unknown", "finish", "hello", "cursor", "count",
+                                 "verdict A", "verdict "])
 def test_a_worker_that_breaks_the_rules_is_not_listened_to(gateway, how):
     with contextlib.ExitStack() as stack:
         other = held(gateway, stack, "bob")

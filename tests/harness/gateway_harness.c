@@ -173,15 +173,27 @@ static void accept_put(uint64_t id, uint32_t max_tokens)
     check(put(CM_WIRE_ACCEPTED, id, &accepted, sizeof(accepted), NULL, 0), "accepted");
 }
 
+static void verdict_put(uint64_t id, uint32_t stage, uint32_t action, const char *rule)
+{
+    struct cm_wire_verdict verdict = {
+        .category = "test/one", .action = action, .stage = stage, .offset = 7, .bytes = 5};
+    snprintf(verdict.rule, sizeof(verdict.rule), "%s", rule);
+    check(put(CM_WIRE_VERDICT, id, &verdict, sizeof(verdict), NULL, 0), "verdict");
+}
+
 static void refuse(uint64_t id, const char *why)
 {
     static const char *const names[] = {"",      "context", "queue", "input",
-                                        "drain", "failed",  "empty"};
+                                        "drain", "failed",  "empty", "filter"};
     struct cm_wire_refused refused = {.prompt_tokens = 5000, .limit = 2048};
-    for (uint32_t i = 1; i < 7; i++) {
+    for (uint32_t i = 1; i < 8; i++) {
         if (strncmp(why, names[i], strlen(names[i])) == 0) {
             refused.reason = i;
         }
+    }
+    if (refused.reason == CM_REFUSAL_FILTER) {
+        verdict_put(id, CM_VERDICT_INPUT, CM_VERDICT_REPORT, "a-report");
+        verdict_put(id, CM_VERDICT_INPUT, CM_VERDICT_REFUSE, "a-refusal");
     }
     check(put(CM_WIRE_REFUSED, id, &refused, sizeof(refused), NULL, 0), "refused");
 }
@@ -196,6 +208,10 @@ static void hostile(uint64_t id, const char *how)
         return;
     }
     accept_put(id, 10);
+    if (strncmp(how, "verdict", 7) == 0) {
+        verdict_put(id, CM_VERDICT_INPUT, CM_VERDICT_REPORT, how + 8);
+        return;
+    }
     if (strncmp(how, "utf8", 4) == 0) {
         put(CM_WIRE_TEXT, id, &head, sizeof(head), "a\xff\xfe", 3);
     } else if (strncmp(how, "cut", 3) == 0) {
@@ -281,6 +297,7 @@ static void job_start(uint64_t id, const struct cm_wire_generate *wire, const ch
         job->count = (uint32_t)atoi(rest);
         job->finish = CM_FINISH_CANCELLED;
     } else if (begins(text, "filter", &rest)) {
+        verdict_put(id, CM_VERDICT_OUTPUT, CM_VERDICT_REFUSE, "an-end");
         job->count = 1;
         job->finish = CM_FINISH_FILTER;
     } else if (begins(text, "die", &rest)) {

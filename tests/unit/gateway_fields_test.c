@@ -141,6 +141,14 @@ static const struct {
      {"{}", "{\"type\":\"json_object\"}", "{\"type\":1}", "{\"type\":\"text\",\"x\":1}"}},
     {"modalities", LIST, {"[\"text\"]"}, {"[]", "[\"audio\"]", "[\"text\",\"audio\"]", "[1]"}},
     {"tool_choice", STRING, {"\"none\"", "\"auto\""}, {"\"required\"", "\"\""}},
+    {"moderation",
+     OBJECT,
+     {"{\"model\":\"casemate-guard\"}", "{\"model\":\"casemate-guard\",\"policy\":null}",
+      "{\"model\":\"casemate-guard\",\"policy\":{\"input\":{\"mode\":\"block\"},\"output\":null}}"},
+     {"{}", "{\"model\":\"m\"}", "{\"model\":\"casemate-guard\",\"x\":1}",
+      "{\"model\":\"casemate-guard\",\"policy\":1}",
+      "{\"model\":\"casemate-guard\",\"policy\":{\"input\":{\"mode\":\"score\"}}}",
+      "{\"model\":\"casemate-guard\",\"policy\":{\"all\":{\"mode\":\"block\"}}}"}},
 };
 #define APPLIED_COUNT (sizeof(applied) / sizeof(applied[0]))
 
