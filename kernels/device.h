@@ -72,18 +72,21 @@ CM_MUST_USE enum cm_status cm_device_reserve(struct cm_device *device,
                                              const struct cm_device_reserve *reserve,
                                              struct cm_error *err);
 
-/* How a host-side device opens one segment: check the SHA-256, then the tag, then write plaintext.
- * Given by loader/stream; kernels/ know no cipher library. Must be callable from several threads.
- */
+/* How a host-side device opens a run of segments: check each SHA-256, then each tag, then write
+ * plaintext; ciphertext and plaintext may be the same memory. Given by loader/stream; kernels/ know
+ * no cipher library. Must be callable from several threads. */
 struct cm_device_cipher {
     enum cm_status (*open)(void *context, uint64_t index, const uint8_t *ciphertext, size_t bytes,
                            uint8_t *plaintext, struct cm_error *err);
     void *context;
 };
 
-/* Decrypt segment `index` (bytes = segment_bytes but for the last) into its place. Any order, each
- * once. On failure the device is poisoned: the arena is wiped and every later call but close fails.
- */
+/* Where segment `index` will lie, so that its ciphertext can be read to there and opened in place.
+ * NULL: this device's memory is not the host's, or nothing is reserved. */
+uint8_t *cm_device_segment_place(struct cm_device *device, uint64_t index);
+/* Open the segments from `index` on that `bytes` span (whole ones; the last may be shorter) into
+ * their place. Any order, each once. On failure the device is poisoned: the arena is wiped and
+ * every later call but close fails. */
 CM_MUST_USE enum cm_status cm_device_segment_submit(struct cm_device *device,
                                                     const struct cm_device_cipher *cipher,
                                                     uint64_t index, const uint8_t *ciphertext,

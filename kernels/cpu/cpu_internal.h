@@ -158,7 +158,8 @@ struct cm_device {
     uint8_t *arena;
     uint64_t arena_bytes;
     uint8_t *payload;
-    uint64_t segment_count, segments_done;
+    uint64_t segment_count;
+    uint32_t opening;      /* segments being opened at this moment, by several threads */
     uint8_t *segment_seen; /* [segment_count] */
     uint8_t *kv;
     size_t page_bytes;

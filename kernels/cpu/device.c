@@ -228,6 +228,22 @@ static bool swap_absent(void)
     return lines <= 1;
 }
 
+/* Each thread takes its share of huge pages: the kernel zeroes at 12 GB/s a core (bench/README.md).
+ * A kernel older than 5.14 does not know the advice: then every page is touched. */
+static void arena_populate(void *context, uint32_t thread, uint32_t threads)
+{
+    struct cm_device *device = context;
+    const uint64_t pages = device->arena_bytes / HUGE_PAGE;
+    const uint64_t first = pages * thread / threads, last = pages * (thread + 1) / threads;
+    uint8_t *from = device->arena + first * HUGE_PAGE;
+    const uint64_t bytes = (last - first) * HUGE_PAGE;
+    if (bytes > 0 && madvise(from, bytes, MADV_POPULATE_WRITE) != 0) {
+        for (uint64_t at = 0; at < bytes; at += 4096) {
+            *(volatile uint8_t *)(from + at) = 0;
+        }
+    }
+}
+
 enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_device_reserve *reserve,
                                  struct cm_error *err)
 {
@@ -264,8 +280,8 @@ enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_devic
     (void)madvise(device->arena, bytes, MADV_HUGEPAGE);
     (void)madvise(device->arena, bytes, MADV_DONTDUMP);
     (void)madvise(device->arena, bytes, MADV_DONTFORK);
+    cm_pool_run(device->pool, arena_populate, device);
     device->arena_locked = mlock(device->arena, bytes) == 0 || swap_absent();
-    (void)madvise(device->arena, bytes, MADV_POPULATE_WRITE);
     device->limits = *reserve;
     device->model = *reserve->model;
     device->limits.model = NULL;
@@ -281,10 +297,42 @@ enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_devic
 
 /* ------------------------------------------------------------------ loading */
 
-static void poison(struct cm_device *device)
+uint8_t *cm_device_segment_place(struct cm_device *device, uint64_t index)
 {
-    cm_device_scrub(device);
-    device->poisoned = true;
+    return device->reserved && index < device->segment_count
+               ? device->payload + index * device->limits.segment_bytes
+               : NULL;
+}
+
+/* Claim the segments that `bytes` from `index` on span; each with one exchange, for they come from
+ * several threads. False: not whole segments, or one came twice. */
+static bool segments_claim(struct cm_device *device, uint64_t index, size_t bytes)
+{
+    const uint64_t segment = device->limits.segment_bytes;
+    uint64_t start = index * segment, left = device->limits.payload_bytes - start;
+    bool ok = bytes > 0 && bytes <= left && (bytes % segment == 0 || bytes == left);
+    for (uint64_t i = index; ok && i < index + (bytes + segment - 1) / segment; i++) {
+        ok = __atomic_exchange_n(&device->segment_seen[i], 1, __ATOMIC_ACQ_REL) == 0;
+    }
+    return ok;
+}
+
+/* One of possibly several at a time. A failure forbids all that comes; the last one out wipes, so
+ * that nobody writes plaintext behind the wipe, or fails because of it. */
+static enum cm_status segments_open(struct cm_device *device, const struct cm_device_cipher *cipher,
+                                    uint64_t index, const uint8_t *ciphertext, size_t bytes,
+                                    struct cm_error *err)
+{
+    if (!segments_claim(device, index, bytes)) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-SEGMENT",
+                            "segment %llu has the wrong size or came twice",
+                            (unsigned long long)index);
+    }
+    uint64_t before = now_ns();
+    enum cm_status status = cipher->open(cipher->context, index, ciphertext, bytes,
+                                         cm_device_segment_place(device, index), err);
+    __atomic_add_fetch(&device->stats.decrypt_ns_total, now_ns() - before, __ATOMIC_RELAXED);
+    return status;
 }
 
 enum cm_status cm_device_segment_submit(struct cm_device *device,
@@ -292,31 +340,23 @@ enum cm_status cm_device_segment_submit(struct cm_device *device,
                                         const uint8_t *ciphertext, size_t bytes,
                                         struct cm_error *err)
 {
-    if (device->poisoned || !device->reserved || device->loaded || index >= device->segment_count) {
-        return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "segment %llu out of order",
-                            (unsigned long long)index);
+    enum cm_status status;
+    __atomic_add_fetch(&device->opening, 1, __ATOMIC_ACQ_REL);
+    if (__atomic_load_n(&device->poisoned, __ATOMIC_ACQUIRE) || !device->reserved ||
+        device->loaded || index >= device->segment_count) {
+        status = cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "segment %llu out of order",
+                              (unsigned long long)index);
+    } else {
+        status = segments_open(device, cipher, index, ciphertext, bytes, err);
+        if (status != CM_OK) {
+            __atomic_store_n(&device->poisoned, true, __ATOMIC_RELEASE);
+        }
     }
-    uint64_t start = index * device->limits.segment_bytes;
-    uint64_t left = device->limits.payload_bytes - start;
-    uint64_t wanted = left < device->limits.segment_bytes ? left : device->limits.segment_bytes;
-    /* Claimed with one exchange: segments come from several threads. */
-    if (bytes != wanted ||
-        __atomic_exchange_n(&device->segment_seen[index], 1, __ATOMIC_ACQ_REL) != 0) {
-        poison(device);
-        return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-SEGMENT",
-                            "segment %llu has the wrong size or came twice",
-                            (unsigned long long)index);
+    if (__atomic_sub_fetch(&device->opening, 1, __ATOMIC_ACQ_REL) == 0 &&
+        __atomic_load_n(&device->poisoned, __ATOMIC_ACQUIRE)) {
+        cm_device_scrub(device);
     }
-    uint64_t before = now_ns();
-    enum cm_status status =
-        cipher->open(cipher->context, index, ciphertext, bytes, device->payload + start, err);
-    if (status != CM_OK) {
-        poison(device);
-        return status;
-    }
-    __atomic_add_fetch(&device->segments_done, 1, __ATOMIC_ACQ_REL);
-    __atomic_add_fetch(&device->stats.decrypt_ns_total, now_ns() - before, __ATOMIC_RELAXED);
-    return CM_OK;
+    return status;
 }
 
 enum cm_status cm_device_load_finish(struct cm_device *device, struct cm_error *err)
@@ -326,7 +366,7 @@ enum cm_status cm_device_load_finish(struct cm_device *device, struct cm_error *
     }
     for (uint64_t i = 0; i < device->segment_count; i++) {
         if (device->segment_seen[i] == 0) {
-            poison(device);
+            cm_device_scrub(device);
             return cm_error_set(err, CM_E_PACKAGE, "CM-DEV-SEGMENT",
                                 "segment %llu of %llu never came", (unsigned long long)i,
                                 (unsigned long long)device->segment_count);

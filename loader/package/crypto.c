@@ -2,6 +2,9 @@
 #include "loader/package/internal.h"
 
 #include <string.h>
+#if defined(__clang__) && defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <openssl/core_names.h>
 #include <openssl/ec.h>
@@ -110,10 +113,10 @@ enum cm_status cm_aead_seal(uint32_t suite, const uint8_t *key, uint64_t index,
     return status;
 }
 
-enum cm_status cm_aead_open(uint32_t suite, const uint8_t *key, uint64_t index,
-                            const uint8_t *ciphertext, size_t bytes,
-                            const uint8_t tag[static CM_AEAD_TAG_BYTES], uint8_t *plaintext,
-                            struct cm_error *err)
+enum cm_status cm_aead_open_evp(uint32_t suite, const uint8_t *key, uint64_t index,
+                                const uint8_t *ciphertext, size_t bytes,
+                                const uint8_t tag[static CM_AEAD_TAG_BYTES], uint8_t *plaintext,
+                                struct cm_error *err)
 {
     enum cm_status status = CM_OK;
     uint8_t nonce[CM_AEAD_NONCE_BYTES];
@@ -134,6 +137,47 @@ enum cm_status cm_aead_open(uint32_t suite, const uint8_t *key, uint64_t index,
     }
     EVP_CIPHER_CTX_free(context);
     return status;
+}
+
+#ifdef __x86_64__
+static bool vaes_available(void)
+{
+#ifdef __clang__ /* clang 14 does not know the name */
+    unsigned a, b, c = 0, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) == 1 && (c & 1u << 9) != 0;
+#else
+    return __builtin_cpu_supports("vaes");
+#endif
+}
+
+bool cm_sha256_lanes_available(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+}
+
+bool cm_gcm_vaes_available(void)
+{
+    return cm_sha256_lanes_available() && __builtin_cpu_supports("vpclmulqdq") && vaes_available();
+}
+#endif
+
+enum cm_status cm_aead_open(uint32_t suite, const uint8_t *key, uint64_t index,
+                            const uint8_t *ciphertext, size_t bytes,
+                            const uint8_t tag[static CM_AEAD_TAG_BYTES], uint8_t *plaintext,
+                            struct cm_error *err)
+{
+    uint8_t nonce[CM_AEAD_NONCE_BYTES];
+    if (suite != CM_SUITE_AES_256_GCM || !cm_gcm_vaes_available()) {
+        return cm_aead_open_evp(suite, key, index, ciphertext, bytes, tag, plaintext, err);
+    }
+    CM_ASSERT(bytes <= CM_PACKAGE_MANIFEST_BYTES_MAX);
+    nonce_make(key, index, nonce);
+    if (!cm_gcm_vaes_open(key, nonce, ciphertext, bytes, tag, plaintext)) {
+        cm_wipe(plaintext, bytes);
+        return cm_error_set(err, CM_E_PACKAGE, "CM-PKG-TAG", "authentication tag is wrong");
+    }
+    return CM_OK;
 }
 
 /* r ‖ s to the DER form that EVP takes. Returns its size, 0 on failure. */

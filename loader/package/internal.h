@@ -46,6 +46,26 @@ CM_MUST_USE enum cm_status cm_aead_open(uint32_t suite, const uint8_t *key, uint
                                         const uint8_t *ciphertext, size_t bytes,
                                         const uint8_t tag[static CM_AEAD_TAG_BYTES],
                                         uint8_t *plaintext, struct cm_error *err);
+/* The same by OpenSSL alone: what cm_aead_open falls back to, and its oracle in the tests. */
+CM_MUST_USE enum cm_status cm_aead_open_evp(uint32_t suite, const uint8_t *key, uint64_t index,
+                                            const uint8_t *ciphertext, size_t bytes,
+                                            const uint8_t tag[static CM_AEAD_TAG_BYTES],
+                                            uint8_t *plaintext, struct cm_error *err);
+
+/* What this CPU has for the two below; asked once by whoever calls them often. */
+bool cm_gcm_vaes_available(void);
+bool cm_sha256_lanes_available(void);
+/* gcm_vaes.c. AES-256-GCM whose tag is checked before anything is written: in place is fine. False:
+ * the tag is wrong, plaintext is untouched. */
+bool cm_gcm_vaes_open(const uint8_t key[static CM_KEY_BYTES],
+                      const uint8_t nonce[static CM_AEAD_NONCE_BYTES], const uint8_t *ciphertext,
+                      size_t bytes, const uint8_t tag[static CM_AEAD_TAG_BYTES],
+                      uint8_t *plaintext);
+#define CM_SHA256_LANES 16u
+/* sha256_lanes.c. Digests of CM_SHA256_LANES messages of one length, a multiple of 64. */
+void cm_sha256_lanes(const uint8_t *const messages[CM_SHA256_LANES], size_t bytes,
+                     uint8_t ret_digests[CM_SHA256_LANES][CM_DIGEST_BYTES]);
+
 /* ECDSA P-256 over a digest; key = uncompressed point. */
 CM_MUST_USE enum cm_status cm_signature_check(
     const uint8_t key[static CM_PUBLIC_KEY_BYTES], const uint8_t digest[static CM_DIGEST_BYTES],

@@ -235,18 +235,67 @@ static const uint8_t *table_entry(const struct cm_package *package, uint64_t ind
     return package->table + index * CM_PACKAGE_TABLE_ENTRY_BYTES;
 }
 
-enum cm_status cm_package_segment_verify(const struct cm_package *package, uint64_t index,
-                                         const uint8_t *ciphertext, size_t bytes,
-                                         struct cm_error *err)
+static enum cm_status digest_check(const struct cm_package *package, uint64_t index, size_t bytes,
+                                   const uint8_t found[static CM_DIGEST_BYTES],
+                                   struct cm_error *err)
 {
-    uint8_t found[CM_DIGEST_BYTES];
-    const uint8_t *entry = table_entry(package, index, bytes);
-    enum cm_status status = cm_sha256(ciphertext, bytes, found, err);
-    if (status == CM_OK && memcmp(found, entry + CM_AEAD_TAG_BYTES, sizeof(found)) != 0) {
+    enum cm_status status = CM_OK;
+    const uint8_t *wanted = table_entry(package, index, bytes) + CM_AEAD_TAG_BYTES;
+    if (memcmp(found, wanted, CM_DIGEST_BYTES) != 0) {
         status =
             cm_error_set(err, CM_E_PACKAGE, "CM-PKG-HASH", "SHA-256 is not the one in the table");
     }
     return segment_refused(package, index, status, err);
+}
+
+/* Lanes cost the same whether all are used or not: below this one message after the other is
+ * faster (2.0 against 4.3 GB/s over 16). */
+#define LANES_LEAST 8u
+
+/* `count` whole segments side by side; lanes that are left over hash the first one again. */
+static enum cm_status lanes_verify(const struct cm_package *package, uint64_t first, uint64_t count,
+                                   const uint8_t *ciphertext, struct cm_error *err)
+{
+    const uint8_t *lanes[CM_SHA256_LANES];
+    uint8_t found[CM_SHA256_LANES][CM_DIGEST_BYTES];
+    enum cm_status status = CM_OK;
+    for (uint64_t i = 0; i < CM_SHA256_LANES; i++) {
+        lanes[i] = ciphertext + (i < count ? i : 0) * CM_PACKAGE_SEGMENT_BYTES;
+    }
+    cm_sha256_lanes(lanes, CM_PACKAGE_SEGMENT_BYTES, found);
+    for (uint64_t i = 0; status == CM_OK && i < count; i++) {
+        status = digest_check(package, first + i, CM_PACKAGE_SEGMENT_BYTES, found[i], err);
+    }
+    return status;
+}
+
+enum cm_status cm_package_segments_verify(const struct cm_package *package, uint64_t first,
+                                          uint64_t count, const uint8_t *ciphertext,
+                                          struct cm_error *err)
+{
+    const bool lanes = cm_sha256_lanes_available();
+    enum cm_status status = CM_OK;
+    for (uint64_t i = 0; status == CM_OK && i < count;) {
+        uint8_t found[CM_DIGEST_BYTES];
+        const uint8_t *at = ciphertext + i * CM_PACKAGE_SEGMENT_BYTES;
+        uint64_t offset;
+        size_t bytes;
+        cm_package_segment_place(package, first + count - 1, &offset, &bytes);
+        uint64_t whole = count - i - (bytes < CM_PACKAGE_SEGMENT_BYTES);
+        if (lanes && whole >= LANES_LEAST) {
+            uint64_t take = whole < CM_SHA256_LANES ? whole : CM_SHA256_LANES;
+            status = lanes_verify(package, first + i, take, at, err);
+            i += take;
+            continue;
+        }
+        cm_package_segment_place(package, first + i, &offset, &bytes);
+        status = cm_sha256(at, bytes, found, err);
+        if (status == CM_OK) {
+            status = digest_check(package, first + i, bytes, found, err);
+        }
+        i++;
+    }
+    return status;
 }
 
 enum cm_status cm_package_segment_decrypt(const struct cm_package *package, uint64_t index,
@@ -265,7 +314,7 @@ enum cm_status cm_package_segment_open(const struct cm_package *package, uint64_
                                        const uint8_t *ciphertext, size_t bytes, uint8_t *plaintext,
                                        struct cm_error *err)
 {
-    enum cm_status status = cm_package_segment_verify(package, index, ciphertext, bytes, err);
+    enum cm_status status = cm_package_segments_verify(package, index, 1, ciphertext, err);
     if (status != CM_OK) {
         cm_wipe(plaintext, bytes);
         return status;

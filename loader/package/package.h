@@ -111,10 +111,13 @@ const uint8_t *cm_package_manifest(const struct cm_package *package, size_t *ret
 CM_MUST_USE enum cm_status cm_package_segment_open(const struct cm_package *package, uint64_t index,
                                                    const uint8_t *ciphertext, size_t bytes,
                                                    uint8_t *plaintext, struct cm_error *err);
-/* The two halves of segment_open, for callers that time them; verify must have passed first. */
-CM_MUST_USE enum cm_status cm_package_segment_verify(const struct cm_package *package,
-                                                     uint64_t index, const uint8_t *ciphertext,
-                                                     size_t bytes, struct cm_error *err);
+/* The two halves of segment_open, for callers that time them or have several segments at hand.
+ * Verify takes `count` whole segments from `first` on that lie one after the other, and hashes them
+ * side by side where the CPU can. Decrypt is for a segment that passed; in place is fine. */
+CM_MUST_USE enum cm_status cm_package_segments_verify(const struct cm_package *package,
+                                                      uint64_t first, uint64_t count,
+                                                      const uint8_t *ciphertext,
+                                                      struct cm_error *err);
 CM_MUST_USE enum cm_status cm_package_segment_decrypt(const struct cm_package *package,
                                                       uint64_t index, const uint8_t *ciphertext,
                                                       size_t bytes, uint8_t *plaintext,

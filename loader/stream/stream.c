@@ -1,5 +1,6 @@
-/* read → SHA-256 → decrypt into the arena, one segment at a time per thread. */
-#include "loader/stream/stream.h"
+/* read → SHA-256 → tag → decrypt, a run of segments at a time per thread, in the device's memory.
+ */
+#include "loader/stream/stream_internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -7,18 +8,22 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sysinfo.h>
 #include <time.h>
 #include <unistd.h>
 
 #define THREADS_MAX 16u
+#define RUN         16u /* segments: as many as are hashed side by side; 4 MiB stay in cache */
 
 struct load {
-    const struct cm_package *package;
-    int fd;
+    const struct cm_stream_source *source;
+    const struct cm_stream_options *options;
     struct cm_device *device;
     uint64_t segments;
-    const volatile int *stop;
-    _Atomic uint64_t next;
+    uint32_t threads;
+    bool drop_behind;
+    pthread_t caller;
+    _Atomic uint64_t next; /* segment */
     _Atomic uint64_t bytes_done;
     _Atomic uint64_t read_ns, verify_ns, decrypt_ns;
     _Atomic int failed; /* the first failure's owner writes error and status */
@@ -33,29 +38,55 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
 }
 
-/* The device's cipher: verify, then decrypt, each on its own clock. */
-static enum cm_status segment_open(void *context, uint64_t index, const uint8_t *ciphertext,
-                                   size_t bytes, uint8_t *plaintext, struct cm_error *err)
+/* The first failure is the one that is told: the others follow from it. */
+static void failure_note(struct load *load, enum cm_status status, const struct cm_error *err)
+{
+    int none = 0;
+    if (status != CM_OK && atomic_compare_exchange_strong(&load->failed, &none, 1)) {
+        load->status = status;
+        load->error = *err;
+    }
+}
+
+/* The device's cipher: the whole run is hashed, then segment by segment tag and decryption. */
+static enum cm_status run_open(void *context, uint64_t index, const uint8_t *ciphertext,
+                               size_t bytes, uint8_t *plaintext, struct cm_error *err)
 {
     struct load *load = context;
+    const struct cm_stream_source *source = load->source;
+    const uint64_t segment = source->segment_bytes;
+    enum cm_status status = CM_OK;
+    if (source->verify == NULL) {
+        if (plaintext != ciphertext) {
+            memcpy(plaintext, ciphertext, bytes);
+        }
+        return CM_OK;
+    }
     uint64_t start = now_ns();
-    enum cm_status status = cm_package_segment_verify(load->package, index, ciphertext, bytes, err);
+    status =
+        source->verify(source->context, index, (bytes + segment - 1) / segment, ciphertext, err);
     uint64_t verified = now_ns();
-    if (status == CM_OK) {
-        status =
-            cm_package_segment_decrypt(load->package, index, ciphertext, bytes, plaintext, err);
+    for (size_t at = 0; status == CM_OK && at < bytes; at += segment) {
+        size_t size = bytes - at < segment ? bytes - at : segment;
+        status = source->decrypt(source->context, index + at / segment, ciphertext + at, size,
+                                 plaintext + at, err);
     }
     atomic_fetch_add(&load->verify_ns, verified - start);
     atomic_fetch_add(&load->decrypt_ns, now_ns() - verified);
+    failure_note(load, status, err);
     return status;
 }
 
-static enum cm_status segment_read(struct load *load, uint64_t offset, uint8_t *bytes, size_t size,
-                                   struct cm_error *err)
+static enum cm_status run_read(struct load *load, uint64_t offset, uint8_t *bytes, size_t size,
+                               struct cm_error *err)
 {
+    const struct cm_stream_source *source = load->source;
     uint64_t start = now_ns();
+    /* The other threads' next runs, so that a cold disk has work while this one computes. */
+    (void)posix_fadvise(source->fd, (off_t)(offset + load->threads * size), (off_t)size,
+                        POSIX_FADV_WILLNEED);
     for (size_t done = 0; done < size;) {
-        ssize_t got = pread(load->fd, bytes + done, size - done, (off_t)(offset + done));
+        ssize_t got = source->read(source->fd, bytes + done, size - done, (off_t)(offset + done));
         if (got < 0 && errno == EINTR) {
             continue;
         }
@@ -74,23 +105,27 @@ static enum cm_status segment_read(struct load *load, uint64_t offset, uint8_t *
     return CM_OK;
 }
 
-static enum cm_status segment_load(struct load *load, uint64_t index, uint8_t *staging,
-                                   struct cm_error *err)
+static enum cm_status run_load(struct load *load, uint64_t index, uint8_t *staging,
+                               struct cm_error *err)
 {
-    const struct cm_device_cipher cipher = {segment_open, load};
-    uint64_t offset;
-    size_t bytes;
-    cm_package_segment_place(load->package, index, &offset, &bytes);
-    if (load->stop != NULL && *load->stop != 0) {
+    const struct cm_stream_source *source = load->source;
+    const struct cm_device_cipher cipher = {run_open, load};
+    const uint64_t start = index * source->segment_bytes, left = source->payload_bytes - start;
+    const size_t bytes =
+        (size_t)(left < RUN * source->segment_bytes ? left : RUN * source->segment_bytes);
+    if (load->options->stop != NULL && *load->options->stop != 0) {
         return cm_error_set(err, CM_E_BUSY, "CM-STREAM-STOP", "loading was stopped");
     }
-    enum cm_status status = segment_read(load, offset, staging, bytes, err);
+    uint8_t *place = staging != NULL ? staging : cm_device_segment_place(load->device, index);
+    enum cm_status status = run_read(load, source->payload_offset + start, place, bytes, err);
     if (status == CM_OK) {
-        status = cm_device_segment_submit(load->device, &cipher, index, staging, bytes, err);
+        status = cm_device_segment_submit(load->device, &cipher, index, place, bytes, err);
     }
     if (status == CM_OK) {
-        /* Ciphertext was of use once; the page cache has better things to keep. */
-        (void)posix_fadvise(load->fd, (off_t)offset, (off_t)bytes, POSIX_FADV_DONTNEED);
+        if (load->drop_behind) {
+            (void)posix_fadvise(source->fd, (off_t)(source->payload_offset + start), (off_t)bytes,
+                                POSIX_FADV_DONTNEED);
+        }
         atomic_fetch_add(&load->bytes_done, bytes);
     }
     return status;
@@ -99,60 +134,65 @@ static enum cm_status segment_load(struct load *load, uint64_t index, uint8_t *s
 static void *load_main(void *argument)
 {
     struct load *load = argument;
+    const struct cm_stream_options *options = load->options;
     struct cm_error err = {.status = CM_OK};
     enum cm_status status = CM_OK;
-    uint8_t *staging = malloc(CM_PACKAGE_SEGMENT_BYTES);
-    if (staging == NULL) {
+    uint8_t *staging = NULL;
+    /* Only a device with memory of its own needs a place for the ciphertext. */
+    if (cm_device_segment_place(load->device, 0) == NULL &&
+        (staging = malloc(RUN * load->source->segment_bytes)) == NULL) {
         status = cm_error_errno(&err, ENOMEM, "CM-SYS-MEMORY", "staging");
     }
     while (status == CM_OK && atomic_load(&load->failed) == 0) {
-        uint64_t index = atomic_fetch_add(&load->next, 1);
+        uint64_t index = atomic_fetch_add(&load->next, RUN);
         if (index >= load->segments) {
             break;
         }
-        status = segment_load(load, index, staging, &err);
+        if (options->progress != NULL && pthread_equal(pthread_self(), load->caller)) {
+            options->progress(options->progress_context, atomic_load(&load->bytes_done),
+                              load->source->payload_bytes);
+        }
+        status = run_load(load, index, staging, &err);
     }
-    int none = 0;
-    if (status != CM_OK && atomic_compare_exchange_strong(&load->failed, &none, 1)) {
-        load->status = status;
-        load->error = err;
-    }
+    failure_note(load, status, &err);
     free(staging);
     return NULL;
 }
 
-enum cm_status cm_stream_load(const struct cm_package *package, int fd, struct cm_device *device,
-                              uint32_t threads, cm_stream_progress progress, void *progress_context,
-                              const volatile int *stop, struct cm_stream_times *ret_times,
-                              struct cm_error *err)
+/* Ciphertext is of use once, but a worker that is replaced reads it again, at memory speed if it is
+ * still cached. It is dropped where keeping it would cost others: above an eighth of the memory. */
+static bool too_large_to_keep(uint64_t bytes)
 {
-    const struct cm_package_core *core = &cm_package_head_of(package)->core;
-    struct load load = {.package = package,
-                        .fd = fd,
+    struct sysinfo facts;
+    return sysinfo(&facts) != 0 || bytes > (uint64_t)facts.totalram * facts.mem_unit / 8;
+}
+
+enum cm_status cm_stream_run(const struct cm_stream_source *source, struct cm_device *device,
+                             const struct cm_stream_options *options,
+                             struct cm_stream_times *ret_times, struct cm_error *err)
+{
+    struct load load = {.source = source,
+                        .options = options,
                         .device = device,
-                        .segments = core->segment_count,
-                        .stop = stop};
+                        .segments = (source->payload_bytes + source->segment_bytes - 1) /
+                                    source->segment_bytes,
+                        .threads = options->threads < THREADS_MAX ? options->threads : THREADS_MAX,
+                        .drop_behind = too_large_to_keep(source->payload_bytes),
+                        .caller = pthread_self()};
     pthread_t helpers[THREADS_MAX];
     uint32_t started = 0;
     uint64_t start = now_ns();
-    threads = threads < 1 ? 1 : (threads > THREADS_MAX ? THREADS_MAX : threads);
-    while (started < threads && pthread_create(&helpers[started], NULL, load_main, &load) == 0) {
+    /* Fewer threads than wished for load slower, nothing else. */
+    while (started + 1 < load.threads &&
+           pthread_create(&helpers[started], NULL, load_main, &load) == 0) {
         started++;
     }
-    if (started == 0) {
-        return cm_error_set(err, CM_E_SYSTEM, "CM-SYS-THREAD", "cannot start a loading thread");
-    }
-    /* This thread reports while the others work. */
-    while (progress != NULL && atomic_load(&load.failed) == 0 &&
-           atomic_load(&load.bytes_done) < core->payload_bytes) {
-        progress(progress_context, atomic_load(&load.bytes_done), core->payload_bytes);
-        usleep(10000);
-    }
+    (void)load_main(&load);
     for (uint32_t i = 0; i < started; i++) {
         pthread_join(helpers[i], NULL);
     }
     if (atomic_load(&load.failed) != 0) {
-        cm_device_scrub(device);
+        cm_device_scrub(device); /* others may have written after the failure's own wipe */
         if (err != NULL) {
             *err = load.error;
         }
@@ -160,14 +200,50 @@ enum cm_status cm_stream_load(const struct cm_package *package, int fd, struct c
     }
     enum cm_status status = cm_device_load_finish(device, err);
     if (status == CM_OK) {
-        if (progress != NULL) {
-            progress(progress_context, core->payload_bytes, core->payload_bytes);
+        if (options->progress != NULL) {
+            options->progress(options->progress_context, source->payload_bytes,
+                              source->payload_bytes);
         }
         *ret_times = (struct cm_stream_times){.read_us = load.read_ns / 1000,
                                               .verify_us = load.verify_ns / 1000,
                                               .decrypt_us = load.decrypt_ns / 1000,
                                               .total_us = (now_ns() - start) / 1000,
-                                              .bytes = core->payload_bytes};
+                                              .bytes = source->payload_bytes};
     }
     return status;
+}
+
+static enum cm_status package_verify(void *context, uint64_t first, uint64_t count,
+                                     const uint8_t *ciphertext, struct cm_error *err)
+{
+    return cm_package_segments_verify(context, first, count, ciphertext, err);
+}
+
+static enum cm_status package_decrypt(void *context, uint64_t index, const uint8_t *ciphertext,
+                                      size_t bytes, uint8_t *plaintext, struct cm_error *err)
+{
+    return cm_package_segment_decrypt(context, index, ciphertext, bytes, plaintext, err);
+}
+
+void cm_stream_package_source(const struct cm_package *package, int fd,
+                              struct cm_stream_source *ret_source)
+{
+    const struct cm_package_core *core = &cm_package_head_of(package)->core;
+    *ret_source = (struct cm_stream_source){.fd = fd,
+                                            .payload_offset = core->payload_offset,
+                                            .payload_bytes = core->payload_bytes,
+                                            .segment_bytes = core->segment_bytes,
+                                            .read = pread,
+                                            .verify = package_verify,
+                                            .decrypt = package_decrypt,
+                                            .context = (void *)package};
+}
+
+enum cm_status cm_stream_load(const struct cm_package *package, int fd, struct cm_device *device,
+                              const struct cm_stream_options *options,
+                              struct cm_stream_times *ret_times, struct cm_error *err)
+{
+    struct cm_stream_source source;
+    cm_stream_package_source(package, fd, &source);
+    return cm_stream_run(&source, device, options, ret_times, err);
 }

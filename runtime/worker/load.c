@@ -161,8 +161,9 @@ static enum cm_status weights_load(struct cm_worker *worker, struct reporter *re
     }
     if (status == CM_OK) {
         cm_device_describe(worker->device, &facts);
-        status = cm_stream_load(worker->package, CM_FD_INPUT, worker->device, facts.threads,
-                                bytes_report, reporter, NULL, &times, err);
+        const struct cm_stream_options stream = {
+            .threads = facts.threads, .progress = bytes_report, .progress_context = reporter};
+        status = cm_stream_load(worker->package, CM_FD_INPUT, worker->device, &stream, &times, err);
     }
     if (status == CM_OK) {
         stage_report(reporter, CM_LOAD_BIND, total, total);

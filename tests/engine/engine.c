@@ -77,7 +77,8 @@ static void engine_open(struct engine *e, const char *path, const char *key_path
                                         .context_max = CONTEXT,
                                         .step_tokens_max = CHUNK};
     must(cm_device_reserve(e->device, &reserve, &err));
-    must(cm_stream_load(e->package, fd, e->device, 2, NULL, NULL, NULL, &e->times, &err));
+    const struct cm_stream_options stream = {.threads = 2};
+    must(cm_stream_load(e->package, fd, e->device, &stream, &e->times, &err));
     must(cm_device_model_bind(e->device, &e->model.model, &err));
     for (uint32_t i = 0; i < e->page_count; i++) {
         e->pages[i] = e->page_count - 1 - i; /* any order must do */
