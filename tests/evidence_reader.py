@@ -25,7 +25,7 @@ class Evidence:
 
     def __init__(self, blob: bytes):
         self.blob, self.at = blob, 0
-        assert self.take(8) == b"CMEVID\0\0" and self.number() == 1
+        assert self.take(8) == b"CMEVID\0\0" and self.number() == 2
         self.kind, self.mode = self.number(), self.number()
         self.made = struct.unpack("<Q", self.take(8))[0]
         self.nonce, self.tls_key, self.exporter, self.core = (self.take(32) for _ in range(4))
@@ -33,7 +33,6 @@ class Evidence:
         self.enrolment, self.log, self.attest = (self.take(self.number()) for _ in range(3))
         self.signature = self.take(64)
         self.pcrs = {self.number(): self.take(32) for _ in range(self.number())}
-        self.certificate = self.take(self.number())
         assert self.at == len(blob)
         ecdsa_check(self.owner, self.owner_signature, self.core)
         self.enrolment_read()
@@ -60,9 +59,15 @@ class Evidence:
         at += 34 + 2 + 4 + 8
         self.pcr, _ = struct.unpack_from("<II", e, at)
         self.pcr_start = e[at + 8:at + 40]
+        at += 40
+        size, wanted = struct.unpack_from("<I", e, at)[0], e[at + 4:at + 36]
+        at += 36
+        self.certificate = e[at + 64:]
+        assert len(self.certificate) == size
+        assert wanted == (hashlib.sha256(self.certificate).digest() if size else bytes(32))
         assert hashlib.sha256(keys[0][2:]).digest() == self.node
         self.ak = public_point(keys[2])
-        ecdsa_check(self.ak, e[-64:], hashlib.sha256(e[:-64]).digest())
+        ecdsa_check(self.ak, e[at:at + 64], hashlib.sha256(e[:at]).digest())
 
     def quote_check(self) -> None:
         a, at = self.attest, 6

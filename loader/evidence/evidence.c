@@ -7,7 +7,7 @@
 #include "runtime/base/cursor.h"
 
 #define MARK        "CMEVID\0"
-#define VERSION     1u
+#define VERSION     2u
 #define QUOTE_LABEL "casemate-quote-v1"
 
 static void sized_put(struct cm_writer *writer, const uint8_t *bytes, uint32_t size)
@@ -40,7 +40,6 @@ enum cm_status cm_evidence_encode(const struct cm_evidence *e, uint8_t *ret_byte
         cm_writer_u32(&writer, e->pcrs[i]);
         cm_writer_bytes(&writer, e->pcr_values[i], CM_DIGEST_BYTES);
     }
-    sized_put(&writer, e->ek_certificate, e->ek_certificate_bytes);
     if (writer.failed) {
         return cm_error_set(err, CM_E_BUG, "CM-EVD-FORM", "no room for the evidence");
     }
@@ -86,7 +85,7 @@ enum cm_status cm_evidence_parse(const uint8_t *bytes, size_t size,
     if (size > CM_EVIDENCE_BYTES_MAX || mark == NULL || memcmp(mark, MARK, 8) != 0 ||
         cm_cursor_u32(&cursor) != VERSION) {
         return cm_error_set(err, CM_E_EVIDENCE, "CM-EVD-FORM",
-                            "this is no evidence of version 1: is it the whole file?");
+                            "this is no evidence of version 2: is it the whole file?");
     }
     e->kind = cm_cursor_u32(&cursor);
     e->mode = cm_cursor_u32(&cursor);
@@ -102,7 +101,6 @@ enum cm_status cm_evidence_parse(const uint8_t *bytes, size_t size,
     e->attest_bytes = sized_take(&cursor, e->attest, sizeof(e->attest));
     cm_cursor_copy(&cursor, e->attest_signature, sizeof(e->attest_signature));
     bool pcrs = pcrs_take(&cursor, e);
-    e->ek_certificate_bytes = sized_take(&cursor, e->ek_certificate, sizeof(e->ek_certificate));
     bool kinds = (e->kind == CM_QUOTE_BOOT || e->kind == CM_QUOTE_SESSION) &&
                  (e->mode == CM_ATTEST_STRICT || e->mode == CM_ATTEST_RESTARTABLE);
     if (!cm_cursor_ok(&cursor) || cm_cursor_left(&cursor) != 0 || !pcrs || !kinds) {

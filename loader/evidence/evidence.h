@@ -14,7 +14,6 @@
 #include "runtime/base/error.h"
 
 #define CM_EVIDENCE_ATTEST_MAX  512u
-#define CM_EVIDENCE_CERT_MAX    4096u
 #define CM_EVIDENCE_PCRS_MAX    24u
 #define CM_EVIDENCE_NONCE_BYTES 32u
 #define CM_EVIDENCE_AGE_MAX_S   600u
@@ -41,8 +40,6 @@ struct cm_evidence {
     uint32_t pcr_count;
     uint32_t pcrs[CM_EVIDENCE_PCRS_MAX];
     uint8_t pcr_values[CM_EVIDENCE_PCRS_MAX][CM_DIGEST_BYTES];
-    uint8_t ek_certificate[CM_EVIDENCE_CERT_MAX];
-    uint32_t ek_certificate_bytes;
 };
 
 CM_MUST_USE enum cm_status cm_evidence_encode(const struct cm_evidence *evidence,

@@ -1,13 +1,14 @@
 /* The trust file, line by line. */
 #include "loader/evidence/trust.h"
 
+#include <openssl/evp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "runtime/base/hex.h"
 
-#define LINE_BYTES 512
+#define LINE_BYTES 4608 /* base64 of the longest certificate, and its key */
 #define WORDS_MAX  5
 
 struct line {
@@ -31,6 +32,34 @@ static const char *node_read(struct cm_trust *trust, const struct line *line)
         return "node EK ak AK, digests of 64 hex digits, at most 64 lines";
     }
     trust->node_count++;
+    return NULL;
+}
+
+static const char *ak_read(struct cm_trust *trust, const struct line *line)
+{
+    if (trust->ak_count == CM_TRUST_NODES_MAX || line->count != 2 ||
+        !hex_read(line->words[1], trust->aks[trust->ak_count], CM_DIGEST_BYTES)) {
+        return "ak and a digest of 64 hex digits, at most 64 lines";
+    }
+    trust->ak_count++;
+    return NULL;
+}
+
+static const char *ek_authority_read(struct cm_trust *trust, const struct line *line)
+{
+    struct cm_ek_authorities *authorities = &trust->ek_authorities;
+    uint8_t der[LINE_BYTES]; /* EVP_DecodeBlock writes up to three bytes more than it means */
+    size_t text = line->count == 2 ? strlen(line->words[1]) : 0;
+    int size = text > 0 ? EVP_DecodeBlock(der, (const uint8_t *)line->words[1], (int)text) : -1;
+    for (size_t i = text; size > 0 && i > 0 && text - i < 2 && line->words[1][i - 1] == '='; i--) {
+        size--;
+    }
+    if (authorities->count == CM_EK_AUTHORITIES_MAX || size <= 0 ||
+        size > (int)CM_EK_CERTIFICATE_MAX) {
+        return "ek-authority and an X.509 certificate as base64 of its DER, at most 8 lines";
+    }
+    memcpy(authorities->rows[authorities->count].der, der, (size_t)size);
+    authorities->rows[authorities->count++].bytes = (uint32_t)size;
     return NULL;
 }
 
@@ -80,6 +109,8 @@ static const struct {
     const char *key;
     const char *(*read)(struct cm_trust *trust, const struct line *line);
 } keys[] = {{"node", node_read},
+            {"ak", ak_read},
+            {"ek-authority", ek_authority_read},
             {"owner", owner_read},
             {"package", package_read},
             {"pcr", pcr_read},
@@ -102,7 +133,8 @@ static const char *line_read(struct cm_trust *trust, struct line *line)
             return keys[i].read(trust, line);
         }
     }
-    return line->count == 0 ? NULL : "one of node, owner, package, pcr, development";
+    return line->count == 0 ? NULL
+                            : "one of node, ak, ek-authority, owner, package, pcr, development";
 }
 
 enum cm_status cm_trust_parse(const char *text, size_t size, const char *name,
@@ -114,7 +146,7 @@ enum cm_status cm_trust_parse(const char *text, size_t size, const char *name,
     for (unsigned number = 1; at < size; number++) {
         const char *end = memchr(text + at, '\n', size - at);
         size_t bytes = end != NULL ? (size_t)(end - text) - at : size - at;
-        const char *expected = "a line of at most 511 bytes without NUL";
+        const char *expected = "a line of at most 4607 bytes without NUL";
         if (bytes < sizeof(line.text) && memchr(text + at, '\0', bytes) == NULL) {
             memcpy(line.text, text + at, bytes);
             line.text[bytes] = '\0';
@@ -126,12 +158,13 @@ enum cm_status cm_trust_parse(const char *text, size_t size, const char *name,
         }
         at += bytes + 1;
     }
-    if (ret_trust->node_count == 0 || ret_trust->owner_count == 0 || ret_trust->pcr_count == 0) {
-        return cm_error_set(
-            err, CM_E_CONFIG, "CM-TRUST-LINE",
-            "%s: needs at least one node, one owner and one pcr: `casemate-pack trust` "
-            "writes them",
-            name);
+    bool whole = ret_trust->node_count + ret_trust->ak_count > 0 && ret_trust->owner_count > 0 &&
+                 ret_trust->pcr_count > 0;
+    if (!whole || (ret_trust->ak_count > 0) != (ret_trust->ek_authorities.count > 0)) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-TRUST-LINE",
+                            "%s: needs at least one node (or ak with ek-authority), one owner and "
+                            "one pcr: `casemate-pack trust` writes them",
+                            name);
     }
     return CM_OK;
 }

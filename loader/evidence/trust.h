@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "loader/tpm/enrolment.h"
 #include "runtime/base/error.h"
 #include "runtime/base/frame.h"
 
@@ -20,6 +21,9 @@ struct cm_trust {
     struct {
         uint8_t ek[CM_DIGEST_BYTES], ak[CM_DIGEST_BYTES]; /* SHA-256 of the public areas */
     } nodes[CM_TRUST_NODES_MAX];
+    uint32_t ak_count; /* nodes of which the AK alone is pinned: an authority vouches for the EK */
+    uint8_t aks[CM_TRUST_NODES_MAX][CM_DIGEST_BYTES];
+    struct cm_ek_authorities ek_authorities;
     uint32_t owner_count;
     uint8_t owners[CM_TRUST_OWNERS_MAX][CM_PUBLIC_KEY_BYTES];
     uint32_t package_count; /* 0: any that an owner signed */

@@ -64,6 +64,17 @@ static enum cm_status check_enrolment(struct verification *v)
     return CM_OK;
 }
 
+/* The AK is pinned; that its TPM is a real one, a maker says. */
+static enum cm_status check_ek(struct verification *v)
+{
+    struct cm_error cause;
+    if (cm_ek_certificate_check(&v->facts->enrolment, &v->q->trust->ek_authorities,
+                                v->q->now_unix_s, &cause) != CM_OK) {
+        return refuse(v, cause.id, "%s", cause.text);
+    }
+    return CM_OK;
+}
+
 static enum cm_status check_node(struct verification *v)
 {
     const struct cm_enrolment *enrolment = &v->facts->enrolment;
@@ -83,6 +94,11 @@ static enum cm_status check_node(struct verification *v)
                                 "enrolled again, or is not this node",
                                 enrolment->node_name, brief(name + 2).text,
                                 brief(trust->nodes[i].ak).text);
+        }
+    }
+    for (uint32_t i = 0; i < trust->ak_count; i++) {
+        if (same(trust->aks[i], name + 2)) {
+            return check_ek(v);
         }
     }
     return refuse(

@@ -26,9 +26,10 @@ struct cm_pack_arguments {
     uint32_t node_count;
     const char *pcrs[CM_POLICY_PCRS_MAX]; /* "N=HEX": of the boot chain */
     uint32_t pcr_count;
-    const char *counter;     /* greatest value at which the state may be used */
-    const char *measurement; /* of the nodes: `casemate measure --out` */
-    const char *label;       /* of a slot */
+    const char *counter;      /* greatest value at which the state may be used */
+    const char *measurement;  /* of the nodes: `casemate measure --out` */
+    const char *label;        /* of a slot */
+    const char *ek_authority; /* PEM certificates of TPM makers: nodes must be theirs */
     bool json;
     bool allow_development; /* trust */
 };

@@ -31,6 +31,8 @@ static const struct option_row option_rows[] = {
     {"--counter", FIELD(counter), "N",
      "the node's counter may stand at most at N (default: as enrolled)"},
     {"--label", FIELD(label), "NAME", "name of the node whose slot is meant"},
+    {"--ek-authority", FIELD(ek_authority), "FILE",
+     "PEM certificates of TPM makers: refuse nodes whose TPM none of them vouches for"},
 };
 
 static const struct {
@@ -46,7 +48,7 @@ static const struct {
      "make the owner's and the policy authority's keys", "casemate-pack keygen --owner owner"},
     {"pack", cm_command_pack, "MODEL.gguf", " --out --owner ",
      " --node --measurement --name --suite --revision --chat-format --default-system --recovery "
-     "--passphrase-file --policy-ref ",
+     "--passphrase-file --policy-ref --ek-authority ",
      "convert a GGUF model and seal it into a package for nodes",
      "casemate-pack pack model.gguf --out model.cmpkg --owner owner --node node1.bin --measurement "
      "node1.measure"},
@@ -56,7 +58,7 @@ static const struct {
      "prove that a recovery file opens a package",
      "casemate-pack recover model.cmpkg --recovery model.recovery --passphrase-file pass.txt"},
     {"slots-add", cm_command_slots_add, "PACKAGE",
-     " --node --measurement --owner --recovery --passphrase-file ", " --policy-ref ",
+     " --node --measurement --owner --recovery --passphrase-file ", " --policy-ref --ek-authority ",
      "seal an existing package to further nodes",
      "casemate-pack slots-add model.cmpkg --node node2.bin --measurement node2.measure --owner "
      "owner --recovery m.recovery --passphrase-file pass.txt"},
@@ -75,7 +77,7 @@ static const struct {
      "older states",
      "casemate-pack policy-revoke model.cmpkg --node node1.bin --measurement new.measure --owner "
      "owner"},
-    {"trust", cm_command_trust, "PACKAGE", " --node --measurement ", "",
+    {"trust", cm_command_trust, "PACKAGE", " --node --measurement ", " --ek-authority ",
      "print what casemate-verify is to believe of these nodes (--allow-development: even where "
      "their "
      "TPM is a development TPM)",

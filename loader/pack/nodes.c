@@ -3,9 +3,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <openssl/evp.h>
+#include <openssl/pem.h>
+#include <openssl/x509.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "loader/pack/owner.h"
@@ -36,9 +40,40 @@ static enum cm_status file_read(const char *path, uint8_t *bytes, size_t room, s
     return CM_OK;
 }
 
-static enum cm_status enrolment_read(const char *path, struct cm_enrolment *ret_enrolment,
-                                     struct cm_error *err)
+/* The certificates of a PEM file, as DER. */
+static enum cm_status authorities_read(const char *path, struct cm_ek_authorities *ret,
+                                       struct cm_error *err)
 {
+    X509 *certificate = NULL;
+    FILE *file = fopen(path, "re");
+    if (file == NULL) {
+        return cm_error_errno(err, errno, "CM-PACK-READ", "cannot read %s", path);
+    }
+    ret->count = 0;
+    bool good = true;
+    while (good && (certificate = PEM_read_X509(file, NULL, NULL, NULL)) != NULL) {
+        uint8_t *der = ret->rows[ret->count % CM_EK_AUTHORITIES_MAX].der;
+        int size = i2d_X509(certificate, NULL);
+        good = ret->count < CM_EK_AUTHORITIES_MAX && size > 0 && size <= (int)CM_EK_CERTIFICATE_MAX;
+        if (good) {
+            ret->rows[ret->count++].bytes = (uint32_t)i2d_X509(certificate, &der);
+        }
+        X509_free(certificate);
+    }
+    fclose(file);
+    return good && ret->count > 0
+               ? CM_OK
+               : cm_error_set(
+                     err, CM_E_USAGE, "CM-PACK-AUTHORITY",
+                     "%s: expected 1 to %u X.509 certificates in PEM, each at most %u bytes", path,
+                     CM_EK_AUTHORITIES_MAX, CM_EK_CERTIFICATE_MAX);
+}
+
+/* A node's record; where authorities are named, one of them must vouch for its TPM. */
+static enum cm_status enrolment_read(const struct cm_pack_arguments *arguments, const char *path,
+                                     struct cm_enrolment *ret_enrolment, struct cm_error *err)
+{
+    static struct cm_ek_authorities authorities;
     uint8_t bytes[CM_ENROLMENT_BYTES_MAX];
     size_t size = 0;
     enum cm_status status = file_read(path, bytes, sizeof(bytes), &size, err);
@@ -46,6 +81,13 @@ static enum cm_status enrolment_read(const char *path, struct cm_enrolment *ret_
         status = cm_enrolment_parse(bytes, size, ret_enrolment, err);
         if (status != CM_OK && err != NULL) {
             status = cm_error_wrap(err, "%s", path);
+        }
+    }
+    if (status == CM_OK && arguments->ek_authority != NULL) {
+        status = authorities_read(arguments->ek_authority, &authorities, err);
+        if (status == CM_OK) {
+            status =
+                cm_ek_certificate_check(ret_enrolment, &authorities, (uint64_t)time(NULL), err);
         }
     }
     return status;
@@ -75,7 +117,7 @@ enum cm_status cm_nodes_seal(const struct cm_pack_arguments *arguments,
         struct cm_enrolment enrolment;
         struct cm_package_slot *slot = &slots[i];
         *slot = (struct cm_package_slot){.kind = CM_SLOT_TPM};
-        status = enrolment_read(arguments->nodes[i], &enrolment, err);
+        status = enrolment_read(arguments, arguments->nodes[i], &enrolment, err);
         if (status == CM_OK) {
             memcpy(slot->label, enrolment.node_name, sizeof(slot->label));
             memcpy(slot->node, enrolment.node, sizeof(slot->node));
@@ -316,7 +358,7 @@ enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, 
     for (uint32_t i = 0; status == CM_OK && i < arguments->node_count; i++) {
         struct cm_enrolment enrolment;
         struct cm_policy_state state;
-        status = enrolment_read(arguments->nodes[i], &enrolment, err);
+        status = enrolment_read(arguments, arguments->nodes[i], &enrolment, err);
         if (status == CM_OK) {
             status = state_sign(arguments, &enrolment, &measurement, steps, policy, &state, err);
         }
@@ -459,7 +501,7 @@ static enum cm_status node_trust_print(const struct cm_pack_arguments *arguments
 {
     struct cm_enrolment enrolment;
     uint8_t ak[CM_DIGEST_BYTES], pcr[CM_DIGEST_BYTES];
-    enum cm_status status = enrolment_read(path, &enrolment, err);
+    enum cm_status status = enrolment_read(arguments, path, &enrolment, err);
     if (status == CM_OK) {
         status = cm_enrolment_ak_digest(&enrolment, ak, err);
     }
@@ -470,8 +512,12 @@ static enum cm_status node_trust_print(const struct cm_pack_arguments *arguments
     if (status != CM_OK) {
         return status;
     }
-    printf("# %s\nnode ", enrolment.node_name);
-    hex_print(enrolment.node, sizeof(enrolment.node), " ak ");
+    printf("# %s\n", enrolment.node_name);
+    if (arguments->ek_authority == NULL) {
+        printf("node ");
+        hex_print(enrolment.node, sizeof(enrolment.node), " ");
+    }
+    printf("ak ");
     hex_print(ak, sizeof(ak), "\n");
     printf("pcr %u ", enrolment.pcr);
     hex_print(pcr, sizeof(pcr), "\n");
@@ -481,6 +527,19 @@ static enum cm_status node_trust_print(const struct cm_pack_arguments *arguments
                  : "# its TPM is a development TPM: refused without `development allowed`");
     }
     return CM_OK;
+}
+
+/* The authorities themselves, so that the trust file stands alone. */
+static enum cm_status authorities_print(const char *path, struct cm_error *err)
+{
+    static struct cm_ek_authorities authorities;
+    char text[4 * (CM_EK_CERTIFICATE_MAX / 3 + 1) + 1];
+    enum cm_status status = authorities_read(path, &authorities, err);
+    for (uint32_t i = 0; status == CM_OK && i < authorities.count; i++) {
+        EVP_EncodeBlock((uint8_t *)text, authorities.rows[i].der, (int)authorities.rows[i].bytes);
+        printf("ek-authority %s\n", text);
+    }
+    return status;
 }
 
 enum cm_status cm_command_trust(const struct cm_pack_arguments *arguments, struct cm_error *err)
@@ -493,6 +552,9 @@ enum cm_status cm_command_trust(const struct cm_pack_arguments *arguments, struc
     }
     for (uint32_t i = 0; status == CM_OK && i < arguments->node_count; i++) {
         status = node_trust_print(arguments, arguments->nodes[i], &measurement, err);
+    }
+    if (status == CM_OK && arguments->ek_authority != NULL) {
+        status = authorities_print(arguments->ek_authority, err);
     }
     for (uint32_t i = 0; status == CM_OK && i < arguments->pcr_count; i++) {
         const char *equals = strchr(arguments->pcrs[i], '=');

@@ -1,18 +1,33 @@
 /* The enrolment record: fixed order, little-endian, signed by the node's attestation key.
  *
- * "CMENROL\0" · u32 version 1 · u32 development · name[64] · node[32] · 3 × (u32 size,
+ * "CMENROL\0" · u32 version 2 · u32 development · name[64] · node[32] · 3 × (u32 size,
  * TPM2B_PUBLIC) EK, SRK, AK · counter name[34] · u16 reserved · u32 counter handle · u64 counter
- * value · u32 PCR · u32 reserved · PCR value[32] · signature[64]. */
+ * value · u32 PCR · u32 reserved · PCR value[32] · u32 certificate size · its SHA-256 (zeros if
+ * there is none) · signature[64] · the EK's certificate. The certificate follows the signature
+ * because one TPM2_Hash takes 1024 bytes only; its digest is signed. */
 #include "loader/tpm/internal.h"
 
 #include <string.h>
 
 #include "runtime/base/cursor.h"
 
-#define VERSION 1u
+#define VERSION 2u
+
+/* SHA-256 of the certificate, or zeros. */
+static void certificate_digest(const struct cm_enrolment *e,
+                               uint8_t ret_digest[static CM_DIGEST_BYTES])
+{
+    struct cm_be part = {(uint8_t *)e->ek_certificate, e->ek_certificate_bytes,
+                         e->ek_certificate_bytes, false};
+    memset(ret_digest, 0, CM_DIGEST_BYTES);
+    if (e->ek_certificate_bytes > 0) {
+        (void)!cm_tpm_hash(ret_digest, NULL, &part, NULL);
+    }
+}
 
 static void body_put(struct cm_writer *writer, const struct cm_enrolment *e)
 {
+    uint8_t digest[CM_DIGEST_BYTES];
     cm_writer_bytes(writer, "CMENROL", 8);
     cm_writer_u32(writer, VERSION);
     cm_writer_u32(writer, e->development);
@@ -31,6 +46,9 @@ static void body_put(struct cm_writer *writer, const struct cm_enrolment *e)
     cm_writer_u32(writer, e->pcr);
     cm_writer_u32(writer, 0);
     cm_writer_bytes(writer, e->pcr_value, sizeof(e->pcr_value));
+    cm_writer_u32(writer, e->ek_certificate_bytes);
+    certificate_digest(e, digest);
+    cm_writer_bytes(writer, digest, sizeof(digest));
 }
 
 enum cm_status cm_enrolment_encode(const struct cm_enrolment *enrolment, uint8_t *ret_bytes,
@@ -39,6 +57,7 @@ enum cm_status cm_enrolment_encode(const struct cm_enrolment *enrolment, uint8_t
     struct cm_writer writer = cm_writer_init(ret_bytes, size);
     body_put(&writer, enrolment);
     cm_writer_bytes(&writer, enrolment->signature, sizeof(enrolment->signature));
+    cm_writer_bytes(&writer, enrolment->ek_certificate, enrolment->ek_certificate_bytes);
     if (writer.failed) {
         return cm_error_set(err, CM_E_BUG, "CM-SEAL-FORM", "no room for the enrolment record");
     }
@@ -56,13 +75,16 @@ enum cm_status cm_enrolment_digest(const struct cm_enrolment *enrolment,
     return cm_tpm_hash(ret_digest, err, &part, NULL);
 }
 
-static uint32_t public_take(struct cm_cursor *cursor, uint8_t ret_bytes[CM_ENROLMENT_PUBLIC_MAX])
+static uint32_t size_take(struct cm_cursor *cursor, uint32_t most)
 {
     uint32_t size = cm_cursor_u32(cursor);
-    if (size > CM_ENROLMENT_PUBLIC_MAX) {
-        cursor->failed = true;
-        return 0;
-    }
+    cursor->failed = cursor->failed || size > most;
+    return cursor->failed ? 0 : size;
+}
+
+static uint32_t public_take(struct cm_cursor *cursor, uint8_t ret_bytes[CM_ENROLMENT_PUBLIC_MAX])
+{
+    uint32_t size = size_take(cursor, CM_ENROLMENT_PUBLIC_MAX);
     cm_cursor_copy(cursor, ret_bytes, size);
     return size;
 }
@@ -104,6 +126,7 @@ enum cm_status cm_enrolment_parse(const uint8_t *bytes, size_t size,
                                   struct cm_enrolment *ret_enrolment, struct cm_error *err)
 {
     struct cm_enrolment e = {.development = false};
+    uint8_t wanted[CM_DIGEST_BYTES], digest[CM_DIGEST_BYTES];
     struct cm_cursor cursor = cm_cursor_init(bytes, size);
     const uint8_t *mark = cm_cursor_take(&cursor, 8);
     if (mark == NULL || memcmp(mark, "CMENROL", 8) != 0 || cm_cursor_u32(&cursor) != VERSION) {
@@ -123,10 +146,15 @@ enum cm_status cm_enrolment_parse(const uint8_t *bytes, size_t size,
     e.pcr = cm_cursor_u32(&cursor);
     uint32_t reserved_too = cm_cursor_u32(&cursor);
     cm_cursor_copy(&cursor, e.pcr_value, sizeof(e.pcr_value));
+    e.ek_certificate_bytes = size_take(&cursor, CM_EK_CERTIFICATE_MAX);
+    cm_cursor_copy(&cursor, wanted, sizeof(wanted));
     cm_cursor_copy(&cursor, e.signature, sizeof(e.signature));
+    cm_cursor_copy(&cursor, e.ek_certificate, e.ek_certificate_bytes);
+    certificate_digest(&e, digest);
     if (!cm_cursor_ok(&cursor) || cm_cursor_left(&cursor) != 0 || development > 1 ||
         reserved != 0 || reserved_too != 0 || e.pcr > 23 || e.node_name[0] == '\0' ||
-        memchr(e.node_name, '\0', sizeof(e.node_name)) == NULL) {
+        memchr(e.node_name, '\0', sizeof(e.node_name)) == NULL ||
+        memcmp(wanted, digest, sizeof(digest)) != 0) {
         return refuse(err, "cut, too long or malformed");
     }
     enum cm_status status = record_check(&e, err);

@@ -17,6 +17,7 @@
 #include "runtime/base/frame.h"
 
 #define CM_ENROLMENT_PUBLIC_MAX 512u /* a marshalled TPM2B_PUBLIC */
+#define CM_EK_CERTIFICATE_MAX   3072u
 #define CM_POLICY_REF_BYTES_MAX 64u
 #define CM_POLICY_PCRS_MAX      8u
 #define CM_POLICY_ENTRIES_MAX   16u
@@ -37,6 +38,8 @@ struct cm_enrolment {
     uint32_t pcr;                       /* ours: 14 */
     uint8_t pcr_value[CM_DIGEST_BYTES]; /* its value before any of our events */
     uint8_t signature[64];              /* r ‖ s by the AK over SHA-256 of all bytes before it */
+    uint8_t ek_certificate[CM_EK_CERTIFICATE_MAX]; /* X.509, DER, as the TPM holds it */
+    uint32_t ek_certificate_bytes;                 /* 0: the TPM holds none */
 };
 
 CM_MUST_USE enum cm_status cm_enrolment_encode(const struct cm_enrolment *enrolment,
@@ -55,6 +58,25 @@ CM_MUST_USE enum cm_status cm_enrolment_digest(const struct cm_enrolment *enrolm
 CM_MUST_USE enum cm_status cm_enrolment_ak_digest(const struct cm_enrolment *enrolment,
                                                   uint8_t ret_digest[static CM_DIGEST_BYTES],
                                                   struct cm_error *err);
+
+/* Certificates of TPM makers whose word is believed: roots, or one of the authorities below them.
+ */
+#define CM_EK_AUTHORITIES_MAX 8u
+struct cm_ek_authorities {
+    uint32_t count;
+    struct {
+        uint8_t der[CM_EK_CERTIFICATE_MAX];
+        uint32_t bytes;
+    } rows[CM_EK_AUTHORITIES_MAX];
+};
+
+/* Does one of the authorities vouch for the record's endorsement key, at this time? TCG EK
+ * Credential Profile 2.5. It says that the EK lives in a TPM of that maker, not that the AK does:
+ * the AK is pinned, or bound by a credential. Fails: POLICY CM-EK-ABSENT, -FORM, -KEY, -PURPOSE,
+ * -EXPIRED, -CHAIN. */
+CM_MUST_USE enum cm_status cm_ek_certificate_check(const struct cm_enrolment *enrolment,
+                                                   const struct cm_ek_authorities *authorities,
+                                                   uint64_t now_unix_s, struct cm_error *err);
 
 /* One allowed state, signed by the policy authority. */
 struct cm_policy_state {

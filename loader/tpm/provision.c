@@ -4,6 +4,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#define NV_PIECE_BYTES 512u  /* TPM_PT_NV_BUFFER_MAX is at least that */
+#define RC_FORMAT_ONE  0xbfu /* Part 2, section 6.6: the code without the number of the handle */
+
 static const TPM2B_DATA no_data = {.size = 0};
 static const TPML_PCR_SELECTION no_pcrs = {.count = 0};
 static const TPM2B_SENSITIVE_CREATE no_sensitive = {.size = 0};
@@ -140,7 +143,7 @@ static enum cm_status record_sign(struct cm_tpm *tpm, ESYS_TR ak, struct cm_enro
     TPMT_SIGNATURE *signature = NULL;
     const TPMT_SIG_SCHEME scheme = {.scheme = TPM2_ALG_NULL};
     enum cm_status status = cm_enrolment_encode(e, bytes, sizeof(bytes), &used, err);
-    used -= sizeof(e->signature);
+    used -= sizeof(e->signature) + e->ek_certificate_bytes; /* neither is signed */
     if (status == CM_OK && used > sizeof(data.buffer)) {
         status = cm_error_set(err, CM_E_BUG, "CM-SEAL-FORM", "record too long for one TPM2_Hash");
     }
@@ -185,6 +188,67 @@ static enum cm_status ek_take(struct cm_tpm *tpm, struct cm_enrolment *e, struct
     return status;
 }
 
+/* Read an NV index that is as long as `size`, in pieces that every TPM takes. */
+static enum cm_status index_read(struct cm_tpm *tpm, ESYS_TR index, ESYS_TR by, uint32_t size,
+                                 uint8_t *ret_bytes, struct cm_error *err)
+{
+    enum cm_status status = CM_OK;
+    for (uint32_t at = 0; status == CM_OK && at < size;) {
+        uint32_t piece = size - at < NV_PIECE_BYTES ? size - at : NV_PIECE_BYTES;
+        TPM2B_MAX_NV_BUFFER *data = NULL;
+        status = cm_tpm_result(Esys_NV_Read(tpm->esys, by, index, ESYS_TR_PASSWORD, ESYS_TR_NONE,
+                                            ESYS_TR_NONE, (UINT16)piece, (UINT16)at, &data),
+                               "NV_Read of the endorsement key's certificate", err);
+        if (status == CM_OK && data->size != piece) {
+            status = cm_error_set(err, CM_E_TPM, "CM-TPM-COMMAND", "NV_Read gave %u bytes of %u",
+                                  data->size, piece);
+        }
+        if (status == CM_OK) {
+            memcpy(ret_bytes + at, data->buffer, piece);
+            at += piece;
+        }
+        Esys_Free(data);
+    }
+    return status;
+}
+
+/* What the TPM holds as certificate of its EK, if anything: a verifier judges it, not we. An index
+ * may be longer than the certificate; its header says how long that is. */
+static enum cm_status certificate_take(struct cm_tpm *tpm, struct cm_enrolment *e,
+                                       struct cm_error *err)
+{
+    ESYS_TR index = ESYS_TR_NONE;
+    TPM2B_NV_PUBLIC *public = NULL;
+    uint8_t *der = e->ek_certificate;
+    TSS2_RC code = Esys_TR_FromTPMPublic(tpm->esys, CM_EK_CERTIFICATE_HANDLE, ESYS_TR_NONE,
+                                         ESYS_TR_NONE, ESYS_TR_NONE, &index);
+    if ((code & RC_FORMAT_ONE) == TPM2_RC_HANDLE) {
+        return CM_OK; /* there is none */
+    }
+    enum cm_status status = cm_tpm_result(code, "NV_ReadPublic of the certificate", err);
+    if (status == CM_OK) {
+        status = cm_tpm_result(Esys_NV_ReadPublic(tpm->esys, index, ESYS_TR_NONE, ESYS_TR_NONE,
+                                                  ESYS_TR_NONE, &public, NULL),
+                               "NV_ReadPublic of the certificate", err);
+    }
+    if (status == CM_OK) {
+        const TPMS_NV_PUBLIC *facts = &public->nvPublic;
+        uint32_t size =
+            facts->dataSize < CM_EK_CERTIFICATE_MAX ? facts->dataSize : CM_EK_CERTIFICATE_MAX;
+        ESYS_TR by = (facts->attributes & TPMA_NV_AUTHREAD) != 0 ? index : ESYS_TR_RH_OWNER;
+        status = index_read(tpm, index, by, size, der, err);
+        uint32_t stated = size > 4 && der[0] == 0x30 && der[1] == 0x82
+                              ? 4u + (uint32_t)(der[2] << 8 | der[3])
+                              : size;
+        e->ek_certificate_bytes = stated < size ? stated : size;
+    }
+    if (index != ESYS_TR_NONE) {
+        (void)Esys_TR_Close(tpm->esys, &index);
+    }
+    Esys_Free(public);
+    return status;
+}
+
 enum cm_status cm_tpm_provision(struct cm_tpm *tpm, const char *node_name, bool development,
                                 struct cm_enrolment *ret_enrolment, struct cm_error *err)
 {
@@ -195,6 +259,9 @@ enum cm_status cm_tpm_provision(struct cm_tpm *tpm, const char *node_name, bool 
     enum cm_status status = cm_tpm_pcr_read(tpm, e.pcr, e.pcr_value, err);
     if (status == CM_OK) {
         status = ek_take(tpm, &e, err);
+    }
+    if (status == CM_OK) {
+        status = certificate_take(tpm, &e, err);
     }
     if (status == CM_OK) {
         status = srk_make(tpm, &srk, err);

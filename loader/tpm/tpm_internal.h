@@ -10,7 +10,10 @@
 #define CM_SRK_HANDLE     0x81000001u /* TCG: the storage root key's handle */
 #define CM_AK_HANDLE      0x81000002u
 #define CM_COUNTER_HANDLE 0x0180CA5Eu
-#define CM_PCR_DEFAULT    14u
+#define CM_EK_CERTIFICATE_HANDLE                                                                   \
+    0x01C0000Au /* TCG EK Credential Profile: of the P-256 template                                \
+                 */
+#define CM_PCR_DEFAULT 14u
 
 struct cm_tcti;
 

@@ -2,15 +2,14 @@
 import json
 import pathlib
 import shutil
-import subprocess
 import sys
-import time
 
 import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
 import node as nodes  # noqa: E402
+import swtpm as tpms  # noqa: E402
 import tiny_model  # noqa: E402
 
 
@@ -113,33 +112,9 @@ def test_explain_says_beforehand_what_the_start_will_say(programs, model, tmp_pa
     assert explain().returncode == 0 and served(node)
 
 
-class Swtpm:
-    """A real swtpm, an emulator of its own process; it is reset only when we say so."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder, self.path, self.process = folder, folder / "tpm.sock", None
-        folder.mkdir()
-
-    def start(self):
-        self.path.unlink(missing_ok=True)
-        self.process = subprocess.Popen(
-            ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.folder}", "--server",
-             f"type=unixio,path={self.path}", "--flags", "not-need-init,startup-clear"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 5
-        while not self.path.exists():
-            assert time.monotonic() < end and self.process.poll() is None, "swtpm does not start"
-            time.sleep(0.02)
-        return self
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(10)
-
-
 @pytest.fixture
 def swtpm(tmp_path):
-    tpm = Swtpm(tmp_path / "swtpm").start()
+    tpm = tpms.Swtpm(tmp_path / "swtpm").start()
     yield tpm
     tpm.stop()
 
@@ -187,7 +162,7 @@ def test_a_tpm_that_is_gone_or_another_is_named(build, model, tmp_path, swtpm):
     swtpm.stop()
     node.start(wait=False)
     assert node.service.wait(20) == 6 and "CM-TPM-OPEN" in node.tail()
-    other = Swtpm(tmp_path / "other").start()
+    other = tpms.Swtpm(tmp_path / "other").start()
     other.path.rename(swtpm.path)
     try:
         node.start(wait=False)

@@ -2,6 +2,8 @@
  * attestation key, so that the signature is right wherever it is not the thing that is wrong. */
 #include <criterion/criterion.h>
 
+#include <openssl/x509v3.h>
+
 #include "loader/evidence/verify.h"
 #include "loader/tpm/internal.h"
 #include "tests/unit/p256.h"
@@ -9,7 +11,7 @@
 #define NOW 1800000000u
 
 struct scene {
-    EVP_PKEY *ak, *owner;
+    EVP_PKEY *ak, *owner, *ek;
     struct cm_enrolment enrolment;
     struct cm_measurement log;
     struct cm_evidence evidence;
@@ -51,7 +53,7 @@ static uint32_t public_make(EVP_PKEY *key, uint32_t attributes, bool decrypts, u
 static void enrolment_make(uint32_t ak_attributes)
 {
     struct cm_enrolment *e = &s.enrolment;
-    EVP_PKEY *ek = EVP_EC_gen("P-256"), *srk = EVP_EC_gen("P-256");
+    EVP_PKEY *ek = s.ek, *srk = EVP_EC_gen("P-256");
     uint8_t name[CM_TPM_NAME_BYTES], digest[CM_DIGEST_BYTES];
     *e = (struct cm_enrolment){.node_name = "node", .pcr = 14, .counter_value = 1};
     e->ek_public_bytes = public_make(ek, CM_TPM_EK_ATTRIBUTES, true, e->ek_public);
@@ -61,8 +63,75 @@ static void enrolment_make(uint32_t ak_attributes)
     memcpy(e->node, name + 2, CM_DIGEST_BYTES);
     cr_assert_eq(cm_enrolment_digest(e, digest, &err), CM_OK);
     p256_sign(s.ak, digest, e->signature);
-    EVP_PKEY_free(ek);
     EVP_PKEY_free(srk);
+}
+
+static void enrolment_sign(void)
+{
+    uint8_t digest[CM_DIGEST_BYTES];
+    cr_assert_eq(cm_enrolment_digest(&s.enrolment, digest, &err), CM_OK);
+    p256_sign(s.ak, digest, s.enrolment.signature);
+}
+
+static void extension_add(X509 *certificate, int kind, const char *value)
+{
+    X509_EXTENSION *extension = X509V3_EXT_conf_nid(NULL, NULL, kind, value);
+    cr_assert(extension != NULL && X509_add_ext(certificate, extension, -1) == 1);
+    X509_EXTENSION_free(extension);
+}
+
+/* A maker's certificate over a key; usage NULL: an authority's, for itself or (under) another. */
+static uint32_t certificate_make(EVP_PKEY *key, EVP_PKEY *maker, const char *name,
+                                 const char *issuer, const char *usage, long from, long until,
+                                 uint8_t *ret_der)
+{
+    X509 *certificate = X509_new();
+    uint8_t *at = ret_der;
+    X509_set_version(certificate, 2);
+    ASN1_INTEGER_set(X509_get_serialNumber(certificate), 1);
+    X509_NAME_add_entry_by_txt(X509_get_subject_name(certificate), "CN", MBSTRING_ASC,
+                               (const uint8_t *)name, -1, -1, 0);
+    X509_NAME_add_entry_by_txt(X509_get_issuer_name(certificate), "CN", MBSTRING_ASC,
+                               (const uint8_t *)issuer, -1, -1, 0);
+    ASN1_TIME_set(X509_getm_notBefore(certificate), (time_t)NOW + from);
+    ASN1_TIME_set(X509_getm_notAfter(certificate), (time_t)NOW + until);
+    X509_set_pubkey(certificate, key);
+    extension_add(certificate, NID_basic_constraints,
+                  usage == NULL ? "critical,CA:TRUE" : "critical,CA:FALSE");
+    if (usage != NULL && usage[0] != '\0') {
+        extension_add(certificate, NID_ext_key_usage, usage);
+    }
+    cr_assert_gt(X509_sign(certificate, maker, EVP_sha256()), 0);
+    int size = i2d_X509(certificate, NULL);
+    cr_assert(size > 0 && size <= (int)CM_EK_CERTIFICATE_MAX);
+    i2d_X509(certificate, &at);
+    X509_free(certificate);
+    return (uint32_t)size;
+}
+
+/* A root that the trust file names, and its certificate for the EK. The AK alone is pinned. */
+struct ek_scene {
+    const char *usage; /* of the EK's certificate */
+    long from, until;
+    bool other_key, other_root, itself_root;
+};
+static void ek_certified(struct ek_scene how)
+{
+    EVP_PKEY *root = EVP_EC_gen("P-256"), *stranger = EVP_EC_gen("P-256");
+    struct cm_ek_authorities *authorities = &s.trust.ek_authorities;
+    struct cm_enrolment *e = &s.enrolment;
+    authorities->count = 1;
+    authorities->rows[0].bytes = certificate_make(root, root, "maker", "maker", NULL, -1000,
+                                                  1000000, authorities->rows[0].der);
+    e->ek_certificate_bytes = certificate_make(
+        how.other_key ? stranger : s.ek, how.other_root ? stranger : root, "", "maker",
+        how.itself_root ? NULL : how.usage, how.from, how.until, e->ek_certificate);
+    enrolment_sign();
+    s.trust.node_count = 0;
+    s.trust.ak_count = 1;
+    cr_assert_eq(cm_enrolment_ak_digest(e, s.trust.aks[0], &err), CM_OK);
+    EVP_PKEY_free(root);
+    EVP_PKEY_free(stranger);
 }
 
 static void log_make(void)
@@ -81,6 +150,7 @@ static void scene_make(void)
     memset(&s, 0, sizeof(s));
     s.ak = EVP_EC_gen("P-256");
     s.owner = EVP_EC_gen("P-256");
+    s.ek = EVP_EC_gen("P-256");
     s.magic = 0xff544347u;
     s.type = 0x8018u;
     s.hash = CM_TPM_ALG_SHA256;
@@ -158,6 +228,7 @@ static void scene_done(void)
 {
     EVP_PKEY_free(s.ak);
     EVP_PKEY_free(s.owner);
+    EVP_PKEY_free(s.ek);
 }
 
 static void expect(const char *id)
@@ -306,10 +377,8 @@ static void reset_back(void)
 }
 static void development(void)
 {
-    uint8_t digest[CM_DIGEST_BYTES];
     s.enrolment.development = true;
-    cr_assert_eq(cm_enrolment_digest(&s.enrolment, digest, &err), CM_OK);
-    p256_sign(s.ak, digest, s.enrolment.signature);
+    enrolment_sign();
 }
 static void development_allowed(void)
 {
@@ -317,7 +386,63 @@ static void development_allowed(void)
     s.trust.development = true;
 }
 
+#define EK_USAGE "2.23.133.8.1"
+static void ek_good(void)
+{
+    ek_certified((struct ek_scene){.usage = EK_USAGE, .from = -9, .until = 9});
+}
+static void ek_good_without_usage(void)
+{
+    ek_certified((struct ek_scene){.usage = "", .from = -9, .until = 9});
+}
+static void ek_expired(void)
+{
+    ek_certified((struct ek_scene){.usage = EK_USAGE, .from = -9, .until = -1});
+}
+static void ek_too_early(void)
+{
+    ek_certified((struct ek_scene){.usage = EK_USAGE, .from = 1, .until = 9});
+}
+static void ek_other_key(void)
+{
+    ek_certified((struct ek_scene){.usage = EK_USAGE, .from = -9, .until = 9, .other_key = true});
+}
+static void ek_other_root(void)
+{
+    ek_certified((struct ek_scene){.usage = EK_USAGE, .from = -9, .until = 9, .other_root = true});
+}
+static void ek_for_servers(void)
+{
+    ek_certified((struct ek_scene){.usage = "serverAuth", .from = -9, .until = 9});
+}
+static void ek_an_authority(void)
+{
+    ek_certified((struct ek_scene){.from = -9, .until = 9, .itself_root = true});
+}
+static void ek_absent(void)
+{
+    ek_good();
+    s.enrolment.ek_certificate_bytes = 0;
+    enrolment_sign();
+}
+static void ek_longer(void)
+{
+    ek_good();
+    s.enrolment.ek_certificate[s.enrolment.ek_certificate_bytes++] = 0;
+    enrolment_sign();
+}
+static void ek_other_ak(void)
+{
+    ek_good();
+    s.trust.aks[0][0] ^= 1;
+}
+
 /* ------------------------------------------------------------------ after it */
+
+static void ek_certificate_changed(void)
+{
+    s.evidence.enrolment[s.evidence.enrolment_bytes - 1] ^= 1;
+}
 
 static void signature_changed(void)
 {
@@ -388,6 +513,18 @@ static const struct {
     {"CM-EVD-UNKNOWN-PACKAGE", package_unknown, nothing},
     {"CM-EVD-AGE", old, nothing},
     {"CM-EVD-FUTURE", young, nothing},
+    {NULL, ek_good, nothing},
+    {NULL, ek_good_without_usage, nothing},
+    {"CM-EK-EXPIRED", ek_expired, nothing},
+    {"CM-EK-EXPIRED", ek_too_early, nothing},
+    {"CM-EK-KEY", ek_other_key, nothing},
+    {"CM-EK-CHAIN", ek_other_root, nothing},
+    {"CM-EK-PURPOSE", ek_for_servers, nothing},
+    {"CM-EK-PURPOSE", ek_an_authority, nothing},
+    {"CM-EK-ABSENT", ek_absent, nothing},
+    {"CM-EK-FORM", ek_longer, nothing},
+    {"CM-EVD-NODE", ek_other_ak, nothing},
+    {"CM-EVD-ENROLMENT", ek_good, ek_certificate_changed},
     {"CM-EVD-CLOCK", clock_back, nothing},
     {"CM-EVD-CLOCK", reset_back, nothing},
 };
@@ -412,6 +549,7 @@ Test(evidence_verify, every_flipped_byte_is_refused)
     static struct cm_evidence parsed;
     size_t used;
     scene_make();
+    ek_good();
     scene_seal();
     cr_assert_eq(cm_evidence_encode(&s.evidence, bytes, sizeof(bytes), &used, &err), CM_OK);
     s.question.evidence = &parsed;
