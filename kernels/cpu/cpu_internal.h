@@ -7,9 +7,17 @@
 #include "kernels/device.h"
 
 #define CM_ATTENTION_CHUNK 256u
+#define CM_ATTENTION_ROWS  48u /* query rows (tokens × group) that share loads of K and V */
 #define CM_THREADS_MAX     64u
-#define CM_GEMM_TOKENS     8u /* tokens that one pass over a weight tile serves */
-#define CM_LANES           16u
+#define CM_PANEL           16u /* tokens whose activations lie together */
+#define CM_BLOCK_TOKENS    64u /* tokens of one work item of a matrix product */
+#define CM_TAKES           4u  /* pieces in which a thread takes its own share of a phase */
+
+/* Padded rows of a matrix, columns of a vector. */
+static inline uint32_t cm_padded(uint32_t value, uint32_t to)
+{
+    return (value + to - 1) / to * to;
+}
 
 /* ---------------------------------------------------------------- matrices */
 
@@ -22,70 +30,151 @@ struct cm_matrix { /* a bound weight matrix */
     const uint8_t *scales;
 };
 
-/* Quantised activations of `tokens` rows of `columns` (a multiple of 32). */
+/* Quantised activations of `tokens` rows of `columns` (a multiple of 32). Tokens lie in panels of
+ * 16 (the last one may be narrower); within a panel: [block][token], so that a block's activations
+ * of all tokens of a panel are one piece. */
 struct cm_activations {
-    int8_t *q;      /* [tokens][columns] */
-    float *scale;   /* [tokens][columns / 32]: d */
-    float *sum;     /* [tokens][columns / 32]: s = d * n */
-    int32_t *count; /* [tokens][columns / 32]: n */
+    int8_t *q;      /* [panel][block][token of the panel][32] */
+    float *scale;   /* [panel][block][token of the panel]: d */
+    float *sum;     /* s = d * n */
+    int32_t *count; /* n */
     uint32_t columns;
     uint32_t tokens;
 };
 
-/* y[t][row] for row tiles [first, last); y has stride `stride` floats and holds padded rows. */
-typedef void (*cm_gemm)(const struct cm_matrix *matrix, const struct cm_activations *x, float *y,
-                        size_t stride, uint32_t first, uint32_t last);
+/* Index of (token, block) in scale, sum and count, and in q in units of 32. */
+static inline size_t cm_activation_at(const struct cm_activations *x, uint32_t token,
+                                      uint32_t block)
+{
+    uint32_t first = token / CM_PANEL * CM_PANEL;
+    uint32_t width = x->tokens - first < CM_PANEL ? x->tokens - first : CM_PANEL;
+    return (size_t)first * (x->columns / CM_TILE_COLUMNS) + (size_t)block * width + token - first;
+}
 
-struct cm_path {
-    const char *name;
-    cm_gemm gemm;
-    bool (*available)(void);
+/* Part of a product: tokens [token_first, token_last), the first a multiple of 16, the last one too
+ * or the end; row tiles [tile_first, tile_last). */
+struct cm_span {
+    uint32_t token_first, token_last, tile_first, tile_last;
 };
 
-void cm_gemm_avx2(const struct cm_matrix *matrix, const struct cm_activations *x, float *y,
-                  size_t stride, uint32_t first, uint32_t last);
-void cm_gemm_avx512vnni(const struct cm_matrix *matrix, const struct cm_activations *x, float *y,
-                        size_t stride, uint32_t first, uint32_t last);
-/* Plain C: the definition that the others must equal bit by bit. */
-void cm_gemm_plain(const struct cm_matrix *matrix, const struct cm_activations *x, float *y,
-                   size_t stride, uint32_t first, uint32_t last);
+/* y[token - token_first][row - 16 * tile_first], rows of y `stride` floats apart. */
+typedef void (*cm_gemm)(const struct cm_matrix *matrix, const struct cm_activations *x,
+                        struct cm_span span, float *y, size_t stride);
 
-/* ---------------------------------------------------------------- vectors */
-
-void cm_vector_quantise(const float *x, uint32_t columns, int8_t *q, float *scale, float *sum,
-                        int32_t *count);
-void cm_vector_norm(const float *x, const float *weight, uint32_t size, float epsilon, float *ret);
-void cm_vector_gate(const float *gate_up, uint32_t ffn_width, float *ret);
-void cm_vector_rope(float *x, const float *cosine, const float *sine, uint32_t rope_width);
-void cm_vector_to_half(const float *x, uint16_t *ret, uint32_t size);
-float cm_half_float(uint16_t half);
-float cm_expf(float x);
 /* Row `row` of a matrix as floats (embedding look-up). */
 void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uint32_t columns);
 
+/* ---------------------------------------------------------------- vectors and attention */
+
+/* One KV head. Token i of `tokens` stands at position + i and sees positions 0 .. position + i. */
 struct cm_attention {
-    const float *query; /* [group][head_width] of one KV head */
-    uint32_t group;     /* query heads per KV head, <= 16 */
+    const float *query; /* [tokens][query_stride]: [group][head_width] each */
+    size_t query_stride;
+    uint32_t tokens;
+    uint32_t group; /* query heads per KV head */
     uint32_t head_width;
-    uint32_t positions; /* 0 .. positions-1 are seen */
+    uint32_t position;
     const uint32_t *pages;
     const uint8_t *kv; /* base of all pages */
     size_t page_bytes;
-    size_t k_offset, v_offset; /* of this layer and KV head within a page */
+    size_t k_offset; /* in a page: K of this layer and head, [head_width][32 positions] fp16 */
+    size_t v_offset; /* V, [32 positions][head_width] fp16 */
     float scale;
-    float *out; /* [group][head_width] */
+    float *out; /* [tokens][out_stride]: [group][head_width] each */
+    size_t out_stride;
+    float *scratch; /* cm_attention_floats(tokens * group, head_width) */
 };
-void cm_attention_run(const struct cm_attention *attention);
+
+static inline size_t cm_attention_floats(uint32_t rows, uint32_t head_width)
+{
+    size_t padded = cm_padded(head_width, 16);
+    return rows * (CM_ATTENTION_CHUNK + 2 * padded + 4) + padded * CM_KV_PAGE_POSITIONS;
+}
+
+/* One chunk's result for one token: [group][16 + padded head width]: greatest, sum, values. */
+static inline size_t cm_partial_floats(uint32_t group, uint32_t head_width)
+{
+    return (size_t)group * (16 + cm_padded(head_width, 16));
+}
+
+/* What differs from one kind of CPU to another: same arithmetic, other instructions. */
+struct cm_path {
+    const char *name;
+    bool (*available)(void);
+    cm_gemm gemm;
+    /* Blocks [block_first, block_first + count) of a token; x is the first block's. */
+    void (*quantise)(const float *x, const struct cm_activations *act, uint32_t token,
+                     uint32_t block_first, uint32_t count);
+    void (*norm)(const float *x, const float *weight, uint32_t size, float epsilon, float *ret);
+    /* SiLU(gate) × up; they alternate by 16. size: a multiple of 16, of ret. */
+    void (*gate)(const float *gate_up, uint32_t size, float *ret);
+    void (*rope)(float *x, const float *cosine, const float *sine, uint32_t rope_width);
+    void (*add)(float *x, const float *y, uint32_t size); /* a multiple of 16 */
+    void (*key_put)(const float *key, uint32_t head_width, uint16_t *page, uint32_t position);
+    void (*value_put)(const float *value, uint32_t head_width, uint16_t *page, uint32_t position);
+    void (*attend)(const struct cm_attention *attention);
+    /* One token in pieces: each chunk's partial, then all of them in order. */
+    void (*attend_chunk)(const struct cm_attention *attention, uint32_t chunk, float *partial);
+    void (*attend_merge)(const struct cm_attention *attention, uint32_t chunks, float *partials);
+    uint32_t (*greatest)(const float *x, uint32_t size); /* index; the lowest of equals */
+};
+
+#define CM_PATH_DECLARE(path)                                                                      \
+    void cm_##path##_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,          \
+                          struct cm_span span, float *y, size_t stride);                           \
+    void cm_##path##_quantise(const float *x, const struct cm_activations *act, uint32_t token,    \
+                              uint32_t block_first, uint32_t count);                               \
+    void cm_##path##_norm(const float *x, const float *weight, uint32_t size, float epsilon,       \
+                          float *ret);                                                             \
+    void cm_##path##_gate(const float *gate_up, uint32_t size, float *ret);                        \
+    void cm_##path##_rope(float *x, const float *cosine, const float *sine, uint32_t rope_width);  \
+    void cm_##path##_add(float *x, const float *y, uint32_t size);                                 \
+    void cm_##path##_key_put(const float *key, uint32_t head_width, uint16_t *page,                \
+                             uint32_t position);                                                   \
+    void cm_##path##_value_put(const float *value, uint32_t head_width, uint16_t *page,            \
+                               uint32_t position);                                                 \
+    void cm_##path##_attend(const struct cm_attention *attention);                                 \
+    void cm_##path##_attend_chunk(const struct cm_attention *attention, uint32_t chunk,            \
+                                  float *partial);                                                 \
+    void cm_##path##_attend_merge(const struct cm_attention *attention, uint32_t chunks,           \
+                                  float *partials);                                                \
+    uint32_t cm_##path##_greatest(const float *x, uint32_t size)
+
+CM_PATH_DECLARE(avx2);
+CM_PATH_DECLARE(avx512vnni);
+
+/* path.c: the best path that this CPU has, or the one of that name; NULL: there is none. */
+const struct cm_path *cm_path_choose(const char *name);
+
+/* plain.c: the definitions, which the paths must equal bit by bit. */
+float cm_half_float(uint16_t half);
+uint16_t cm_half_of(float x);
+float cm_expf(float x);
+void cm_plain_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
+                   struct cm_span span, float *y, size_t stride);
+void cm_plain_attend(const struct cm_attention *attention);
 
 /* ---------------------------------------------------------------- threads */
 
 struct cm_pool;
-typedef void (*cm_pool_task)(void *context, uint32_t thread, uint32_t threads);
+struct cm_worker { /* one thread in a program */
+    struct cm_pool *pool;
+    uint32_t index;
+    uint32_t phase; /* barriers passed */
+    uint32_t count; /* units of this phase */
+    uint32_t victim;
+};
+typedef void (*cm_pool_program)(void *context, struct cm_worker *worker);
 CM_MUST_USE enum cm_status cm_pool_new(uint32_t threads, struct cm_pool **ret_pool,
                                        struct cm_error *err);
 void cm_pool_free(struct cm_pool *pool);
-/* Every thread (the caller is number 0) runs task once; returns when all have. */
-void cm_pool_run(struct cm_pool *pool, cm_pool_task task, void *context);
+/* Every thread (the caller is number 0) runs the program once; returns when all have. */
+void cm_pool_run(struct cm_pool *pool, cm_pool_program program, void *context);
+/* In a program. All threads come through the same phases: phase(count), take until false, barrier.
+ * Each unit 0 .. count-1 is taken once. The barrier is needed even after the last phase. */
+void cm_pool_phase(struct cm_worker *worker, uint32_t count);
+bool cm_pool_take(struct cm_worker *worker, uint32_t *ret_first, uint32_t *ret_last);
+void cm_pool_barrier(struct cm_worker *worker);
 uint32_t cm_pool_threads(const struct cm_pool *pool);
 /* From affinity and the cgroup's CPU quota. */
 uint32_t cm_threads_available(void);
@@ -120,8 +209,9 @@ struct cm_candidate {
 };
 
 /* Choose the next token. logits [vocabulary] are changed in place; scratch [vocabulary]. */
-uint32_t cm_sample(const struct cm_slot *slot, float *logits, uint32_t vocabulary,
-                   const uint32_t *masked, uint32_t masked_count, struct cm_candidate *scratch);
+uint32_t cm_sample(const struct cm_slot *slot, const struct cm_path *path, float *logits,
+                   uint32_t vocabulary, const uint32_t *masked, uint32_t masked_count,
+                   struct cm_candidate *scratch);
 void cm_philox(uint64_t seed, uint64_t counter, uint32_t ret[4]);
 
 /* ---------------------------------------------------------------- the device */
@@ -131,16 +221,35 @@ struct cm_bound_layer {
     struct cm_matrix qkv, attention_out, gate_up, down;
 };
 
-struct cm_scratch {   /* of one step; pointers into the arena */
-    float *x;         /* [step_tokens][width] residual */
-    float *normed;    /* [step_tokens][widest] */
-    float *wide;      /* [step_tokens][widest padded rows] */
-    float *attention; /* [step_tokens][heads * head_width] */
-    struct cm_activations act;
-    float *last;                     /* [entries][width] rows that get logits */
-    float *logits;                   /* [slots][padded vocabulary] */
-    struct cm_candidate *candidates; /* [threads][vocabulary] */
+struct cm_thread_scratch {           /* of one thread */
+    float *row;                      /* [widest] */
+    float *y;                        /* [CM_BLOCK_TOKENS][rows of a unit] */
+    float *attention;                /* cm_attention_floats */
+    struct cm_activations act;       /* of one token */
+    struct cm_candidate *candidates; /* [vocabulary] */
 };
+
+struct cm_scratch {            /* of one step; pointers into the arena */
+    float *x;                  /* [step_tokens][width] residual */
+    float *query;              /* [step_tokens][heads * head_width] */
+    float *attention;          /* [step_tokens][heads * head_width] */
+    float *partials;           /* [CM_SPLITS * threads][chunks of a context] of cm_partial_floats */
+    struct cm_activations act; /* [step_tokens][widest input] */
+    struct cm_activations hidden; /* [step_tokens][ffn_width] */
+    float *logits;                /* [slots][padded vocabulary] */
+    struct cm_thread_scratch *threads;
+};
+
+/* One KV head's attention of some tokens of a sequence: all of it, or one chunk of one token. */
+struct cm_attention_item {
+    uint32_t entry;
+    uint32_t token; /* index in the step */
+    uint32_t tokens;
+    uint32_t chunk;   /* CM_CHUNKS_ALL, or the chunk */
+    uint32_t partial; /* of the first chunk of this token; a multiple of the chunks of a context */
+};
+#define CM_CHUNKS_ALL UINT32_MAX
+#define CM_SPLITS     4u /* sequences × KV heads per thread, below which positions are split */
 
 struct cm_step_token { /* one token of the mixed batch */
     uint32_t entry;
@@ -176,6 +285,13 @@ struct cm_device {
     uint32_t entry_count;
     struct cm_step_token *tokens; /* [step_tokens_max] */
     uint32_t token_count;
+    struct cm_attention_item *items; /* [step_tokens_max + chunks that are split] */
+    uint32_t item_count;
+    uint32_t splits;                            /* tokens whose chunks are items of their own */
+    uint32_t chunks_max;                        /* of a context */
+    uint32_t wanted[CM_STEP_ENTRIES_MAX];       /* entries that get a token */
+    uint32_t wanted_token[CM_STEP_ENTRIES_MAX]; /* their last token in the step */
+    uint32_t wanted_count;
     bool step_pending;
     float *probe; /* tests: logits of every token, [step_tokens][vocabulary]; NULL: off */
     struct cm_device_stats stats;
@@ -183,10 +299,15 @@ struct cm_device {
 
 /* forward.c: run the step that device->entries and device->tokens describe. */
 void cm_forward(struct cm_device *device);
-/* Padded rows of a matrix: what y's stride must hold. */
-static inline uint32_t cm_padded(uint32_t value, uint32_t to)
+
+/* Heads that one work item of the QKV product covers: whole heads and whole tiles. */
+static inline uint32_t cm_heads_per_unit(uint32_t head_width)
 {
-    return (value + to - 1) / to * to;
+    uint32_t heads = 1;
+    while (heads * head_width % CM_TILE_ROWS != 0) {
+        heads *= 2;
+    }
+    return heads;
 }
 
 #endif

@@ -13,24 +13,6 @@
 
 #define HUGE_PAGE (2ull << 20)
 
-static bool avx2_available(void)
-{
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
-static bool avx512vnni_available(void)
-{
-    return avx2_available() && __builtin_cpu_supports("avx512f") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
-}
-
-/* Best first. */
-static const struct cm_path paths[] = {
-    {"avx512vnni", cm_gemm_avx512vnni, avx512vnni_available},
-    {"avx2", cm_gemm_avx2, avx2_available},
-};
-
 static uint64_t now_ns(void)
 {
     struct timespec now;
@@ -41,14 +23,10 @@ static uint64_t now_ns(void)
 enum cm_status cm_device_open(const char *backend, const struct cm_device_options *options,
                               struct cm_device **ret_device, struct cm_error *err)
 {
-    const struct cm_path *path = NULL;
+    const struct cm_path *path = cm_path_choose(options->path);
     if (backend != NULL && strcmp(backend, "cpu") != 0) {
         return cm_error_set(err, CM_E_CONFIG, "CM-DEV-BACKEND",
                             "device '%s' is not in this build; there are: cpu", backend);
-    }
-    for (size_t i = 0; path == NULL && i < sizeof(paths) / sizeof(paths[0]); i++) {
-        bool wanted = options->path == NULL || strcmp(options->path, paths[i].name) == 0;
-        path = wanted && paths[i].available() ? &paths[i] : NULL;
     }
     if (path == NULL) {
         return cm_error_set(err, CM_E_DEVICE, "CM-DEV-CPU",
@@ -124,36 +102,64 @@ static uint32_t greatest(uint32_t a, uint32_t b)
     return a > b ? a : b;
 }
 
+static struct cm_activations activations_lay(struct layout *layout, uint64_t tokens,
+                                             uint32_t columns)
+{
+    uint64_t blocks = tokens * (columns / CM_TILE_COLUMNS);
+    return (struct cm_activations){.q = piece(layout, blocks, CM_TILE_COLUMNS, 64),
+                                   .scale = piece(layout, blocks, 4, 64),
+                                   .sum = piece(layout, blocks, 4, 64),
+                                   .count = piece(layout, blocks, 4, 64)};
+}
+
+/* Scratch of the threads and of the step. */
+static void scratch_lay(struct cm_device *device, struct layout *layout,
+                        const struct cm_device_reserve *r, uint32_t tokens)
+{
+    const struct cm_model *m = r->model;
+    struct cm_scratch *s = &device->scratch;
+    uint32_t attention = m->heads * m->head_width, group = m->heads / m->kv_heads;
+    uint32_t threads = cm_pool_threads(device->pool);
+    uint32_t inputs = greatest(m->width, attention), widest = greatest(inputs, m->ffn_width);
+    uint32_t unit = greatest(cm_heads_per_unit(m->head_width) * m->head_width, 4 * CM_TILE_ROWS);
+    s->x = piece(layout, (uint64_t)tokens * m->width, 4, 64);
+    s->query = piece(layout, (uint64_t)tokens * attention, 4, 64);
+    s->attention = piece(layout, (uint64_t)tokens * attention, 4, 64);
+    s->partials = piece(layout, (uint64_t)CM_SPLITS * threads * device->chunks_max,
+                        cm_partial_floats(group, m->head_width) * 4, 64);
+    s->act = activations_lay(layout, tokens, inputs);
+    s->hidden = activations_lay(layout, tokens, m->ffn_width);
+    s->logits = piece(layout, (uint64_t)r->slots * cm_padded(m->vocabulary, CM_ROWS_PAD), 4, 64);
+    s->threads = piece(layout, threads, sizeof(*s->threads), 64);
+    for (uint32_t i = 0; i < threads; i++) {
+        struct cm_thread_scratch own = {
+            .row = piece(layout, widest + CM_TILE_ROWS, 4, 64),
+            .y = piece(layout, (uint64_t)CM_BLOCK_TOKENS * unit, 4, 64),
+            .attention = piece(
+                layout, cm_attention_floats(greatest(CM_ATTENTION_ROWS, group), m->head_width), 4,
+                64),
+            .act = activations_lay(layout, 1, inputs),
+            .candidates = piece(layout, m->vocabulary, sizeof(struct cm_candidate), 64)};
+        if (layout->base != NULL) {
+            s->threads[i] = own;
+        }
+    }
+}
+
 /* One function measures and places, so that the two cannot differ. */
 static void arena_lay(struct cm_device *device, struct layout *layout,
                       const struct cm_device_reserve *r)
 {
     const struct cm_model *m = r->model;
-    struct cm_scratch *s = &device->scratch;
-    uint32_t attention = m->heads * m->head_width;
-    uint32_t qkv = attention + 2 * m->kv_heads * m->head_width;
-    uint32_t widest = greatest(greatest(m->width, m->ffn_width), attention);
-    uint32_t rows = cm_padded(greatest(greatest(qkv, 2 * m->ffn_width), m->width), CM_ROWS_PAD);
-    uint32_t tokens = greatest(r->step_tokens_max, r->slots), blocks = widest / CM_TILE_COLUMNS;
-    uint32_t threads = cm_pool_threads(device->pool);
+    uint32_t tokens = greatest(r->step_tokens_max, r->slots);
+    device->chunks_max = (r->context_max + CM_ATTENTION_CHUNK - 1) / CM_ATTENTION_CHUNK;
     device->payload = piece(layout, 1, r->payload_bytes, 4096);
     /* Weights are read ahead by up to 4 KiB. */
     (void)piece(layout, 1, 8192, 64);
     device->kv = piece(layout, r->kv_pages, page_bytes_of(m), 4096);
-    s->x = piece(layout, (uint64_t)tokens * m->width, 4, 64);
-    s->normed = piece(layout, (uint64_t)tokens * widest, 4, 64);
-    s->wide = piece(layout, (uint64_t)tokens * rows, 4, 64);
-    s->attention = piece(layout, (uint64_t)tokens * attention, 4, 64);
-    s->act.q = piece(layout, (uint64_t)tokens * widest, 1, 64);
-    s->act.scale = piece(layout, (uint64_t)tokens * blocks, 4, 64);
-    s->act.sum = piece(layout, (uint64_t)tokens * blocks, 4, 64);
-    s->act.count = piece(layout, (uint64_t)tokens * blocks, 4, 64);
-    s->last = piece(layout, (uint64_t)CM_STEP_ENTRIES_MAX * m->width, 4, 64);
-    s->logits = piece(layout, (uint64_t)r->slots * cm_padded(m->vocabulary, CM_ROWS_PAD), 4, 64);
-    s->candidates =
-        piece(layout, (uint64_t)threads * m->vocabulary, sizeof(struct cm_candidate), 64);
-    device->cosine = piece(layout, (uint64_t)r->context_max * m->rope_width / 2, 4, 64);
-    device->sine = piece(layout, (uint64_t)r->context_max * m->rope_width / 2, 4, 64);
+    scratch_lay(device, layout, r, tokens);
+    device->cosine = piece(layout, (uint64_t)r->context_max * m->rope_width / 2 + 16, 4, 64);
+    device->sine = piece(layout, (uint64_t)r->context_max * m->rope_width / 2 + 16, 4, 64);
     device->slots = piece(layout, r->slots, sizeof(struct cm_slot), 64);
     for (uint32_t i = 0; i < r->slots; i++) {
         uint16_t *generated = piece(layout, m->vocabulary, 2, 64);
@@ -164,6 +170,9 @@ static void arena_lay(struct cm_device *device, struct layout *layout,
         }
     }
     device->tokens = piece(layout, tokens, sizeof(struct cm_step_token), 64);
+    device->items = piece(
+        layout, tokens + (uint64_t)CM_SPLITS * cm_pool_threads(device->pool) * device->chunks_max,
+        sizeof(struct cm_attention_item), 64);
     device->results = piece(layout, CM_STEP_ENTRIES_MAX, sizeof(struct cm_step_result), 64);
 }
 
@@ -228,20 +237,23 @@ static bool swap_absent(void)
     return lines <= 1;
 }
 
-/* Each thread takes its share of huge pages: the kernel zeroes at 12 GB/s a core (bench/README.md).
+/* All threads take huge pages: the kernel zeroes at 12 GB/s a core (bench/README.md).
  * A kernel older than 5.14 does not know the advice: then every page is touched. */
-static void arena_populate(void *context, uint32_t thread, uint32_t threads)
+static void arena_populate(void *context, struct cm_worker *worker)
 {
     struct cm_device *device = context;
-    const uint64_t pages = device->arena_bytes / HUGE_PAGE;
-    const uint64_t first = pages * thread / threads, last = pages * (thread + 1) / threads;
-    uint8_t *from = device->arena + first * HUGE_PAGE;
-    const uint64_t bytes = (last - first) * HUGE_PAGE;
-    if (bytes > 0 && madvise(from, bytes, MADV_POPULATE_WRITE) != 0) {
-        for (uint64_t at = 0; at < bytes; at += 4096) {
-            *(volatile uint8_t *)(from + at) = 0;
+    uint32_t first, last;
+    cm_pool_phase(worker, (uint32_t)(device->arena_bytes / HUGE_PAGE));
+    while (cm_pool_take(worker, &first, &last)) {
+        uint8_t *from = device->arena + first * HUGE_PAGE;
+        const uint64_t bytes = (last - first) * HUGE_PAGE;
+        if (madvise(from, bytes, MADV_POPULATE_WRITE) != 0) {
+            for (uint64_t at = 0; at < bytes; at += 4096) {
+                *(volatile uint8_t *)(from + at) = 0;
+            }
         }
     }
+    cm_pool_barrier(worker);
 }
 
 enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_device_reserve *reserve,

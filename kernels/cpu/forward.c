@@ -1,184 +1,309 @@
-/* One step of the decoder over a mixed batch. Data's way: tokens → embedding → per layer { norm →
- * QKV → RoPE → KV pages → attention → out; norm → gate, up → down } → norm → head → logits → token
- * → bytes. Each phase is one pool run; what a thread does never changes a result, only who computes
- * it. */
+/* One step of the decoder over a mixed batch, as one program that every thread runs: the same
+ * phases in the same order, with a barrier after each. Data's way: tokens → embedding → per layer {
+ * norm → QKV, RoPE, KV pages | attention | out, residual | norm → gate, up, SiLU | down, residual }
+ * → norm → head → token → bytes. What a thread takes never changes a result, only who computes it.
+ */
 #include "kernels/cpu/cpu_internal.h"
 
 #include <math.h>
 #include <string.h>
 
-/* Which share of `count` is a thread's. */
-static void share(uint32_t count, uint32_t thread, uint32_t threads, uint32_t *ret_first,
-                  uint32_t *ret_last)
-{
-    *ret_first = (uint32_t)((uint64_t)count * thread / threads);
-    *ret_last = (uint32_t)((uint64_t)count * (thread + 1) / threads);
-}
-
-struct phase {
+struct run { /* one thread's view of the step */
     struct cm_device *device;
+    const struct cm_model *model;
+    const struct cm_path *path;
+    struct cm_scratch *scratch;
+    struct cm_thread_scratch *own;
+    struct cm_worker *worker;
     const struct cm_bound_layer *layer;
     uint32_t index; /* of the layer */
-    const struct cm_matrix *matrix;
-    const float *weight; /* of the norm */
-    const float *from;
-    size_t from_stride;
-    float *to;
-    size_t to_stride;
-    uint32_t rows;
-    uint32_t columns;
 };
 
-static void embed_task(void *context, uint32_t thread, uint32_t threads)
+static uint32_t least(uint32_t a, uint32_t b)
 {
-    struct cm_device *device = ((struct phase *)context)->device;
-    uint32_t first, last;
-    share(device->token_count, thread, threads, &first, &last);
-    for (uint32_t t = first; t < last; t++) {
-        cm_matrix_row(&device->embedding, device->tokens[t].token,
-                      device->scratch.x + (size_t)t * device->model.width, device->model.width);
-    }
+    return a < b ? a : b;
 }
 
-/* Norm (if there is a weight), then quantise rows of `from` into the activations. */
-static void quantise_task(void *context, uint32_t thread, uint32_t threads)
+static void embed(struct run *run)
 {
-    struct phase *phase = context;
-    struct cm_scratch *scratch = &phase->device->scratch;
-    uint32_t first, last, blocks = phase->columns / CM_TILE_COLUMNS;
-    share(phase->rows, thread, threads, &first, &last);
-    for (uint32_t t = first; t < last; t++) {
-        const float *row = phase->from + t * phase->from_stride;
-        size_t at = (size_t)t * blocks;
-        if (phase->weight != NULL) {
-            float *normed = scratch->normed + (size_t)t * phase->columns;
-            cm_vector_norm(row, phase->weight, phase->columns, phase->device->model.norm_epsilon,
-                           normed);
-            row = normed;
+    uint32_t first, last, width = run->model->width;
+    cm_pool_phase(run->worker, run->device->token_count);
+    while (cm_pool_take(run->worker, &first, &last)) {
+        for (uint32_t t = first; t < last; t++) {
+            cm_matrix_row(&run->device->embedding, run->device->tokens[t].token,
+                          run->scratch->x + (size_t)t * width, width);
         }
-        cm_vector_quantise(row, phase->columns, scratch->act.q + at * CM_TILE_COLUMNS,
-                           scratch->act.scale + at, scratch->act.sum + at, scratch->act.count + at);
     }
+    cm_pool_barrier(run->worker);
 }
 
-static void gemm_task(void *context, uint32_t thread, uint32_t threads)
+/* ------------------------------------------------------------------ activations */
+
+/* Rows of floats that become activations: norm first, if there is a weight. */
+struct rows {
+    const float *from;
+    size_t stride;
+    const uint32_t *pick; /* rows to take, NULL: 0 .. count-1 */
+    uint32_t count;
+    uint32_t columns;
+    const float *weight;
+};
+
+static void row_quantise(struct run *run, const struct rows *rows, uint32_t row,
+                         const struct cm_activations *act)
 {
-    struct phase *phase = context;
-    struct cm_activations *act = &phase->device->scratch.act;
+    const float *x = rows->from + (rows->pick ? rows->pick[row] : row) * rows->stride;
+    if (rows->weight != NULL) {
+        run->path->norm(x, rows->weight, rows->columns, run->model->norm_epsilon, run->own->row);
+        x = run->own->row;
+    }
+    run->path->quantise(x, act, row, 0, rows->columns / CM_TILE_COLUMNS);
+}
+
+/* A single row is computed by each thread for itself: cheaper than to wait for another's. */
+static struct cm_activations activate(struct run *run, const struct rows *rows)
+{
+    struct cm_activations act = rows->count == 1 ? run->own->act : run->scratch->act;
     uint32_t first, last;
-    share(phase->matrix->row_tiles, thread, threads, &first, &last);
-    phase->device->path->gemm(phase->matrix, act, phase->to, phase->to_stride, first, last);
+    act.columns = rows->columns;
+    act.tokens = rows->count;
+    if (rows->count == 1) {
+        row_quantise(run, rows, 0, &act);
+        return act;
+    }
+    cm_pool_phase(run->worker, rows->count);
+    while (cm_pool_take(run->worker, &first, &last)) {
+        for (uint32_t row = first; row < last; row++) {
+            row_quantise(run, rows, row, &act);
+        }
+    }
+    cm_pool_barrier(run->worker);
+    return act;
 }
 
-/* quantise(norm(from)) × matrix → to */
-static void multiply(struct cm_device *device, const struct cm_matrix *matrix, const float *weight,
-                     const float *from, uint32_t columns, uint32_t rows, float *to)
+/* ------------------------------------------------------------------ products */
+
+/* What becomes of a finished part of a product: y[token][row], `stride` floats a token. */
+typedef void (*epilogue)(struct run *run, struct cm_span span, float *y, size_t stride);
+
+/* Work items are `unit` row tiles × CM_BLOCK_TOKENS tokens. */
+static void multiply(struct run *run, const struct cm_matrix *matrix,
+                     const struct cm_activations *act, uint32_t unit, epilogue finish)
 {
-    struct phase phase = {.device = device,
-                          .matrix = matrix,
-                          .weight = weight,
-                          .from = from,
-                          .from_stride = columns,
-                          .to = to,
-                          .to_stride = (size_t)matrix->row_tiles * CM_TILE_ROWS,
-                          .rows = rows,
-                          .columns = columns};
-    device->scratch.act.columns = columns;
-    device->scratch.act.tokens = rows;
-    cm_pool_run(device->pool, quantise_task, &phase);
-    cm_pool_run(device->pool, gemm_task, &phase);
+    uint32_t first, last, blocks = (act->tokens + CM_BLOCK_TOKENS - 1) / CM_BLOCK_TOKENS;
+    cm_pool_phase(run->worker, (matrix->row_tiles + unit - 1) / unit * blocks);
+    while (cm_pool_take(run->worker, &first, &last)) {
+        for (uint32_t i = first; i < last; i++) {
+            uint32_t tile = i / blocks * unit, token = i % blocks * CM_BLOCK_TOKENS;
+            struct cm_span span = {token, least(token + CM_BLOCK_TOKENS, act->tokens), tile,
+                                   least(tile + unit, matrix->row_tiles)};
+            size_t stride = (size_t)(span.tile_last - tile) * CM_TILE_ROWS;
+            run->path->gemm(matrix, act, span, run->own->y, stride);
+            finish(run, span, run->own->y, stride);
+        }
+    }
+    cm_pool_barrier(run->worker);
 }
 
-static size_t head_bytes(const struct cm_model *model)
+static size_t kv_head_bytes(const struct cm_model *model)
 {
     return (size_t)CM_KV_PAGE_POSITIONS * model->head_width * sizeof(uint16_t);
 }
 
-/* Offset of one KV head's K (kind 0) or V (kind 1) in a page: [layer][K, V][head][position][width].
- */
+/* Of one KV head's K (kind 0) or V (kind 1) in a page: [layer][K, V][head]. */
 static size_t kv_offset(const struct cm_model *model, uint32_t layer, uint32_t kind, uint32_t head)
 {
-    return (((size_t)layer * 2 + kind) * model->kv_heads + head) * head_bytes(model);
+    return (((size_t)layer * 2 + kind) * model->kv_heads + head) * kv_head_bytes(model);
 }
 
-/* Turn Q and K, put K and V into their pages. */
-static void scatter_task(void *context, uint32_t thread, uint32_t threads)
+/* One head of one token, as the product left it: a query is turned and kept, K and V go to their
+ * page. Heads are numbered as the rows of QKV lie: queries, keys, values. */
+static void head_put(struct run *run, uint32_t t, uint32_t head, float *x)
 {
-    struct phase *phase = context;
-    struct cm_device *device = phase->device;
-    const struct cm_model *model = &device->model;
-    uint32_t first, last;
-    share(device->token_count, thread, threads, &first, &last);
-    for (uint32_t t = first; t < last; t++) {
-        const struct cm_step_token *token = &device->tokens[t];
-        const struct cm_step_entry *entry = &device->entries[token->entry];
-        float *row = phase->to + t * phase->to_stride;
-        const float *cosine = device->cosine + (size_t)token->position * model->rope_width / 2;
-        const float *sine = device->sine + (size_t)token->position * model->rope_width / 2;
-        uint32_t page = entry->pages[token->position / CM_KV_PAGE_POSITIONS];
-        size_t place = (size_t)(token->position % CM_KV_PAGE_POSITIONS) * model->head_width;
-        uint8_t *base = device->kv + page * device->page_bytes;
-        for (uint32_t h = 0; h < model->heads + model->kv_heads; h++) {
-            cm_vector_rope(row + (size_t)h * model->head_width, cosine, sine, model->rope_width);
+    const struct cm_model *model = run->model;
+    const struct cm_step_token *token = &run->device->tokens[t];
+    const uint32_t keys = model->heads, values = model->heads + model->kv_heads;
+    if (head < values) {
+        size_t at = (size_t)token->position * model->rope_width / 2;
+        run->path->rope(x, run->device->cosine + at, run->device->sine + at, model->rope_width);
+    }
+    if (head < keys) {
+        memcpy(run->scratch->query + ((size_t)t * model->heads + head) * model->head_width, x,
+               model->head_width * sizeof(float));
+        return;
+    }
+    uint32_t kind = head < values ? 0 : 1;
+    uint32_t page =
+        run->device->entries[token->entry].pages[token->position / CM_KV_PAGE_POSITIONS];
+    uint8_t *at = run->device->kv + page * run->device->page_bytes +
+                  kv_offset(model, run->index, kind, head - (kind == 0 ? keys : values));
+    (kind == 0 ? run->path->key_put : run->path->value_put)(
+        x, model->head_width, (uint16_t *)(void *)at, token->position % CM_KV_PAGE_POSITIONS);
+}
+
+static void heads_finish(struct run *run, struct cm_span span, float *y, size_t stride)
+{
+    const struct cm_model *model = run->model;
+    uint32_t first = span.tile_first * CM_TILE_ROWS / model->head_width;
+    uint32_t end = model->heads + 2 * model->kv_heads;
+    for (uint32_t t = span.token_first; t < span.token_last; t++) {
+        float *x = y + (t - span.token_first) * stride;
+        for (uint32_t head = first; head < end && (head - first + 1) * model->head_width <= stride;
+             head++) {
+            head_put(run, t, head, x + (size_t)(head - first) * model->head_width);
         }
-        for (uint32_t kind = 0; kind < 2; kind++) {
-            for (uint32_t h = 0; h < model->kv_heads; h++) {
-                const float *from =
-                    row + (size_t)(model->heads + kind * model->kv_heads + h) * model->head_width;
-                uint8_t *to = base + kv_offset(model, phase->index, kind, h);
-                cm_vector_to_half(from, (uint16_t *)(void *)to + place, model->head_width);
+    }
+}
+
+static void residual_finish(struct run *run, struct cm_span span, float *y, size_t stride)
+{
+    uint32_t row = span.tile_first * CM_TILE_ROWS, width = run->model->width;
+    for (uint32_t t = span.token_first; t < span.token_last; t++) {
+        run->path->add(run->scratch->x + (size_t)t * width + row,
+                       y + (t - span.token_first) * stride, least((uint32_t)stride, width - row));
+    }
+}
+
+/* Four tiles hold gate and up of 32 columns: one block of the next product's activations. */
+static void gate_finish(struct run *run, struct cm_span span, float *y, size_t stride)
+{
+    struct cm_activations hidden = run->scratch->hidden;
+    uint32_t block = span.tile_first / 4, blocks = (span.tile_last - span.tile_first) / 4;
+    hidden.columns = run->model->ffn_width;
+    hidden.tokens = run->device->token_count;
+    for (uint32_t t = span.token_first; t < span.token_last; t++) {
+        run->path->gate(y + (t - span.token_first) * stride, blocks * CM_TILE_COLUMNS,
+                        run->own->row);
+        run->path->quantise(run->own->row, &hidden, t, block, blocks);
+    }
+}
+
+/* ------------------------------------------------------------------ attention */
+
+/* The step's attention, for one KV head: prompts in tiles of tokens, single tokens whole, or chunk
+ * by chunk where there are too few of them to keep all threads at work. */
+static void attention_plan(struct cm_device *device)
+{
+    const struct cm_model *model = &device->model;
+    uint32_t group = model->heads / model->kv_heads, singles = 0, token = 0;
+    uint32_t tile = CM_ATTENTION_ROWS / group > 1 ? CM_ATTENTION_ROWS / group : 1;
+    for (uint32_t e = 0; e < device->entry_count; e++) {
+        singles += device->entries[e].token_count == 1;
+    }
+    bool split = singles * model->kv_heads <= CM_SPLITS * cm_pool_threads(device->pool);
+    device->item_count = device->splits = 0;
+    for (uint32_t e = 0; e < device->entry_count; e++) {
+        const struct cm_step_entry *entry = &device->entries[e];
+        uint32_t chunks = entry->position / CM_ATTENTION_CHUNK + 1;
+        if (split && entry->token_count == 1 && chunks > 1) {
+            for (uint32_t c = 0; c < chunks; c++) {
+                device->items[device->item_count++] =
+                    (struct cm_attention_item){e, token, 1, c, device->splits};
+            }
+            device->splits++;
+        } else {
+            for (uint32_t t = 0; t < entry->token_count; t += tile) {
+                device->items[device->item_count++] = (struct cm_attention_item){
+                    e, token + t, least(tile, entry->token_count - t), CM_CHUNKS_ALL, 0};
             }
         }
+        token += entry->token_count;
     }
 }
 
-/* Work items: token × KV head, taken in turn so that long contexts spread over the threads. */
-static void attention_task(void *context, uint32_t thread, uint32_t threads)
+static struct cm_attention attention_of(struct run *run, const struct cm_attention_item *item,
+                                        uint32_t head)
 {
-    struct phase *phase = context;
-    struct cm_device *device = phase->device;
-    const struct cm_model *model = &device->model;
+    const struct cm_model *model = run->model;
     uint32_t group = model->heads / model->kv_heads;
-    for (uint32_t i = thread; i < device->token_count * model->kv_heads; i += threads) {
-        uint32_t t = i / model->kv_heads, h = i % model->kv_heads;
-        const struct cm_step_token *token = &device->tokens[t];
-        size_t head = (size_t)h * group * model->head_width;
-        struct cm_attention attention = {.query = phase->from + t * phase->from_stride + head,
-                                         .group = group,
-                                         .head_width = model->head_width,
-                                         .positions = token->position + 1,
-                                         .pages = device->entries[token->entry].pages,
-                                         .kv = device->kv,
-                                         .page_bytes = device->page_bytes,
-                                         .k_offset = kv_offset(model, phase->index, 0, h),
-                                         .v_offset = kv_offset(model, phase->index, 1, h),
-                                         .scale = 1.0f / sqrtf((float)model->head_width),
-                                         .out = phase->to + t * phase->to_stride + head};
-        cm_attention_run(&attention);
+    size_t stride = (size_t)model->heads * model->head_width;
+    size_t at = item->token * stride + (size_t)head * group * model->head_width;
+    return (struct cm_attention){.query = run->scratch->query + at,
+                                 .query_stride = stride,
+                                 .tokens = item->tokens,
+                                 .group = group,
+                                 .head_width = model->head_width,
+                                 .position = run->device->tokens[item->token].position,
+                                 .pages = run->device->entries[item->entry].pages,
+                                 .kv = run->device->kv,
+                                 .page_bytes = run->device->page_bytes,
+                                 .k_offset = kv_offset(model, run->index, 0, head),
+                                 .v_offset = kv_offset(model, run->index, 1, head),
+                                 .scale = 1.0f / sqrtf((float)model->head_width),
+                                 .out = run->scratch->attention + at,
+                                 .out_stride = stride,
+                                 .scratch = run->own->attention};
+}
+
+static float *partial_of(struct run *run, const struct cm_attention_item *item, uint32_t head,
+                         uint32_t chunk)
+{
+    const struct cm_model *model = run->model;
+    size_t row = (size_t)item->partial * model->kv_heads + head;
+    return run->scratch->partials +
+           (row * run->device->chunks_max + chunk) *
+               cm_partial_floats(model->heads / model->kv_heads, model->head_width);
+}
+
+static void item_run(struct run *run, const struct cm_attention_item *item, uint32_t head)
+{
+    struct cm_attention attention = attention_of(run, item, head);
+    if (item->chunk == CM_CHUNKS_ALL) {
+        run->path->attend(&attention);
+    } else {
+        run->path->attend_chunk(&attention, item->chunk, partial_of(run, item, head, item->chunk));
     }
 }
 
-static void gate_task(void *context, uint32_t thread, uint32_t threads)
+/* The first chunk's item of a split token merges all of them. */
+static void item_merge(struct run *run, const struct cm_attention_item *item, uint32_t head)
 {
-    struct phase *phase = context;
-    uint32_t first, last;
-    share(phase->rows, thread, threads, &first, &last);
-    for (uint32_t t = first; t < last; t++) {
-        cm_vector_gate(phase->from + t * phase->from_stride, phase->columns,
-                       phase->to + t * phase->to_stride);
+    if (item->chunk == 0) {
+        struct cm_attention attention = attention_of(run, item, head);
+        run->path->attend_merge(&attention, attention.position / CM_ATTENTION_CHUNK + 1,
+                                partial_of(run, item, head, 0));
     }
 }
 
-static void add_task(void *context, uint32_t thread, uint32_t threads)
+static void attend(struct run *run,
+                   void (*work)(struct run *, const struct cm_attention_item *, uint32_t))
 {
-    struct phase *phase = context;
-    uint32_t first, last;
-    share(phase->rows, thread, threads, &first, &last);
-    for (uint32_t t = first; t < last; t++) {
-        for (uint32_t k = 0; k < phase->columns; k++) {
-            phase->to[t * phase->to_stride + k] += phase->from[t * phase->from_stride + k];
+    uint32_t first, last, items = run->device->item_count;
+    cm_pool_phase(run->worker, items * run->model->kv_heads);
+    while (cm_pool_take(run->worker, &first, &last)) {
+        for (uint32_t i = first; i < last; i++) {
+            work(run, &run->device->items[i % items], i / items);
         }
     }
+    cm_pool_barrier(run->worker);
+}
+
+/* ------------------------------------------------------------------ the program */
+
+static void layer_run(struct run *run)
+{
+    const struct cm_model *model = run->model;
+    const struct cm_bound_layer *layer = run->layer;
+    struct cm_scratch *scratch = run->scratch;
+    uint32_t tokens = run->device->token_count, attention = model->heads * model->head_width;
+    uint32_t head_tiles = cm_heads_per_unit(model->head_width) * model->head_width / CM_TILE_ROWS;
+    struct rows x = {scratch->x, model->width, NULL, tokens, model->width, layer->attention_norm};
+    struct cm_activations act = activate(run, &x);
+    multiply(run, &layer->qkv, &act, head_tiles, heads_finish);
+    attend(run, item_run);
+    if (run->device->splits > 0) {
+        attend(run, item_merge);
+    }
+    struct rows out = {scratch->attention, attention, NULL, tokens, attention, NULL};
+    act = activate(run, &out);
+    multiply(run, &layer->attention_out, &act, 2, residual_finish);
+    x.weight = layer->ffn_norm;
+    act = activate(run, &x);
+    multiply(run, &layer->gate_up, &act, 4, gate_finish);
+    act = scratch->hidden;
+    act.columns = model->ffn_width;
+    act.tokens = tokens;
+    multiply(run, &layer->down, &act, 2, residual_finish);
 }
 
 static size_t padded_rows(const struct cm_matrix *matrix)
@@ -186,74 +311,47 @@ static size_t padded_rows(const struct cm_matrix *matrix)
     return (size_t)matrix->row_tiles * CM_TILE_ROWS;
 }
 
-/* x += from, where from has the matrix's padded rows. */
-static void residual_add(struct cm_device *device, const struct cm_matrix *matrix)
+/* Logits of the picked tokens. */
+static void head_run(struct run *run, const uint32_t *pick, uint32_t count)
 {
-    struct phase phase = {.device = device,
-                          .from = device->scratch.wide,
-                          .from_stride = padded_rows(matrix),
-                          .to = device->scratch.x,
-                          .to_stride = device->model.width,
-                          .rows = device->token_count,
-                          .columns = device->model.width};
-    cm_pool_run(device->pool, add_task, &phase);
-}
-
-static void layer_run(struct cm_device *device, uint32_t index)
-{
-    const struct cm_model *model = &device->model;
-    const struct cm_bound_layer *layer = &device->layers[index];
-    struct cm_scratch *scratch = &device->scratch;
-    uint32_t tokens = device->token_count, attention_width = model->heads * model->head_width;
-    multiply(device, &layer->qkv, layer->attention_norm, scratch->x, model->width, tokens,
-             scratch->wide);
-    struct phase phase = {.device = device,
-                          .index = index,
-                          .to = scratch->wide,
-                          .to_stride = padded_rows(&layer->qkv)};
-    cm_pool_run(device->pool, scatter_task, &phase);
-    phase.from = scratch->wide;
-    phase.from_stride = padded_rows(&layer->qkv);
-    phase.to = scratch->attention;
-    phase.to_stride = attention_width;
-    cm_pool_run(device->pool, attention_task, &phase);
-    multiply(device, &layer->attention_out, NULL, scratch->attention, attention_width, tokens,
-             scratch->wide);
-    residual_add(device, &layer->attention_out);
-    multiply(device, &layer->gate_up, layer->ffn_norm, scratch->x, model->width, tokens,
-             scratch->wide);
-    struct phase gate = {.device = device,
-                         .from = scratch->wide,
-                         .from_stride = padded_rows(&layer->gate_up),
-                         .to = scratch->normed,
-                         .to_stride = model->ffn_width,
-                         .rows = tokens,
-                         .columns = model->ffn_width};
-    cm_pool_run(device->pool, gate_task, &gate);
-    multiply(device, &layer->down, NULL, scratch->normed, model->ffn_width, tokens, scratch->wide);
-    residual_add(device, &layer->down);
+    const struct cm_matrix *head = &run->device->head;
+    const uint32_t unit = 4;
+    uint32_t first, last;
+    struct rows rows = {run->scratch->x, run->model->width, pick,
+                        count,           run->model->width, run->device->out_norm};
+    struct cm_activations act = activate(run, &rows);
+    cm_pool_phase(run->worker, (head->row_tiles + unit - 1) / unit);
+    while (cm_pool_take(run->worker, &first, &last)) {
+        struct cm_span span = {0, count, first * unit, least(last * unit, head->row_tiles)};
+        run->path->gemm(head, &act, span,
+                        run->scratch->logits + (size_t)span.tile_first * CM_TILE_ROWS,
+                        padded_rows(head));
+    }
+    cm_pool_barrier(run->worker);
 }
 
 /* Tests: logits of every token of the step. */
-static void probe_run(struct cm_device *device)
+static void probe_run(struct run *run)
 {
-    const struct cm_model *model = &device->model;
-    for (uint32_t t = 0; t < device->token_count; t++) {
-        multiply(device, &device->head, device->out_norm,
-                 device->scratch.x + (size_t)t * model->width, model->width, 1,
-                 device->scratch.logits);
-        memcpy(device->probe + (size_t)t * model->vocabulary, device->scratch.logits,
-               model->vocabulary * sizeof(float));
+    uint32_t vocabulary = run->model->vocabulary;
+    for (uint32_t t = 0; t < run->device->token_count; t++) {
+        head_run(run, &t, 1);
+        if (run->worker->index == 0) {
+            memcpy(run->device->probe + (size_t)t * vocabulary, run->scratch->logits,
+                   vocabulary * sizeof(float));
+        }
+        cm_pool_barrier(run->worker);
     }
 }
 
-static void entry_finish(struct cm_device *device, const struct cm_step_entry *entry, float *logits,
-                         struct cm_step_result *result, struct cm_candidate *scratch)
+static void entry_finish(struct run *run, const struct cm_step_entry *entry, float *logits,
+                         struct cm_step_result *result)
 {
-    const struct cm_model *model = &device->model;
-    struct cm_slot *slot = &device->slots[entry->slot];
+    const struct cm_model *model = run->model;
+    struct cm_slot *slot = &run->device->slots[entry->slot];
     uint32_t masked = slot->drawn < slot->min_tokens ? model->end_token_count : 0;
-    uint32_t token = cm_sample(slot, logits, model->vocabulary, model->end_tokens, masked, scratch);
+    uint32_t token = cm_sample(slot, run->path, logits, model->vocabulary, model->end_tokens,
+                               masked, run->own->candidates);
     bool end = false;
     for (uint32_t i = 0; i < model->end_token_count; i++) {
         end = end || (!slot->ignore_eos && token == model->end_tokens[i]);
@@ -274,43 +372,43 @@ static void entry_finish(struct cm_device *device, const struct cm_step_entry *e
     result->finish = end || stopped ? CM_FINISH_STOP : (full ? CM_FINISH_LENGTH : CM_FINISH_NONE);
 }
 
-struct finish {
-    struct cm_device *device;
-    const uint32_t *wanted; /* entries that sample */
-    uint32_t count;
-    size_t stride;
-};
-
-static void finish_task(void *context, uint32_t thread, uint32_t threads)
-{
-    struct finish *finish = context;
-    struct cm_device *device = finish->device;
-    for (uint32_t i = thread; i < finish->count; i += threads) {
-        uint32_t entry = finish->wanted[i];
-        entry_finish(device, &device->entries[entry], device->scratch.logits + i * finish->stride,
-                     &device->results[entry],
-                     device->scratch.candidates + (size_t)thread * device->model.vocabulary);
-    }
-}
-
 /* Logits and tokens of the entries that want one. */
-static void sample_run(struct cm_device *device)
+static void sample_run(struct run *run)
 {
-    uint32_t wanted[CM_STEP_ENTRIES_MAX], count = 0, end = 0;
-    const uint32_t width = device->model.width;
-    for (uint32_t e = 0; e < device->entry_count; e++) {
-        end += device->entries[e].token_count;
-        if (device->entries[e].sample) {
-            memcpy(device->scratch.last + (size_t)count * width,
-                   device->scratch.x + (size_t)(end - 1) * width, width * sizeof(float));
-            wanted[count++] = e;
+    struct cm_device *device = run->device;
+    uint32_t first, last;
+    head_run(run, device->wanted_token, device->wanted_count);
+    cm_pool_phase(run->worker, device->wanted_count);
+    while (cm_pool_take(run->worker, &first, &last)) {
+        for (uint32_t i = first; i < last; i++) {
+            uint32_t entry = device->wanted[i];
+            entry_finish(run, &device->entries[entry],
+                         run->scratch->logits + i * padded_rows(&device->head),
+                         &device->results[entry]);
         }
     }
-    if (count > 0) {
-        multiply(device, &device->head, device->out_norm, device->scratch.last, width, count,
-                 device->scratch.logits);
-        struct finish finish = {device, wanted, count, padded_rows(&device->head)};
-        cm_pool_run(device->pool, finish_task, &finish);
+    cm_pool_barrier(run->worker);
+}
+
+static void program(void *context, struct cm_worker *worker)
+{
+    struct cm_device *device = context;
+    struct run run = {.device = device,
+                      .model = &device->model,
+                      .path = device->path,
+                      .scratch = &device->scratch,
+                      .own = &device->scratch.threads[worker->index],
+                      .worker = worker};
+    embed(&run);
+    for (run.index = 0; run.index < device->model.layers; run.index++) {
+        run.layer = &device->layers[run.index];
+        layer_run(&run);
+    }
+    if (device->probe != NULL) {
+        probe_run(&run);
+    }
+    if (device->wanted_count > 0) {
+        sample_run(&run);
     }
 }
 
@@ -325,16 +423,23 @@ static void seen_mark(struct cm_device *device)
     }
 }
 
+static void wanted_find(struct cm_device *device)
+{
+    uint32_t end = 0;
+    device->wanted_count = 0;
+    for (uint32_t e = 0; e < device->entry_count; e++) {
+        end += device->entries[e].token_count;
+        if (device->entries[e].sample) {
+            device->wanted_token[device->wanted_count] = end - 1;
+            device->wanted[device->wanted_count++] = e;
+        }
+    }
+}
+
 void cm_forward(struct cm_device *device)
 {
-    struct phase phase = {.device = device};
     seen_mark(device);
-    cm_pool_run(device->pool, embed_task, &phase);
-    for (uint32_t layer = 0; layer < device->model.layers; layer++) {
-        layer_run(device, layer);
-    }
-    if (device->probe != NULL) {
-        probe_run(device);
-    }
-    sample_run(device);
+    wanted_find(device);
+    attention_plan(device);
+    cm_pool_run(device->pool, program, device);
 }

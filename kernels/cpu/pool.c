@@ -1,6 +1,7 @@
-/* Threads: made before ready, pinned to nothing, woken by a counter. A thread spins for a bounded
- * time and then sleeps on a futex, so that an idle device costs no CPU and a stolen core stalls
- * nobody for long. */
+/* Threads that run one program together: each executes the same phases, takes chunks of each phase
+ * and meets the others in a barrier. A thread that waits spins for a bounded time and then sleeps
+ * on a futex, so that an idle device costs no CPU, and a core that was taken away gets its thread
+ * back sooner: the sleeper's core is free for it. */
 #include "kernels/cpu/cpu_internal.h"
 
 #include <errno.h>
@@ -13,62 +14,151 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
-#define SPIN_PAUSES 4000
+/* Waits within a step last microseconds; between steps, as long as the caller thinks. */
+#define SPIN_PHASE_NS 30000u
+#define SPIN_STEP_NS  150000u
 
-struct cm_pool {
-    _Alignas(64) _Atomic uint32_t round; /* odd or even: a new value is a new task */
-    _Alignas(64) _Atomic uint32_t busy;  /* helpers that have not finished */
-    _Alignas(64) _Atomic uint32_t ending;
-    cm_pool_task task;
-    void *context;
-    uint32_t threads;
-    pthread_t ids[CM_THREADS_MAX];
-    struct helper {
-        struct cm_pool *pool;
-        uint32_t index;
-    } helpers[CM_THREADS_MAX];
+/* A word that threads wait on. */
+struct gate {
+    _Alignas(64) _Atomic uint32_t word;
+    _Atomic uint32_t sleepers;
 };
 
-static void futex_wait(_Atomic uint32_t *word, uint32_t value)
+/* Where a thread's own range of the phase stands: phase number << 32 | next unit. */
+struct cursor {
+    _Alignas(64) _Atomic uint64_t at;
+};
+
+struct cm_pool {
+    struct gate start; /* the program's number */
+    struct gate phase; /* the barrier's number */
+    _Alignas(64) _Atomic uint32_t arrived;
+    _Alignas(64) _Atomic uint32_t busy; /* helpers inside the program */
+    struct gate done;
+    _Atomic uint32_t ending;
+    cm_pool_program program;
+    void *context;
+    uint32_t threads;
+    struct cursor cursors[CM_THREADS_MAX];
+    struct cm_worker workers[CM_THREADS_MAX];
+    pthread_t ids[CM_THREADS_MAX];
+};
+
+static uint64_t now_ns(void)
 {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
 }
 
-static void futex_wake(_Atomic uint32_t *word)
+/* Wait until the gate's word differs from value. */
+static void gate_wait(struct gate *gate, uint32_t value, uint64_t spin_ns)
 {
-    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
-}
-
-/* Wait until *word differs from value. */
-static void word_wait(_Atomic uint32_t *word, uint32_t value)
-{
-    for (int i = 0; i < SPIN_PAUSES; i++) {
-        if (atomic_load_explicit(word, memory_order_acquire) != value) {
-            return;
-        }
+    uint64_t until = 0;
+    for (uint32_t i = 1; atomic_load_explicit(&gate->word, memory_order_acquire) == value; i++) {
         _mm_pause();
+        if (i % 64 != 0) {
+            continue;
+        }
+        uint64_t now = now_ns();
+        until = until == 0 ? now + spin_ns : until;
+        if (now < until) {
+            continue;
+        }
+        atomic_fetch_add(&gate->sleepers, 1);
+        while (atomic_load(&gate->word) == value) {
+            syscall(SYS_futex, &gate->word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+        }
+        atomic_fetch_sub(&gate->sleepers, 1);
     }
-    while (atomic_load_explicit(word, memory_order_acquire) == value) {
-        futex_wait(word, value);
+}
+
+static void gate_open(struct gate *gate)
+{
+    atomic_fetch_add(&gate->word, 1);
+    if (atomic_load(&gate->sleepers) != 0) {
+        syscall(SYS_futex, &gate->word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
     }
+}
+
+void cm_pool_barrier(struct cm_worker *worker)
+{
+    struct cm_pool *pool = worker->pool;
+    uint32_t phase = worker->phase++;
+    if (pool->threads == 1) {
+        return;
+    }
+    if (atomic_fetch_add_explicit(&pool->arrived, 1, memory_order_acq_rel) + 1 == pool->threads) {
+        atomic_store_explicit(&pool->arrived, 0, memory_order_relaxed);
+        gate_open(&pool->phase);
+    } else {
+        gate_wait(&pool->phase, phase, SPIN_PHASE_NS);
+    }
+}
+
+static uint32_t share(uint32_t count, uint32_t part, uint32_t parts)
+{
+    return (uint32_t)((uint64_t)count * part / parts);
+}
+
+/* Own units first, in the order of memory; then those that another thread has not come to. The
+ * phase number in the cursor keeps a late thread's old range from being taken again. */
+void cm_pool_phase(struct cm_worker *worker, uint32_t count)
+{
+    worker->count = count;
+    worker->victim = 0;
+    atomic_store_explicit(&worker->pool->cursors[worker->index].at,
+                          (uint64_t)worker->phase << 32 |
+                              share(count, worker->index, worker->pool->threads),
+                          memory_order_release);
+}
+
+static bool range_take(struct cm_worker *worker, uint32_t owner, uint32_t want, uint32_t *ret_first,
+                       uint32_t *ret_last)
+{
+    struct cursor *cursor = &worker->pool->cursors[owner];
+    uint32_t end = share(worker->count, owner + 1, worker->pool->threads);
+    uint64_t at = atomic_load_explicit(&cursor->at, memory_order_acquire);
+    if (at >> 32 != worker->phase || (uint32_t)at >= end) {
+        return false;
+    }
+    uint32_t first = (uint32_t)atomic_fetch_add_explicit(&cursor->at, want, memory_order_acq_rel);
+    *ret_first = first;
+    *ret_last = end - first < want ? end : first + want;
+    return first < end;
+}
+
+bool cm_pool_take(struct cm_worker *worker, uint32_t *ret_first, uint32_t *ret_last)
+{
+    uint32_t threads = worker->pool->threads;
+    uint32_t want = worker->count / (threads * CM_TAKES);
+    if (range_take(worker, worker->index, want > 1 ? want : 1, ret_first, ret_last)) {
+        return true;
+    }
+    for (; worker->victim + 1 < threads; worker->victim++) {
+        uint32_t owner = (worker->index + 1 + worker->victim) % threads;
+        if (range_take(worker, owner, 1, ret_first, ret_last)) {
+            return true;
+        }
+    }
+    return false;
 }
 
 static void *helper_main(void *argument)
 {
-    struct helper *helper = argument;
-    struct cm_pool *pool = helper->pool;
-    uint32_t round = 0;
-    for (;;) {
-        word_wait(&pool->round, round);
-        round = atomic_load_explicit(&pool->round, memory_order_acquire);
+    struct cm_worker *worker = argument;
+    struct cm_pool *pool = worker->pool;
+    for (uint32_t round = 0;; round++) {
+        gate_wait(&pool->start, round, SPIN_STEP_NS);
         if (atomic_load_explicit(&pool->ending, memory_order_acquire) != 0) {
             return NULL;
         }
-        pool->task(pool->context, helper->index, pool->threads);
+        pool->program(pool->context, worker);
         if (atomic_fetch_sub_explicit(&pool->busy, 1, memory_order_acq_rel) == 1) {
-            futex_wake(&pool->busy);
+            gate_open(&pool->done);
         }
     }
 }
@@ -82,14 +172,17 @@ enum cm_status cm_pool_new(uint32_t threads, struct cm_pool **ret_pool, struct c
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "thread pool");
     }
     memset(pool, 0, sizeof(*pool));
+    for (uint32_t i = 0; i < threads; i++) {
+        pool->workers[i] = (struct cm_worker){.pool = pool, .index = i};
+        atomic_store(&pool->cursors[i].at, UINT64_MAX); /* no phase yet */
+    }
     pool->threads = 1;
     /* Signals belong to the role's own thread. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int failed = 0;
     for (uint32_t i = 1; failed == 0 && i < threads; i++) {
-        pool->helpers[i] = (struct helper){pool, i};
-        failed = pthread_create(&pool->ids[i], NULL, helper_main, &pool->helpers[i]);
+        failed = pthread_create(&pool->ids[i], NULL, helper_main, &pool->workers[i]);
         pool->threads += failed == 0;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -107,29 +200,25 @@ void cm_pool_free(struct cm_pool *pool)
         return;
     }
     atomic_store_explicit(&pool->ending, 1, memory_order_release);
-    atomic_fetch_add_explicit(&pool->round, 1, memory_order_acq_rel);
-    futex_wake(&pool->round);
+    gate_open(&pool->start);
     for (uint32_t i = 1; i < pool->threads; i++) {
         pthread_join(pool->ids[i], NULL);
     }
     free(pool);
 }
 
-void cm_pool_run(struct cm_pool *pool, cm_pool_task task, void *context)
+void cm_pool_run(struct cm_pool *pool, cm_pool_program program, void *context)
 {
+    uint32_t done = atomic_load(&pool->done.word);
+    pool->program = program;
+    pool->context = context;
     if (pool->threads > 1) {
-        pool->task = task;
-        pool->context = context;
         atomic_store_explicit(&pool->busy, pool->threads - 1, memory_order_release);
-        atomic_fetch_add_explicit(&pool->round, 1, memory_order_acq_rel);
-        futex_wake(&pool->round);
+        gate_open(&pool->start);
     }
-    task(context, 0, pool->threads);
+    program(context, &pool->workers[0]);
     if (pool->threads > 1) {
-        uint32_t busy;
-        while ((busy = atomic_load_explicit(&pool->busy, memory_order_acquire)) != 0) {
-            word_wait(&pool->busy, busy);
-        }
+        gate_wait(&pool->done, done, SPIN_PHASE_NS);
     }
 }
 
@@ -138,31 +227,35 @@ uint32_t cm_pool_threads(const struct cm_pool *pool)
     return pool->threads;
 }
 
-/* CPUs that a cgroup quota allows, rounded up; 0: no quota found. Both generations. */
+/* Whole CPUs that a cgroup quota allows; 0: no quota found. Rounded down: a thread too many runs
+ * into the quota and stalls everybody for the rest of the period. Both generations of cgroups. */
 static uint32_t quota_read(void)
 {
     long long quota = 0, period = 0;
     FILE *file = fopen("/sys/fs/cgroup/cpu.max", "re");
     if (file != NULL) {
-        int fields = fscanf(file, "%lld %lld", &quota, &period);
-        fclose(file);
-        return fields == 2 && quota > 0 && period > 0 ? (uint32_t)((quota + period - 1) / period)
-                                                      : 0;
-    }
-    const char *const paths[2] = {"/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
-                                  "/sys/fs/cgroup/cpu/cpu.cfs_period_us"};
-    long long values[2] = {0, 0};
-    for (int i = 0; i < 2; i++) {
-        file = fopen(paths[i], "re");
-        if (file == NULL) {
-            return 0;
-        }
-        if (fscanf(file, "%lld", &values[i]) != 1) {
-            values[i] = 0;
+        if (fscanf(file, "%lld %lld", &quota, &period) != 2) {
+            quota = 0; /* "max" */
         }
         fclose(file);
+    } else {
+        long long *const values[2] = {&quota, &period};
+        const char *const paths[2] = {"/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
+                                      "/sys/fs/cgroup/cpu/cpu.cfs_period_us"};
+        for (int i = 0; i < 2; i++) {
+            file = fopen(paths[i], "re");
+            if (file == NULL || fscanf(file, "%lld", values[i]) != 1) {
+                *values[i] = 0;
+            }
+            if (file != NULL) {
+                fclose(file);
+            }
+        }
     }
-    return values[0] > 0 && values[1] > 0 ? (uint32_t)((values[0] + values[1] - 1) / values[1]) : 0;
+    if (quota <= 0 || period <= 0) {
+        return 0;
+    }
+    return quota < period ? 1 : (uint32_t)(quota / period);
 }
 
 uint32_t cm_threads_available(void)

@@ -45,15 +45,6 @@ static void penalties_apply(const struct cm_slot *slot, float *logits, uint32_t 
     }
 }
 
-static uint32_t greatest_find(const float *logits, uint32_t vocabulary)
-{
-    uint32_t best = 0;
-    for (uint32_t i = 1; i < vocabulary; i++) {
-        best = logits[i] > logits[best] ? i : best;
-    }
-    return best;
-}
-
 static bool before(struct cm_candidate a, struct cm_candidate b)
 {
     return a.weight > b.weight || (a.weight == b.weight && a.token < b.token);
@@ -112,8 +103,9 @@ static uint32_t survivors_order(const struct cm_sampling *s, struct cm_candidate
     return count;
 }
 
-uint32_t cm_sample(const struct cm_slot *slot, float *logits, uint32_t vocabulary,
-                   const uint32_t *masked, uint32_t masked_count, struct cm_candidate *scratch)
+uint32_t cm_sample(const struct cm_slot *slot, const struct cm_path *path, float *logits,
+                   uint32_t vocabulary, const uint32_t *masked, uint32_t masked_count,
+                   struct cm_candidate *scratch)
 {
     const struct cm_sampling *s = &slot->sampling;
     uint32_t random[4];
@@ -122,7 +114,7 @@ uint32_t cm_sample(const struct cm_slot *slot, float *logits, uint32_t vocabular
     for (uint32_t i = 0; i < masked_count; i++) {
         logits[masked[i]] = -INFINITY;
     }
-    uint32_t best = greatest_find(logits, vocabulary);
+    uint32_t best = path->greatest(logits, vocabulary);
     if (s->temperature <= 0.0f) {
         return best;
     }

@@ -1,5 +1,5 @@
-/* The CPU device: paths against the plain definition, sampling against a slow reference, what a
- * slot releases, and what a device refuses. */
+/* The CPU device: sampling against a slow reference, what a slot releases, and what a device
+ * refuses. Its arithmetic: kernels_paths_test.c. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdio.h>
@@ -33,26 +33,6 @@ Test(kernels_cpu, exp_is_within_two_ulp)
     }
 }
 
-Test(kernels_cpu, quantiser_rounds_to_even_and_keeps_zero)
-{
-    float x[64] = {0}, scale[2], sum[2];
-    int8_t q[64];
-    int32_t count[2];
-    x[0] = 127.0f;
-    x[1] = 0.5f;
-    x[2] = 1.5f;
-    x[3] = -2.5f;
-    cm_vector_quantise(x, 64, q, scale, sum, count);
-    cr_assert_eq(q[0], 127);
-    cr_assert_eq(q[1], 0);
-    cr_assert_eq(q[2], 2);
-    cr_assert_eq(q[3], -2);
-    cr_assert_eq(count[0], 127);
-    cr_assert_float_eq(sum[0], 127.0f, 0);
-    cr_assert_float_eq(scale[1], 0.0f, 0);
-    cr_assert_eq(count[1], 0);
-}
-
 /* Whole cache lines; they live until the test's process ends. */
 static void *lines_new(size_t bytes)
 {
@@ -61,73 +41,6 @@ static void *lines_new(size_t bytes)
     void *lines = aligned_alloc(64, (bytes + 63) / 64 * 64);
     cr_assert(lines != NULL && count < 256);
     return kept[count++] = lines;
-}
-
-struct problem {
-    struct cm_matrix matrix;
-    struct cm_activations act;
-};
-
-static void problem_make(struct problem *p, uint32_t kind, uint32_t rows, uint32_t columns,
-                         uint32_t tokens)
-{
-    uint64_t quant, scale;
-    cr_assert(cm_tensor_layout(kind, rows, columns, &quant, &scale));
-    uint8_t *bytes = lines_new(quant + scale + 8192);
-    for (uint64_t i = 0; i < quant; i++) {
-        bytes[i] = (uint8_t)rand();
-    }
-    for (uint64_t i = 0; i < scale / 2; i++) {
-        uint16_t half;
-        float value = uniform() * 0.05f;
-        cm_vector_to_half(&value, &half, 1);
-        memcpy(bytes + quant + 2 * i, &half, 2);
-    }
-    uint32_t blocks = columns / 32;
-    p->matrix =
-        (struct cm_matrix){kind, rows, cm_padded(rows, 32) / 16, blocks, bytes, bytes + quant};
-    p->act = (struct cm_activations){lines_new((size_t)tokens * columns),
-                                     lines_new(tokens * blocks * 4ul),
-                                     lines_new(tokens * blocks * 4ul),
-                                     lines_new(tokens * blocks * 4ul),
-                                     columns,
-                                     tokens};
-    for (uint32_t t = 0; t < tokens; t++) {
-        float row[4096];
-        for (uint32_t k = 0; k < columns; k++) {
-            row[k] = uniform() * 3.0f;
-        }
-        size_t at = (size_t)t * blocks;
-        cm_vector_quantise(row, columns, p->act.q + at * 32, p->act.scale + at, p->act.sum + at,
-                           p->act.count + at);
-    }
-}
-
-Test(kernels_cpu, paths_equal_the_plain_definition_bit_by_bit)
-{
-    const uint32_t shapes[][3] = {
-        {32, 32, 1}, {64, 256, 3}, {96, 288, 8}, {33, 576, 13}, {960, 64, 5}};
-    const uint32_t kinds[] = {CM_TENSOR_U4A, CM_TENSOR_U4S, CM_TENSOR_U8S};
-    srand(1);
-    for (size_t s = 0; s < sizeof(shapes) / sizeof(shapes[0]); s++) {
-        for (size_t k = 0; k < 3; k++) {
-            struct problem p;
-            problem_make(&p, kinds[k], shapes[s][0], shapes[s][1], shapes[s][2]);
-            size_t stride = (size_t)p.matrix.row_tiles * 16, bytes = stride * shapes[s][2] * 4;
-            float *plain = calloc(1, bytes), *fast = calloc(1, bytes);
-            cm_gemm_plain(&p.matrix, &p.act, plain, stride, 0, p.matrix.row_tiles);
-            cm_gemm_avx2(&p.matrix, &p.act, fast, stride, 0, p.matrix.row_tiles);
-            cr_assert_eq(memcmp(plain, fast, bytes), 0, "avx2, shape %zu, kind %u", s, kinds[k]);
-            if (__builtin_cpu_supports("avx512vnni")) {
-                memset(fast, 0, bytes);
-                cm_gemm_avx512vnni(&p.matrix, &p.act, fast, stride, 0, p.matrix.row_tiles);
-                cr_assert_eq(memcmp(plain, fast, bytes), 0, "vnni, shape %zu, kind %u", s,
-                             kinds[k]);
-            }
-            free(plain);
-            free(fast);
-        }
-    }
 }
 
 /* ------------------------------------------------------------------ sampling */
@@ -208,6 +121,7 @@ Test(kernels_cpu, sampling_equals_the_slow_reference)
     struct cm_candidate scratch[N];
     float logits[N], copy[N];
     unsigned different = 0;
+    const struct cm_path *path = cm_path_choose(NULL);
     srand(2);
     for (int i = 0; i < 20000; i++) {
         for (uint32_t k = 0; k < N; k++) {
@@ -222,7 +136,7 @@ Test(kernels_cpu, sampling_equals_the_slow_reference)
         memcpy(copy, logits, sizeof(copy));
         uint32_t wanted = sample_slowly(slot, logits, N);
         /* Sums in another order may differ in the last bit at a border. */
-        different += cm_sample(slot, copy, N, NULL, 0, scratch) != wanted;
+        different += cm_sample(slot, path, copy, N, NULL, 0, scratch) != wanted;
     }
     cr_assert_leq(different, 2u, "%u of 20000 differ", different);
 }
@@ -232,25 +146,27 @@ Test(kernels_cpu, greedy_penalties_and_masks)
     struct cm_slot *slot = slot_new(8);
     struct cm_candidate scratch[8];
     float logits[8] = {1, 5, 5, 3, 0, 0, 0, 0};
+    const struct cm_path *path = cm_path_choose("avx2");
     const uint32_t masked[] = {1, 2};
-    cr_assert_eq(cm_sample(slot, logits, 8, NULL, 0, scratch), 1u); /* ties: the lower id */
-    cr_assert_eq(cm_sample(slot, logits, 8, masked, 2, scratch), 3u);
+    cr_assert_eq(cm_sample(slot, path, logits, 8, NULL, 0, scratch), 1u); /* ties: the lower id */
+    cr_assert_eq(cm_sample(slot, path, logits, 8, masked, 2, scratch), 3u);
     float again[8] = {1, 5, 5, 3, 0, 0, 0, 0};
     slot->generated[1] = 3;
     slot->sampling.frequency_penalty = 0.5f;
-    cr_assert_eq(cm_sample(slot, again, 8, NULL, 0, scratch), 2u);
+    cr_assert_eq(cm_sample(slot, path, again, 8, NULL, 0, scratch), 2u);
     float third[8] = {1, 5, 4.9f, 3, 0, 0, 0, 0};
     slot->sampling.frequency_penalty = 0;
     slot->seen[1] = 1;
     slot->sampling.repetition_penalty = 1.5f;
-    cr_assert_eq(cm_sample(slot, third, 8, NULL, 0, scratch), 2u);
+    cr_assert_eq(cm_sample(slot, path, third, 8, NULL, 0, scratch), 2u);
     float fourth[8] = {-2, -1, -3, -3, -9, -9, -9, -9};
     slot->sampling.repetition_penalty = 3.0f;
-    cr_assert_eq(cm_sample(slot, fourth, 8, NULL, 0, scratch), 0u); /* negative logits sink too */
+    cr_assert_eq(cm_sample(slot, path, fourth, 8, NULL, 0, scratch),
+                 0u); /* negative logits sink too */
     float fifth[8] = {1, 5, 4.9f, 3, 0, 0, 0, 0};
     slot->sampling.repetition_penalty = 1.0f;
     slot->sampling.presence_penalty = 0.2f;
-    cr_assert_eq(cm_sample(slot, fifth, 8, NULL, 0, scratch), 2u);
+    cr_assert_eq(cm_sample(slot, path, fifth, 8, NULL, 0, scratch), 2u);
 }
 
 /* ------------------------------------------------------------------ released bytes */

@@ -1,0 +1,371 @@
+/* Attention of one KV head over chunks of 256 positions. Compiled once for each path.
+ *
+ * All rows (query heads of the group × tokens) share each load of K and V, as in flash-decoding
+ * (Dao et al., 2023); a prompt's tokens go through in tiles. K lies transposed in its page
+ * ([width][32 positions]), so that scores come 16 positions at a time without horizontal sums. The
+ * order of every sum is that of kernels/NUMERICS.md and depends on the positions alone. */
+#include "kernels/cpu/cpu_internal.h"
+#include "kernels/cpu/lanes.h"
+
+#define PAGE   CM_KV_PAGE_POSITIONS
+#define CHUNK  CM_ATTENTION_CHUNK
+#define INLINE static inline __attribute__((always_inline))
+
+struct work { /* of one call; all rows have `padded` floats of output */
+    const struct cm_attention *a;
+    uint32_t rows, padded;
+    float *scores;       /* [rows][CHUNK] */
+    float *part;         /* [rows][padded] */
+    float *page;         /* [width][PAGE] or [PAGE][padded]: K or V as floats */
+    float *whole;        /* [rows][padded] merged so far */
+    float *most, *total; /* [rows] merged so far */
+    float *sums;         /* [rows] of this chunk */
+    float *tops;
+};
+
+static uint32_t least(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Positions that a row sees: rows are [token][group]. */
+static uint32_t seen(const struct work *w, uint32_t row)
+{
+    return w->a->position + row / w->a->group + 1;
+}
+
+static const float *query_of(const struct work *w, uint32_t row)
+{
+    const struct cm_attention *a = w->a;
+    return a->query + (row / a->group) * a->query_stride + (size_t)(row % a->group) * a->head_width;
+}
+
+static const uint16_t *page_of(const struct cm_attention *a, uint32_t position, size_t offset)
+{
+    const uint8_t *page = a->kv + (size_t)a->pages[position / PAGE] * a->page_bytes;
+    return (const uint16_t *)(const void *)(page + offset);
+}
+
+INLINE void page_floats(const uint16_t *from, float *to, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i += LANES) {
+        lanes_store(to + i, lanes_half_load(from + i));
+    }
+}
+
+/* Scores of `count` rows for the 32 positions of a page: halfs, or floats that were converted. */
+INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, const uint16_t *half,
+                        const float *whole, float *to)
+{
+    lanes low[LANES_SCORE_ROWS], high[LANES_SCORE_ROWS];
+    const float *query[LANES_SCORE_ROWS];
+    for (uint32_t r = 0; r < count; r++) {
+        low[r] = high[r] = lanes_set(0.0f);
+        query[r] = query_of(w, row + r);
+    }
+    for (uint32_t i = 0; i < w->a->head_width; i++) {
+        lanes k0 = half ? lanes_half_load(half + (size_t)i * PAGE) : lanes_load(whole + i * PAGE);
+        lanes k1 = half ? lanes_half_load(half + (size_t)i * PAGE + LANES)
+                        : lanes_load(whole + i * PAGE + LANES);
+        for (uint32_t r = 0; r < count; r++) {
+            lanes q = lanes_set(query[r][i]);
+            low[r] = lanes_fma(q, k0, low[r]);
+            high[r] = lanes_fma(q, k1, high[r]);
+        }
+    }
+    const lanes scale = lanes_set(w->a->scale);
+    for (uint32_t r = 0; r < count; r++) {
+        lanes_store(to + (size_t)(row + r) * CHUNK, lanes_mul(low[r], scale));
+        lanes_store(to + (size_t)(row + r) * CHUNK + LANES, lanes_mul(high[r], scale));
+    }
+}
+
+/* part[row][column ..] += e × V over positions [first, last) of a page. */
+INLINE void page_values(const struct work *w, uint32_t row, uint32_t count, uint32_t column,
+                        uint32_t vectors, const uint16_t *half, const float *whole,
+                        const float *weights, uint32_t first, uint32_t last)
+{
+    lanes out[LANES_VALUE_ROWS][4];
+    const uint32_t stride = half ? w->a->head_width : w->padded;
+    for (uint32_t r = 0; r < count; r++) {
+        for (uint32_t v = 0; v < vectors; v++) {
+            out[r][v] = lanes_load(w->part + (size_t)(row + r) * w->padded + column + v * LANES);
+        }
+    }
+    for (uint32_t t = first; t < last; t++) {
+        lanes value[4];
+        for (uint32_t v = 0; v < vectors; v++) {
+            size_t at = (size_t)t * stride + column + v * LANES;
+            value[v] = half ? lanes_half_load(half + at) : lanes_load(whole + at);
+        }
+        for (uint32_t r = 0; r < count; r++) {
+            lanes e = lanes_set(weights[(size_t)(row + r) * CHUNK + t]);
+            for (uint32_t v = 0; v < vectors; v++) {
+                out[r][v] = lanes_fma(e, value[v], out[r][v]);
+            }
+        }
+    }
+    for (uint32_t r = 0; r < count; r++) {
+        for (uint32_t v = 0; v < vectors; v++) {
+            lanes_store(w->part + (size_t)(row + r) * w->padded + column + v * LANES, out[r][v]);
+        }
+    }
+}
+
+/* Constant counts keep all sums in registers. */
+INLINE void rows_scores(const struct work *w, uint32_t row, uint32_t count, const uint16_t *half,
+                        const float *whole, float *to)
+{
+    switch (count) {
+    case 1:
+        page_scores(w, row, 1, half, whole, to);
+        return;
+    case 2:
+        page_scores(w, row, 2, half, whole, to);
+        return;
+#if LANES_SCORE_ROWS > 2
+    case 3:
+        page_scores(w, row, 3, half, whole, to);
+        return;
+    case 4:
+        page_scores(w, row, 4, half, whole, to);
+        return;
+    case 5:
+        page_scores(w, row, 5, half, whole, to);
+        return;
+    default:
+        page_scores(w, row, 6, half, whole, to);
+#endif
+    }
+}
+
+INLINE void rows_values(const struct work *w, uint32_t row, uint32_t count, uint32_t column,
+                        uint32_t vectors, const uint16_t *half, const float *whole,
+                        const float *weights, uint32_t first, uint32_t last)
+{
+    switch (count) {
+    case 1:
+        page_values(w, row, 1, column, vectors, half, whole, weights, first, last);
+        return;
+#if LANES_VALUE_ROWS > 1
+    case 2:
+        page_values(w, row, 2, column, vectors, half, whole, weights, first, last);
+        return;
+    case 3:
+        page_values(w, row, 3, column, vectors, half, whole, weights, first, last);
+        return;
+    case 4:
+        page_values(w, row, 4, column, vectors, half, whole, weights, first, last);
+        return;
+    case 5:
+        page_values(w, row, 5, column, vectors, half, whole, weights, first, last);
+        return;
+    default:
+        page_values(w, row, 6, column, vectors, half, whole, weights, first, last);
+#endif
+    }
+}
+
+/* All scores of a chunk. Few rows read the halfs directly; many read floats converted once. */
+static void chunk_scores(const struct work *w, uint32_t first, uint32_t last)
+{
+    const struct cm_attention *a = w->a;
+    for (uint32_t t = first; t < last; t += PAGE) {
+        const uint16_t *half = page_of(a, t, a->k_offset);
+        const bool many = w->rows > LANES_SCORE_ROWS;
+        if (many) {
+            page_floats(half, w->page, a->head_width * PAGE);
+        }
+        for (uint32_t row = 0; row < w->rows; row += LANES_SCORE_ROWS) {
+            uint32_t count = least(LANES_SCORE_ROWS, w->rows - row);
+            if (seen(w, row + count - 1) <= t) {
+                continue;
+            }
+            if (many) {
+                rows_scores(w, row, count, NULL, w->page, w->scores + (t - first));
+            } else {
+                rows_scores(w, row, count, half, NULL, w->scores + (t - first));
+            }
+        }
+    }
+}
+
+/* Scores become weights exp(score - greatest); positions not seen weigh 0. */
+static void chunk_weights(const struct work *w, uint32_t first)
+{
+    for (uint32_t row = 0; row < w->rows; row++) {
+        uint32_t end = seen(w, row), count = end > first ? least(end - first, CHUNK) : 0;
+        float *scores = w->scores + (size_t)row * CHUNK;
+        lanes most = lanes_set(-INFINITY), sum = lanes_set(0.0f);
+        for (uint32_t i = 0; i < count; i += LANES) {
+            lanes s = lanes_first(lanes_load(scores + i), count - i, -INFINITY);
+            most = lanes_max(most, s);
+        }
+        w->tops[row] = lanes_greatest(most);
+        most = lanes_set(-w->tops[row]);
+        for (uint32_t i = 0; i < count; i += LANES) {
+            lanes e = lanes_exp(lanes_add(lanes_load(scores + i), most));
+            e = lanes_first(e, count - i, 0.0f);
+            sum = lanes_add(sum, e);
+            lanes_store(scores + i, e);
+        }
+        w->sums[row] = lanes_sum(sum);
+    }
+}
+
+/* Values of one page for rows [row, row + count): what all of them see together, then the rest. */
+INLINE void block_values(const struct work *w, uint32_t row, uint32_t count, uint32_t column,
+                         uint32_t vectors, const uint16_t *half, const float *whole,
+                         const float *weights, uint32_t page)
+{
+    uint32_t common = seen(w, row) > page ? least(seen(w, row) - page, PAGE) : 0;
+    rows_values(w, row, count, column, vectors, half, whole, weights, 0, common);
+    for (uint32_t r = row; r < row + count; r++) {
+        uint32_t own = seen(w, r) > page ? least(seen(w, r) - page, PAGE) : 0;
+        if (own > common) {
+            rows_values(w, r, 1, column, vectors, half, whole, weights, common, own);
+        }
+    }
+}
+
+INLINE void page_add(const struct work *w, uint32_t column, uint32_t vectors, const uint16_t *half,
+                     const float *whole, const float *weights, uint32_t page)
+{
+    for (uint32_t row = 0; row < w->rows; row += LANES_VALUE_ROWS) {
+        uint32_t count = least(LANES_VALUE_ROWS, w->rows - row);
+        block_values(w, row, count, column, vectors, half, whole, weights, page);
+    }
+}
+
+static void chunk_values(const struct work *w, uint32_t first, uint32_t last)
+{
+    const struct cm_attention *a = w->a;
+    memset(w->part, 0, (size_t)w->rows * w->padded * sizeof(float));
+    for (uint32_t t = first; t < last; t += PAGE) {
+        const uint16_t *half = page_of(a, t, a->v_offset);
+        const float *weights = w->scores + (t - first);
+        const bool many = w->rows > LANES_VALUE_ROWS;
+        for (uint32_t i = 0; many && i < PAGE; i++) {
+            page_floats(half + (size_t)i * a->head_width, w->page + (size_t)i * w->padded,
+                        a->head_width);
+        }
+        uint32_t column = 0;
+        for (; column + 4 * LANES <= w->padded; column += 4 * LANES) {
+            if (many) {
+                page_add(w, column, 4, NULL, w->page, weights, t);
+            } else {
+                page_add(w, column, 4, half, NULL, weights, t);
+            }
+        }
+        for (; column < w->padded; column += LANES) {
+            if (many) {
+                page_add(w, column, 1, NULL, w->page, weights, t);
+            } else {
+                page_add(w, column, 1, half, NULL, weights, t);
+            }
+        }
+    }
+}
+
+/* (M, L, O) of one row, joined with a later chunk's (m, l, o). */
+static void merge(float *most, float *total, float *whole, float top, float sum, const float *part,
+                  uint32_t size)
+{
+    float both = top > *most ? top : *most;
+    float old = cm_expf(*most - both), new = cm_expf(top - both);
+    *total = fmaf(*total, old, sum * new);
+    *most = both;
+    for (uint32_t i = 0; i < size; i += LANES) {
+        lanes_store(whole + i, lanes_fma(lanes_load(whole + i), lanes_set(old),
+                                         lanes_mul(lanes_load(part + i), lanes_set(new))));
+    }
+}
+
+static void out_put(const float *whole, float total, uint32_t width, float *out)
+{
+    float last[LANES];
+    uint32_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        lanes_store(out + i, lanes_div(lanes_load(whole + i), lanes_set(total)));
+    }
+    if (i < width) {
+        lanes_store(last, lanes_div(lanes_load(whole + i), lanes_set(total)));
+        memcpy(out + i, last, (width - i) * sizeof(float));
+    }
+}
+
+static void work_lay(struct work *w, const struct cm_attention *a)
+{
+    float *at = a->scratch;
+    w->a = a;
+    w->rows = a->tokens * a->group;
+    w->padded = cm_padded(a->head_width, LANES);
+    w->scores = at;
+    w->page = w->scores + (size_t)w->rows * CHUNK;
+    w->part = w->page + (size_t)w->padded * PAGE;
+    w->whole = w->part + (size_t)w->rows * w->padded;
+    w->most = w->whole + (size_t)w->rows * w->padded;
+    w->total = w->most + w->rows;
+    w->sums = w->total + w->rows;
+    w->tops = w->sums + w->rows;
+}
+
+static void chunk_run(const struct work *w, uint32_t first)
+{
+    uint32_t last = least(first + CHUNK, seen(w, w->rows - 1));
+    chunk_scores(w, first, last);
+    chunk_weights(w, first);
+    chunk_values(w, first, last);
+}
+
+void LANES_NAME(attend)(const struct cm_attention *a)
+{
+    struct work w;
+    work_lay(&w, a);
+    for (uint32_t first = 0; first < seen(&w, w.rows - 1); first += CHUNK) {
+        chunk_run(&w, first);
+        for (uint32_t row = 0; row < w.rows; row++) {
+            const float *part = w.part + (size_t)row * w.padded;
+            float *whole = w.whole + (size_t)row * w.padded;
+            if (first == 0) {
+                memcpy(whole, part, w.padded * sizeof(float));
+                w.most[row] = w.tops[row];
+                w.total[row] = w.sums[row];
+            } else if (seen(&w, row) > first) {
+                merge(&w.most[row], &w.total[row], whole, w.tops[row], w.sums[row], part, w.padded);
+            }
+        }
+    }
+    for (uint32_t row = 0; row < w.rows; row++) {
+        out_put(w.whole + (size_t)row * w.padded, w.total[row], a->head_width,
+                a->out + (row / a->group) * a->out_stride +
+                    (size_t)(row % a->group) * a->head_width);
+    }
+}
+
+void LANES_NAME(attend_chunk)(const struct cm_attention *a, uint32_t chunk, float *partial)
+{
+    struct work w;
+    work_lay(&w, a);
+    chunk_run(&w, chunk * CHUNK);
+    for (uint32_t row = 0; row < w.rows; row++) {
+        float *to = partial + row * (w.padded + LANES);
+        to[0] = w.tops[row];
+        to[1] = w.sums[row];
+        memcpy(to + LANES, w.part + (size_t)row * w.padded, w.padded * sizeof(float));
+    }
+}
+
+void LANES_NAME(attend_merge)(const struct cm_attention *a, uint32_t chunks, float *partials)
+{
+    const uint32_t padded = cm_padded(a->head_width, LANES);
+    const size_t row_floats = padded + LANES, chunk_floats = a->group * row_floats;
+    for (uint32_t row = 0; row < a->group; row++) {
+        float *whole = partials + row * row_floats;
+        for (uint32_t c = 1; c < chunks; c++) {
+            const float *next = whole + c * chunk_floats;
+            merge(&whole[0], &whole[1], whole + LANES, next[0], next[1], next + LANES, padded);
+        }
+        out_put(whole + LANES, whole[1], a->head_width, a->out + (size_t)row * a->head_width);
+    }
+}

@@ -1,0 +1,202 @@
+/* The definitions of kernels/NUMERICS.md in plain C, one value at a time: the oracle of the fast
+ * paths. Nothing heavy is served from here. */
+#include "kernels/cpu/cpu_internal.h"
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+float cm_half_float(uint16_t half)
+{
+    return _cvtsh_ss(half);
+}
+
+uint16_t cm_half_of(float x)
+{
+    return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+}
+
+float cm_expf(float x)
+{
+    const float log2_e = 0x1.715476p+0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+    float clamped = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float n = rintf(clamped * log2_e);
+    float r = fmaf(n, -ln2_low, fmaf(n, -ln2_high, clamped));
+    /* Taylor coefficients up to r^6: |r| <= ln2 / 2, error below 2 ulp. */
+    float p = 0x1.6c16c2p-10f;
+    p = fmaf(p, r, 0x1.111112p-7f);
+    p = fmaf(p, r, 0x1.555556p-5f);
+    p = fmaf(p, r, 0x1.555556p-3f);
+    p = fmaf(p, r, 0.5f);
+    p = fmaf(p, r, 1.0f);
+    p = fmaf(p, r, 1.0f);
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof(power));
+    return p * power;
+}
+
+/* ------------------------------------------------------------------ matrices */
+
+/* The stored quant of row r, column k of a tile. */
+static uint32_t quant_of(const struct cm_matrix *matrix, size_t tile, uint32_t r, uint32_t k)
+{
+    if (matrix->kind == CM_TENSOR_U8S) {
+        return matrix->quants[tile * 512 + 64 * (k / 4) + 4 * r + k % 4];
+    }
+    uint8_t pair = matrix->quants[tile * 256 + 64 * ((k % 16) / 4) + 4 * r + k % 4];
+    return k < 16 ? pair & 15u : (uint32_t)pair >> 4;
+}
+
+static int32_t zero_of(const struct cm_matrix *matrix)
+{
+    return matrix->kind == CM_TENSOR_U8S ? 128 : matrix->kind == CM_TENSOR_U4S ? 8 : 0;
+}
+
+/* d, and m (0 where the kind has none). */
+static void scales_of(const struct cm_matrix *matrix, size_t tile, uint32_t r, float *ret_d,
+                      float *ret_m)
+{
+    const uint16_t *scales = (const uint16_t *)(const void *)matrix->scales;
+    const bool affine = matrix->kind == CM_TENSOR_U4A;
+    scales += tile * (affine ? 32 : 16);
+    *ret_d = cm_half_float(scales[r]);
+    *ret_m = affine ? cm_half_float(scales[16 + r]) : 0.0f;
+}
+
+void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uint32_t columns)
+{
+    uint32_t r = row % CM_TILE_ROWS;
+    for (uint32_t k = 0; k < columns; k++) {
+        size_t tile = (size_t)(row / CM_TILE_ROWS) * matrix->blocks + k / CM_TILE_COLUMNS;
+        float d, m;
+        scales_of(matrix, tile, r, &d, &m);
+        int32_t q = (int32_t)quant_of(matrix, tile, r, k % CM_TILE_COLUMNS) - zero_of(matrix);
+        ret[k] = fmaf(d, (float)q, m);
+    }
+}
+
+static float row_product(const struct cm_matrix *matrix, const struct cm_activations *x, uint32_t t,
+                         uint32_t tile_row, uint32_t r)
+{
+    float y = 0.0f, p = 0.0f;
+    for (uint32_t b = 0; b < matrix->blocks; b++) {
+        size_t tile = (size_t)tile_row * matrix->blocks + b, at = cm_activation_at(x, t, b);
+        const int8_t *q = x->q + at * CM_TILE_COLUMNS;
+        int32_t sum = -zero_of(matrix) * x->count[at];
+        float d, m;
+        for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
+            sum += (int32_t)quant_of(matrix, tile, r, k) * q[k];
+        }
+        scales_of(matrix, tile, r, &d, &m);
+        p = fmaf(d * x->scale[at], (float)sum, p);
+        if (matrix->kind == CM_TENSOR_U4A) {
+            p = fmaf(m, x->sum[at], p);
+        }
+        if (b % 8 == 7 || b + 1 == matrix->blocks) {
+            y = y + p;
+            p = 0.0f;
+        }
+    }
+    return y;
+}
+
+void cm_plain_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
+                   struct cm_span span, float *y, size_t stride)
+{
+    for (uint32_t tile = span.tile_first; tile < span.tile_last; tile++) {
+        for (uint32_t t = span.token_first; t < span.token_last; t++) {
+            for (uint32_t r = 0; r < CM_TILE_ROWS; r++) {
+                y[(t - span.token_first) * stride + (tile - span.tile_first) * CM_TILE_ROWS + r] =
+                    row_product(matrix, x, t, tile, r);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ attention */
+
+static float tree_sum(float lane[16])
+{
+    for (uint32_t step = 8; step > 0; step /= 2) {
+        for (uint32_t l = 0; l < step; l++) {
+            lane[l] += lane[l + step];
+        }
+    }
+    return lane[0];
+}
+
+static const uint16_t *page_of(const struct cm_attention *a, uint32_t position, size_t offset)
+{
+    const uint8_t *page = a->kv + (size_t)a->pages[position / CM_KV_PAGE_POSITIONS] * a->page_bytes;
+    return (const uint16_t *)(const void *)(page + offset);
+}
+
+static float score_of(const struct cm_attention *a, const float *query, uint32_t position)
+{
+    const uint16_t *key = page_of(a, position, a->k_offset) + position % CM_KV_PAGE_POSITIONS;
+    float dot = 0.0f;
+    for (uint32_t i = 0; i < a->head_width; i++) {
+        dot = fmaf(query[i], cm_half_float(key[(size_t)i * CM_KV_PAGE_POSITIONS]), dot);
+    }
+    return dot * a->scale;
+}
+
+/* One chunk for one query head: greatest score, sum of weights, weighted values. */
+static float chunk_of(const struct cm_attention *a, const float *query, uint32_t first,
+                      uint32_t last, float *ret_sum, float *out)
+{
+    float scores[CM_ATTENTION_CHUNK], lane[16] = {0}, greatest = -INFINITY;
+    for (uint32_t t = first; t < last; t++) {
+        scores[t - first] = score_of(a, query, t);
+        greatest = scores[t - first] > greatest ? scores[t - first] : greatest;
+    }
+    memset(out, 0, a->head_width * sizeof(*out));
+    for (uint32_t t = first; t < last; t++) {
+        float e = cm_expf(scores[t - first] - greatest);
+        const uint16_t *value =
+            page_of(a, t, a->v_offset) + (size_t)(t % CM_KV_PAGE_POSITIONS) * a->head_width;
+        lane[(t - first) % 16] += e;
+        for (uint32_t i = 0; i < a->head_width; i++) {
+            out[i] = fmaf(e, cm_half_float(value[i]), out[i]);
+        }
+    }
+    *ret_sum = tree_sum(lane);
+    return greatest;
+}
+
+static void row_attend(const struct cm_attention *a, const float *query, uint32_t positions,
+                       float *out)
+{
+    float part[1024], total = 0.0f, greatest = -INFINITY;
+    for (uint32_t first = 0; first < positions; first += CM_ATTENTION_CHUNK) {
+        uint32_t last =
+            positions - first < CM_ATTENTION_CHUNK ? positions : first + CM_ATTENTION_CHUNK;
+        float sum, most = chunk_of(a, query, first, last, &sum, first == 0 ? out : part);
+        if (first == 0) {
+            greatest = most;
+            total = sum;
+            continue;
+        }
+        float both = most > greatest ? most : greatest;
+        float old = cm_expf(greatest - both), new = cm_expf(most - both);
+        total = fmaf(total, old, sum * new);
+        for (uint32_t i = 0; i < a->head_width; i++) {
+            out[i] = fmaf(out[i], old, part[i] * new);
+        }
+        greatest = both;
+    }
+    for (uint32_t i = 0; i < a->head_width; i++) {
+        out[i] = out[i] / total;
+    }
+}
+
+void cm_plain_attend(const struct cm_attention *a)
+{
+    for (uint32_t t = 0; t < a->tokens; t++) {
+        for (uint32_t h = 0; h < a->group; h++) {
+            row_attend(a, a->query + t * a->query_stride + (size_t)h * a->head_width,
+                       a->position + t + 1, a->out + t * a->out_stride + (size_t)h * a->head_width);
+        }
+    }
+}

@@ -1,0 +1,337 @@
+/* Every path of the CPU device against the plain definitions, bit by bit, and the threads that run
+ * them: each unit once, whatever the number of threads. */
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cpu/cpu_internal.h"
+
+static struct cm_error err;
+static const char *const names[] = {"avx2", "avx512vnni"};
+#define PATHS (sizeof(names) / sizeof(names[0]))
+
+static float uniform(void)
+{
+    return (float)rand() / (float)RAND_MAX * 2.0f - 1.0f;
+}
+
+static void floats_fill(float *x, size_t count, float scale)
+{
+    for (size_t i = 0; i < count; i++) {
+        x[i] = uniform() * scale;
+    }
+}
+
+/* Whole cache lines; they live until the test's process ends. */
+static void *lines_new(size_t bytes)
+{
+    static void *kept[2048];
+    static size_t count;
+    void *lines = aligned_alloc(64, (bytes + 127) / 64 * 64);
+    cr_assert(lines != NULL && count < sizeof(kept) / sizeof(kept[0]));
+    return kept[count++] = lines;
+}
+
+static struct cm_activations activations_new(uint32_t columns, uint32_t tokens)
+{
+    size_t blocks = (size_t)tokens * columns / 32;
+    return (struct cm_activations){.q = lines_new(blocks * 32),
+                                   .scale = lines_new(blocks * 4),
+                                   .sum = lines_new(blocks * 4),
+                                   .count = lines_new(blocks * 4),
+                                   .columns = columns,
+                                   .tokens = tokens};
+}
+
+static struct cm_matrix matrix_new(uint32_t kind, uint32_t rows, uint32_t columns)
+{
+    uint64_t quant, scale;
+    cr_assert(cm_tensor_layout(kind, rows, columns, &quant, &scale));
+    uint8_t *bytes = lines_new(quant + scale + 8192);
+    for (uint64_t i = 0; i < quant; i++) {
+        bytes[i] = (uint8_t)rand();
+    }
+    for (uint64_t i = 0; i < scale / 2; i++) {
+        uint16_t half = cm_half_of(uniform() * 0.05f);
+        memcpy(bytes + quant + 2 * i, &half, 2);
+    }
+    return (struct cm_matrix){kind,         rows,  cm_padded(rows, 32) / 16,
+                              columns / 32, bytes, bytes + quant};
+}
+
+/* ------------------------------------------------------------------ vectors */
+
+Test(kernels_paths, quantiser_rounds_to_even_and_keeps_zero)
+{
+    for (size_t p = 0; p < PATHS; p++) {
+        const struct cm_path *path = cm_path_choose(names[p]);
+        struct cm_activations act = activations_new(64, 1);
+        float x[64] = {127.0f, 0.5f, 1.5f, -2.5f};
+        if (path == NULL) {
+            continue;
+        }
+        path->quantise(x, &act, 0, 0, 2);
+        cr_assert_eq(act.q[0], 127);
+        cr_assert_eq(act.q[1], 0);
+        cr_assert_eq(act.q[2], 2);
+        cr_assert_eq(act.q[3], -2);
+        cr_assert_eq(act.count[0], 127);
+        cr_assert_float_eq(act.sum[0], 127.0f, 0);
+        cr_assert_float_eq(act.scale[1], 0.0f, 0);
+        cr_assert_eq(act.count[1], 0);
+    }
+}
+
+static void norm_plain(const float *x, const float *weight, uint32_t size, float *ret)
+{
+    float lane[16] = {0};
+    for (uint32_t i = 0; i < size; i++) {
+        lane[i % 16] = fmaf(x[i], x[i], lane[i % 16]);
+    }
+    for (uint32_t step = 8; step > 0; step /= 2) {
+        for (uint32_t l = 0; l < step; l++) {
+            lane[l] += lane[l + step];
+        }
+    }
+    float r = 1.0f / sqrtf(lane[0] / (float)size + 1e-5f);
+    for (uint32_t i = 0; i < size; i++) {
+        ret[i] = (x[i] * r) * weight[i];
+    }
+}
+
+static void quantise_plain(const float *x, uint32_t columns, int8_t *q, float *scale, int32_t *n)
+{
+    for (uint32_t b = 0; b < columns / 32; b++) {
+        float most = 0;
+        for (uint32_t k = 0; k < 32; k++) {
+            most = fabsf(x[32 * b + k]) > most ? fabsf(x[32 * b + k]) : most;
+        }
+        n[b] = 0;
+        for (uint32_t k = 0; k < 32; k++) {
+            q[32 * b + k] = (int8_t)rintf(x[32 * b + k] * (most > 0 ? 127.0f / most : 0));
+            n[b] += q[32 * b + k];
+        }
+        scale[b] = most / 127.0f;
+    }
+}
+
+static void rope_plain(float *x, const float *c, const float *s, uint32_t width)
+{
+    for (uint32_t i = 0; i < width; i += 2) {
+        float a = x[i], b = x[i + 1];
+        x[i] = fmaf(a, c[i / 2], -(b * s[i / 2]));
+        x[i + 1] = fmaf(b, c[i / 2], a * s[i / 2]);
+    }
+}
+
+Test(kernels_paths, vectors_equal_the_definitions)
+{
+    enum { N = 1536 };
+    static float x[N], w[N], ret[N], wanted[N], plain[N], scale[N / 32];
+    static int8_t q[N];
+    int32_t n[N / 32];
+    srand(7);
+    for (int round = 0; round < 200; round++) {
+        const struct cm_path *path = cm_path_choose(names[round % PATHS]);
+        uint32_t size = round % 3 ? 32u * (1u + (uint32_t)rand() % (N / 32)) : 40;
+        if (path == NULL) {
+            continue;
+        }
+        floats_fill(x, N, 9.0f);
+        floats_fill(w, N, 2.0f);
+        norm_plain(x, w, size, wanted);
+        path->norm(x, w, size, 1e-5f, ret);
+        cr_assert_arr_eq(ret, wanted, size * sizeof(float), "%s norm %u", path->name, size);
+        uint32_t columns = size / 32 * 32;
+        struct cm_activations act = activations_new(columns, 1);
+        quantise_plain(x, columns, q, scale, n);
+        path->quantise(x, &act, 0, 0, columns / 32);
+        cr_assert_arr_eq(act.q, q, columns);
+        cr_assert_arr_eq(act.scale, scale, columns / 32 * sizeof(float));
+        cr_assert_arr_eq(act.count, n, columns / 32 * sizeof(int32_t));
+        for (uint32_t i = 0; i < columns / 2; i++) {
+            float gate = x[i / 16 * 32 + i % 16], up = x[i / 16 * 32 + 16 + i % 16];
+            plain[i] = (gate / (1.0f + cm_expf(-gate))) * up;
+        }
+        path->gate(x, columns / 2, ret);
+        cr_assert_arr_eq(ret, plain, columns / 2 * sizeof(float), "%s gate", path->name);
+        memcpy(wanted, x, sizeof(x));
+        rope_plain(wanted, w, w + N / 2, size);
+        path->rope(x, w, w + N / 2, size);
+        cr_assert_arr_eq(x, wanted, sizeof(x), "%s rope %u", path->name, size);
+        uint32_t best = 0;
+        for (uint32_t i = 1; i < size; i++) {
+            best = x[i] > x[best] ? i : best;
+        }
+        cr_assert_eq(path->greatest(x, size), best);
+    }
+}
+
+/* ------------------------------------------------------------------ matrices */
+
+Test(kernels_paths, products_equal_the_definition)
+{
+    const uint32_t shapes[][3] = {{32, 32, 1},   {64, 256, 3},  {96, 288, 8}, {33, 576, 13},
+                                  {960, 64, 16}, {64, 320, 35}, {32, 96, 130}};
+    const uint32_t kinds[] = {CM_TENSOR_U4A, CM_TENSOR_U4S, CM_TENSOR_U8S};
+    srand(1);
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]) * 3; i++) {
+        const uint32_t *shape = shapes[i / 3], tokens = shape[2], columns = shape[1];
+        struct cm_matrix matrix = matrix_new(kinds[i % 3], shape[0], columns);
+        struct cm_activations act = activations_new(columns, tokens);
+        float *row = lines_new(columns * 4ul);
+        for (uint32_t t = 0; t < tokens; t++) {
+            floats_fill(row, columns, 3.0f);
+            cm_path_choose("avx2")->quantise(row, &act, t, 0, columns / 32);
+        }
+        size_t stride = (size_t)matrix.row_tiles * 16, bytes = stride * tokens * 4;
+        float *plain = lines_new(bytes), *fast = lines_new(bytes);
+        struct cm_span all = {0, tokens, 0, matrix.row_tiles};
+        cm_plain_gemm(&matrix, &act, all, plain, stride);
+        for (size_t p = 0; p < PATHS; p++) {
+            const struct cm_path *path = cm_path_choose(names[p]);
+            if (path == NULL) {
+                continue;
+            }
+            memset(fast, 0xff, bytes);
+            path->gemm(&matrix, &act, all, fast, stride);
+            cr_assert_arr_eq(plain, fast, bytes, "%s, shape %zu, kind %u", path->name, i / 3,
+                             kinds[i % 3]);
+            /* A part of it: the same values. */
+            struct cm_span part = {tokens / 32 * 16, tokens, 1, matrix.row_tiles};
+            memset(fast, 0xff, bytes);
+            path->gemm(&matrix, &act, part, fast, stride);
+            cr_assert_arr_eq(plain + part.token_first * stride + 16, fast, (stride - 16) * 4);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ attention */
+
+struct scene {
+    struct cm_attention a;
+    uint32_t pages[40];
+    uint8_t *kv;
+    float *query, *out;
+};
+
+/* Keys and values of `positions` positions; what follows them in the last page is NaN. */
+static void scene_make(struct scene *s, uint32_t group, uint32_t head_width, uint32_t position,
+                       uint32_t tokens)
+{
+    size_t half_page = (size_t)head_width * 32 * 2, stride = (size_t)group * head_width;
+    uint32_t positions = position + tokens, pages = (positions + 31) / 32;
+    s->kv = memset(lines_new(pages * 2 * half_page + 64), 0xff, pages * 2 * half_page);
+    s->query = lines_new(tokens * stride * 4);
+    s->out = lines_new(tokens * stride * 4);
+    floats_fill(s->query, tokens * stride, 2.0f);
+    for (uint32_t i = 0; i < pages; i++) {
+        s->pages[i] = pages - 1 - i;
+    }
+    for (uint32_t t = 0; t < positions; t++) {
+        uint16_t *page = (uint16_t *)(void *)(s->kv + s->pages[t / 32] * 2 * half_page);
+        for (uint32_t i = 0; i < head_width; i++) {
+            page[i * 32 + t % 32] = cm_half_of(uniform() * 3.0f);
+            page[half_page / 2 + t % 32 * head_width + i] = cm_half_of(uniform());
+        }
+    }
+    s->a = (struct cm_attention){.query = s->query,
+                                 .query_stride = stride,
+                                 .tokens = tokens,
+                                 .group = group,
+                                 .head_width = head_width,
+                                 .position = position,
+                                 .pages = s->pages,
+                                 .kv = s->kv,
+                                 .page_bytes = 2 * half_page,
+                                 .v_offset = half_page,
+                                 .scale = 0.125f,
+                                 .out = s->out,
+                                 .out_stride = stride};
+    s->a.scratch = lines_new(cm_attention_floats(tokens * group, head_width) * 4);
+}
+
+static void chunks_attend(const struct cm_path *path, const struct cm_attention *a)
+{
+    uint32_t chunks = a->position / CM_ATTENTION_CHUNK + 1;
+    size_t floats = cm_partial_floats(a->group, a->head_width);
+    float *partials = lines_new(chunks * floats * 4);
+    for (uint32_t c = chunks; c-- > 0;) {
+        path->attend_chunk(a, c, partials + c * floats);
+    }
+    path->attend_merge(a, chunks, partials);
+}
+
+Test(kernels_paths, attention_equals_the_definition)
+{
+    /* group, head width, position, tokens */
+    const uint32_t rows[][4] = {
+        {3, 64, 0, 1},    {3, 64, 37, 1},   {3, 64, 255, 1},   {3, 64, 256, 1}, {3, 64, 777, 1},
+        {1, 8, 0, 40},    {2, 24, 5, 9},    {4, 128, 250, 12}, {3, 64, 0, 16},  {3, 64, 500, 16},
+        {1, 64, 240, 48}, {8, 256, 600, 1}, {9, 32, 1000, 5},  {16, 80, 90, 3}};
+    srand(3);
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        struct scene s;
+        scene_make(&s, rows[i][0], rows[i][1], rows[i][2], rows[i][3]);
+        size_t bytes = s.a.tokens * s.a.out_stride * 4;
+        cm_plain_attend(&s.a);
+        float *wanted = memcpy(lines_new(bytes), s.out, bytes);
+        for (size_t p = 0; p < PATHS; p++) {
+            const struct cm_path *path = cm_path_choose(names[p]);
+            if (path == NULL) {
+                continue;
+            }
+            memset(s.out, 0, bytes);
+            path->attend(&s.a);
+            cr_assert_arr_eq(s.out, wanted, bytes, "%s, row %zu", path->name, i);
+            if (s.a.tokens == 1) {
+                memset(s.out, 0, bytes);
+                chunks_attend(path, &s.a);
+                cr_assert_arr_eq(s.out, wanted, bytes, "%s in chunks, row %zu", path->name, i);
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ threads */
+
+enum { UNITS = 997, PHASES = 3000 };
+struct counted {
+    _Atomic uint32_t taken[UNITS];
+    _Atomic uint32_t wrong;
+};
+
+static void count_program(void *context, struct cm_worker *worker)
+{
+    struct counted *counted = context;
+    for (uint32_t phase = 0; phase < PHASES; phase++) {
+        uint32_t first, last, count = phase % 7 == 0 ? 1 : (phase * 131) % UNITS;
+        cm_pool_phase(worker, count);
+        while (cm_pool_take(worker, &first, &last)) {
+            counted->wrong += last > count || first >= last;
+            for (uint32_t i = first; i < last; i++) {
+                counted->taken[i]++;
+            }
+        }
+        cm_pool_barrier(worker);
+        for (uint32_t i = worker->index; i < count; i += cm_pool_threads(worker->pool)) {
+            counted->wrong += counted->taken[i] != 1;
+            counted->taken[i] = 0;
+        }
+        cm_pool_barrier(worker);
+    }
+}
+
+Test(kernels_paths, each_unit_is_taken_once)
+{
+    static struct counted counted;
+    for (uint32_t threads = 1; threads <= 5; threads++) {
+        struct cm_pool *pool;
+        cr_assert_eq(cm_pool_new(threads, &pool, &err), CM_OK, "%s", err.text);
+        cm_pool_run(pool, count_program, &counted);
+        cm_pool_run(pool, count_program, &counted);
+        cm_pool_free(pool);
+        cr_assert_eq(counted.wrong, 0u, "%u threads", threads);
+    }
+}
