@@ -58,6 +58,8 @@ const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
                            1, "the evidence, in a sealed memfd"},
     [CM_FRAME_QUOTE_FAILED] = {"quote_failed", K | S, S | G, P1 | P2, false,
                                EXACT(struct cm_quote_failed), 0, "why there is no evidence"},
+    [CM_FRAME_BROKEN] = {"broken", G | W, S, P1 | P2, false, 0, 0, 0,
+                         "the neighbour broke the rules of the rings: it is replaced"},
     [CM_FRAME_STOP] = {"stop", S, C, P0 | P1 | P2, true, 0, 0, 0, "exit now with 0"},
 };
 

@@ -82,6 +82,7 @@ enum cm_frame_type {
     CM_FRAME_QUOTE,        /* gateway -> S -> keeper: evidence for a nonce; S: its own (id 0) */
     CM_FRAME_EVIDENCE,     /* keeper -> S -> gateway: it, in a sealed memfd */
     CM_FRAME_QUOTE_FAILED, /* keeper -> S -> gateway: why there is none */
+    CM_FRAME_BROKEN,       /* gateway, worker -> S: the other one broke the wire's rules */
     CM_FRAME_TYPE_COUNT
 };
 

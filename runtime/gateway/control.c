@@ -137,6 +137,11 @@ void control_drained(struct gateway *gateway)
     send_frame(gateway, CM_FRAME_DRAINED, NULL, 0);
 }
 
+void control_broken(struct gateway *gateway)
+{
+    send_frame(gateway, CM_FRAME_BROKEN, NULL, 0);
+}
+
 void control_beat(struct gateway *gateway)
 {
     struct cm_heartbeat beat = {.counter = ++gateway->beats, .running = gateway->flight_count};
@@ -181,6 +186,7 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_MEASURE:
     case CM_FRAME_UNSEAL:
     case CM_FRAME_QUOTE:
+    case CM_FRAME_BROKEN:
     case CM_FRAME_TYPE_COUNT:
         break; /* the channel's table lets none of these through */
     }

@@ -140,6 +140,41 @@ void flight_fail(struct flight *flight, const struct cm_api_error *error, enum c
     }
 }
 
+static bool on_probation(const struct flight *flight, uint64_t now_ms)
+{
+    return flight->state == FLIGHT_SENT && flight->suspect && flight->completion_tokens == 0 &&
+           now_ms < flight->sent_ms + PROBATION_MS;
+}
+
+bool flights_probation(const struct gateway *gateway, uint64_t now_ms)
+{
+    const struct flight *flight;
+    TAILQ_FOREACH(flight, &gateway->flights, entry)
+    {
+        if (on_probation(flight, now_ms)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void flights_blame(struct gateway *gateway)
+{
+    const struct flight *flight;
+    uint64_t now = clock_ms();
+    uint32_t blamed[CM_SUSPICION_REFUSED + 1] = {0};
+    bool culprit = flights_probation(gateway, now);
+    TAILQ_FOREACH(flight, &gateway->flights, entry)
+    {
+        if (flight->state == FLIGHT_SENT && (!culprit || on_probation(flight, now))) {
+            blamed[cm_quarantine_died(&gateway->quarantine, flight->digest, now)]++;
+        }
+    }
+    CM_LOG(&gateway->log, CM_LOG_WARN, "worker_lost", CM_LOG_I("requests", gateway->flight_count),
+           CM_LOG_I("suspects", blamed[CM_SUSPICION_SUSPECT]),
+           CM_LOG_I("quarantined", blamed[CM_SUSPICION_REFUSED]));
+}
+
 void flights_fail_all(struct gateway *gateway)
 {
     struct cm_api_error error;
@@ -204,6 +239,28 @@ void flights_tick(struct gateway *gateway, uint64_t now_ms)
 
 /* ------------------------------------------------------------------ to the worker */
 
+/* False: workers have died over this prompt, and no other shall. */
+static bool quarantine_pass(struct flight *flight, struct cm_api_error *ret_error)
+{
+    struct gateway *gateway = flight->gateway;
+    uint64_t left_ms = 0;
+    cm_quarantine_digest(&gateway->quarantine, flight->payload, flight->payload_bytes,
+                         flight->digest);
+    enum cm_suspicion is =
+        cm_quarantine_look(&gateway->quarantine, flight->digest, clock_ms(), &left_ms);
+    flight->suspect = is == CM_SUSPICION_SUSPECT;
+    if (is != CM_SUSPICION_REFUSED) {
+        return true;
+    }
+    gateway->metrics.quarantine_refusals++;
+    cm_api_error_set(ret_error, 422, "request_quarantined",
+                     "The worker was lost %u times while it had this prompt; it is refused for "
+                     "another %llu s.",
+                     CM_QUARANTINE_DEATHS, (unsigned long long)(left_ms / 1000 + 1));
+    ret_error->no_retry = true;
+    return false;
+}
+
 void flight_submit(struct flight *flight, struct evbuffer *body)
 {
     struct gateway *gateway = flight->gateway;
@@ -238,6 +295,10 @@ void flight_submit(struct flight *flight, struct evbuffer *body)
     }
     evbuffer_drain(body, size);
     if (status != CM_OK) {
+        reply_error(connection, &error, NULL);
+        return;
+    }
+    if (!quarantine_pass(flight, &error)) {
         reply_error(connection, &error, NULL);
         return;
     }
@@ -311,6 +372,12 @@ static void refusal_fill(const struct flight *flight, const struct cm_wire_refus
     cm_api_error_set(ret_error, 500, "worker_failed", "The worker failed at this request.");
 }
 
+/* It is over and the worker is not; of a prompt that was cut short nobody knows. */
+static void flight_lived(const struct flight *flight)
+{
+    cm_quarantine_lived(&flight->gateway->quarantine, flight->digest);
+}
+
 static const char *on_refused(struct flight *flight, const struct cm_wire_refused *refused)
 {
     struct cm_api_error error;
@@ -325,6 +392,7 @@ static const char *on_refused(struct flight *flight, const struct cm_wire_refuse
         answer_error(flight, &error,
                      refused->reason == CM_REFUSAL_FILTER ? CM_END_FILTER : CM_END_REFUSED);
     }
+    flight_lived(flight);
     flight_free(flight);
     return NULL;
 }
@@ -459,6 +527,9 @@ static const char *on_done(struct flight *flight, const struct cm_wire_done *don
     flight->completion_tokens = done->completion_tokens;
     if (flight->accepted) {
         metrics_done(flight, done);
+    }
+    if (whole) {
+        flight_lived(flight);
     }
     if (flight->connection != NULL && whole) {
         reply_complete(flight, done);

@@ -22,6 +22,7 @@
 #include "runtime/gateway/keys.h"
 #include "runtime/gateway/metrics.h"
 #include "runtime/gateway/moderation.h"
+#include "runtime/gateway/quarantine.h"
 #include "runtime/gateway/request.h"
 #include "runtime/gateway/routes.h"
 
@@ -37,6 +38,7 @@
 #define STEP_STALLED_MS  30000      /* work is pending and no step ends */
 #define RETRY_LOAD_S     5
 #define RETRY_QUEUE_S    1
+#define PROBATION_MS     2000 /* a suspect that lives so long has company again */
 
 enum connection_state {
     CONNECTION_PEEK, /* is it TLS at all? */
@@ -101,6 +103,9 @@ struct flight {
     bool accepted;
     bool begun; /* a byte of the reply has left */
     bool cancel_due, cancel_sent;
+    uint8_t digest[CM_QUARANTINE_DIGEST_BYTES]; /* of the prompt, once it is QUEUED */
+    bool suspect;                               /* a worker died over this prompt */
+    uint64_t sent_ms;
     struct cm_wire_generate wire;
     uint8_t *payload; /* until it is in the ring */
     size_t payload_bytes;
@@ -151,6 +156,7 @@ struct gateway {
     struct event *later; /* pump and reap, after the current callback */
     struct worker_link link;
     struct attestation attestation;
+    struct cm_quarantine quarantine;
     struct cm_keys keys;
     struct cm_state state;
     struct cm_metrics metrics;
@@ -192,6 +198,8 @@ CM_MUST_USE enum cm_status tls_context_new(int key_page_fd, const uint8_t *certi
 CM_MUST_USE enum cm_status control_configure(struct gateway *gateway, struct cm_error *err);
 void control_receive(struct gateway *gateway);
 void control_beat(struct gateway *gateway);
+/* The worker broke the rules of the rings: the supervisor replaces it. */
+void control_broken(struct gateway *gateway);
 void control_drained(struct gateway *gateway);
 void control_fail(struct gateway *gateway, const struct cm_error *err);
 
@@ -254,6 +262,10 @@ void flight_detach(struct flight *flight, enum cm_end why); /* the client is gon
 void flight_fail(struct flight *flight, const struct cm_api_error *error, enum cm_end why);
 void flight_free(struct flight *flight);
 void flights_fail_all(struct gateway *gateway);
+/* The worker is gone: whom it had is suspect from now on, or refused. Before flights_fail_all. */
+void flights_blame(struct gateway *gateway);
+/* A suspect is under way that has neither lived PROBATION_MS nor said a word. */
+bool flights_probation(const struct gateway *gateway, uint64_t now_ms);
 void flights_tick(struct gateway *gateway, uint64_t now_ms);
 void flights_check_keys(struct gateway *gateway);
 const char *flight_record(struct gateway *gateway, const struct cm_record *record,

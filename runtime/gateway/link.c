@@ -39,6 +39,8 @@ static void link_break(struct gateway *gateway, const char *why)
     link->broken = true;
     link->hello_seen = false;
     event_del(link->readable);
+    control_broken(gateway);
+    flights_blame(gateway);
     flights_fail_all(gateway);
 }
 
@@ -82,6 +84,7 @@ bool link_pending(const struct gateway *gateway)
 void link_pump(struct gateway *gateway)
 {
     struct flight *flight;
+    uint64_t now = clock_ms();
     bool woken = false;
     if (!gateway->link.open || gateway->link.broken) {
         return;
@@ -92,11 +95,15 @@ void link_pump(struct gateway *gateway)
             continue;
         }
         if (flight->state == FLIGHT_QUEUED) {
+            if (flight->suspect && flights_probation(gateway, now)) {
+                continue; /* one suspect at a time; all others pass */
+            }
             if (!put(gateway, flight, CM_WIRE_GENERATE, &flight->wire, sizeof(flight->wire),
                      flight->payload, flight->payload_bytes)) {
                 break;
             }
             flight->state = FLIGHT_SENT;
+            flight->sent_ms = now;
             OPENSSL_cleanse(flight->payload, flight->payload_bytes);
             free(flight->payload);
             flight->payload = NULL;
@@ -222,6 +229,9 @@ enum cm_status link_open(struct gateway *gateway, const int fds[CM_RING_FD_COUNT
                          struct cm_error *err)
 {
     struct worker_link *link = &gateway->link;
+    if (link->open && !link->broken) {
+        flights_blame(gateway);
+    }
     link_close(gateway);
     flights_fail_all(gateway);
     enum cm_status status = link_map(link, fds, err);

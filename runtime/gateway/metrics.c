@@ -18,8 +18,8 @@ static const double output_token_bounds[] = {0.01, 0.025, 0.05, 0.075, 0.1, 0.15
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
-static const int statuses[CM_STATUS_SLOTS] = {200, 400, 401, 404, 405, 408, 411, 413, 415,
-                                              417, 429, 431, 499, 500, 501, 503, 504, 505};
+static const int statuses[CM_STATUS_SLOTS] = {200, 400, 401, 404, 405, 408, 411, 413, 415, 417,
+                                              422, 429, 431, 499, 500, 501, 503, 504, 505};
 
 static const char *const end_names[CM_END_COUNT] = {
     [CM_END_STOP] = "stop",
@@ -192,6 +192,8 @@ static void counters_write(const struct cm_metrics *metrics, struct evbuffer *ou
             metrics->completion_tokens);
     counter(out, "casemate_worker_violations_total", "Malformed records from the worker.",
             metrics->worker_violations);
+    counter(out, "casemate_quarantine_refusals_total", "Prompts refused that workers died over.",
+            metrics->quarantine_refusals);
     histogram_write(out, "casemate_time_to_first_token_seconds",
                     "From the full head of the request to the first released text.",
                     &metrics->time_to_first_token, first_token_bounds, COUNT(first_token_bounds));
@@ -226,6 +228,9 @@ static void state_write(const struct cm_metrics_now *now, struct evbuffer *out)
     single(out, "casemate_connections", "gauge", "Open connections.", now->connections);
     single(out, "casemate_requests_in_flight", "gauge", "Generation requests in flight.",
            now->requests);
+    single(out, "casemate_suspects", "gauge", "Prompts that one worker died over.", now->suspects);
+    single(out, "casemate_quarantined", "gauge", "Prompts that are refused: two workers died.",
+           now->quarantined);
     single(out, "casemate_keys", "gauge", "API keys that are admitted.", now->keys);
     single(out, "casemate_keys_generation", "gauge", "Generation of the key table.",
            (double)now->keys_generation);

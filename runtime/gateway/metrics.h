@@ -35,7 +35,7 @@ enum cm_end {
 };
 const char *cm_end_name(enum cm_end end);
 
-#define CM_STATUS_SLOTS 18
+#define CM_STATUS_SLOTS 19
 
 #define CM_VERDICT_ROWS 64 /* categories by action and stage; beyond them "other" */
 struct cm_verdict_row {
@@ -58,6 +58,7 @@ struct cm_metrics {
     uint64_t worker_violations;
     uint32_t verdict_rows;
     struct cm_verdict_row verdicts[CM_VERDICT_ROWS + 1];
+    uint64_t quarantine_refusals;
     struct cm_histogram time_to_first_token;
     struct cm_histogram request_duration;
     struct cm_histogram time_per_output_token;
@@ -73,6 +74,7 @@ struct cm_metrics_now {
     bool draining;
     double uptime_seconds;
     uint64_t keys_generation;
+    uint32_t suspects, quarantined;
     uint32_t keys;
     const struct cm_state *state;
     const struct cm_wire_hello *hello;

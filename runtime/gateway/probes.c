@@ -145,6 +145,8 @@ static void metrics(const struct gateway *gateway, struct evbuffer *out)
         .ready = gateway_servable(gateway, clock_ms()),
         .draining = gateway->draining,
         .uptime_seconds = (double)(clock_ms() - gateway->started_ms) / 1000.0,
+        .suspects = cm_quarantine_count(&gateway->quarantine, CM_SUSPICION_SUSPECT, clock_ms()),
+        .quarantined = cm_quarantine_count(&gateway->quarantine, CM_SUSPICION_REFUSED, clock_ms()),
         .keys_generation = gateway->keys.generation,
         .keys = gateway->keys.count,
         .state = &gateway->state,

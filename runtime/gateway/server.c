@@ -133,7 +133,10 @@ enum cm_status gateway_start(struct gateway *gateway, struct cm_error *err)
     json_object_seed(seed | 1);
     gateway->started_ms = clock_ms();
     gateway->next_id = 1;
-    enum cm_status status = control_configure(gateway, err);
+    enum cm_status status = cm_quarantine_init(&gateway->quarantine, err);
+    if (status == CM_OK) {
+        status = control_configure(gateway, err);
+    }
     if (status == CM_OK) {
         status = base_new(gateway, err);
     }

@@ -271,6 +271,18 @@ static void on_loaded(struct service *service)
     evidence_tick(service, clock_ms());
 }
 
+/* Whoever of the two is right: the one that is accused has a neighbour that does not listen to it
+ * any more, and comes back with new rings. The back-off bounds what a liar can do with it. */
+static void on_broken(struct service *service, const struct child *accuser)
+{
+    struct child *accused =
+        &service->children[accuser->role == CM_ROLE_GATEWAY ? CHILD_WORKER : CHILD_GATEWAY];
+    struct cm_error err;
+    cm_error_set(&err, CM_E_INPUT, "CM-SUP-WIRE", "%s broke the rules of the rings, says %s",
+                 accused->name, accuser->name);
+    child_kill(service, accused, CM_ROLE_END_PROTOCOL, &err);
+}
+
 static void frame_handle(struct service *service, struct child *child)
 {
     switch ((enum cm_frame_type)service->frame.type) {
@@ -300,6 +312,9 @@ static void frame_handle(struct service *service, struct child *child)
         return;
     case CM_FRAME_QUOTE_FAILED:
         on_quote_failed(service);
+        return;
+    case CM_FRAME_BROKEN:
+        on_broken(service, child);
         return;
     case CM_FRAME_HEARTBEAT:
         return; /* as each frame, a sign of life */

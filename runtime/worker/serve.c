@@ -50,7 +50,7 @@ enum cm_status cm_worker_rings_open(struct cm_worker *worker, const int fds[CM_R
         cm_ring_close(&requests);
         return status;
     }
-    if (worker->rings_open) {
+    if (worker->requests.data != NULL) { /* also where the gateway broke it */
         cm_scheduler_cancel_all(worker->scheduler);
         cm_ring_close(&worker->requests);
         cm_ring_close(&worker->responses);
@@ -101,8 +101,8 @@ static bool refusal_fits(const struct cm_worker *worker)
     return cm_ring_pending(&worker->responses) <= worker->responses.capacity / 2;
 }
 
-/* Take all records that are there. A ring that breaks its rules is given up: the gateway is lost,
- * the supervisor replaces it when it dies. */
+/* Take all records that are there. A ring that breaks its rules is given up, and its gateway by the
+ * supervisor. */
 static void requests_take(struct cm_worker *worker)
 {
     struct cm_record record;
@@ -123,6 +123,7 @@ static void requests_take(struct cm_worker *worker)
         cm_log_error(&worker->log, "ring_broken", &err);
         cm_scheduler_cancel_all(worker->scheduler);
         worker->rings_open = false;
+        (void)!cm_channel_send(&worker->channel, CM_FRAME_BROKEN, NULL, 0, NULL, 0, NULL);
     }
 }
 

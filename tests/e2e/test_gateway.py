@@ -1068,13 +1068,14 @@ def test_a_reply_that_the_worker_ends_badly(gateway, text, status, code, stream)
                                  "verdict A", "verdict "])
 def test_a_worker_that_breaks_the_rules_is_not_listened_to(gateway, how):
     with contextlib.ExitStack() as stack:
-        other = held(gateway, stack, "bob")
+        other = held(gateway, stack, "bob", f"hang beside {how}")  # no second death for one prompt
         reply = gateway.post(chat(f"hostile {how}", stream=how == "count"))
         if how == "count":
             assert b"event: error" in reply.body and b"[DONE]" not in reply.body
         else:
             reply.error(503, "worker_gone")
         other.reply().error(503, "worker_gone")
+    gateway.event("broken")
     ready = gateway.get("/readyz")
     assert ready.status == 503 and ready.json["reasons"] == ["worker_protocol"]
     gateway.get("/v1/models", KEYS["alice"]).error(503, "worker_protocol")

@@ -263,6 +263,18 @@ def test_a_role_that_stands_still_is_replaced(service, role):
     assert "CM-SUP-WATCHDOG" in service.log()
 
 
+@pytest.mark.parametrize("accuser,accused", [("gateway", "worker"), ("worker", "gateway")])
+def test_who_breaks_the_rings_is_replaced(service, accuser, accused):
+    """A neighbour that is not listened to any more would never come back by itself."""
+    service.mode(accuser, "accuse")
+    service.start()
+    told = service.until(lambda: service.status().get("ends"))
+    service.mode(accuser, "ok")
+    assert (told[0]["role"], told[0]["end"], told[0]["cause"]) == (accused, "protocol", "CM-SUP-WIRE")
+    service.ready()
+    assert len(service.seen(f"^{accuser} .* start")) == 1 and service.stop() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_drain_then_stop_in_order(service, number):
     service.start().ready()

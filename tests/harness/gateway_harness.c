@@ -697,6 +697,9 @@ static void on_frame(int page_fd)
         page_report(page_fd);
         event("ready", "%s", "");
         break;
+    case CM_FRAME_BROKEN:
+        event("broken", "%s", "");
+        break;
     case CM_FRAME_DRAINED:
         event("drained", "%s", "");
         break;

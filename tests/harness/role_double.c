@@ -201,6 +201,9 @@ static void on_config(void)
     if (strncmp(mode, "raise", 5) == 0) {
         raise(atoi(mode + 5));
     }
+    if (strcmp(mode, "accuse") == 0) {
+        send_frame(CM_FRAME_BROKEN, NULL, 0, NULL);
+    }
     if (strcmp(mode, "leave") == 0) {
         _exit(0);
     }
