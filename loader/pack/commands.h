@@ -54,6 +54,9 @@ CM_MUST_USE enum cm_status cm_command_policy_sign(const struct cm_pack_arguments
 CM_MUST_USE enum cm_status cm_command_policy_revoke(const struct cm_pack_arguments *arguments,
                                                     struct cm_error *err);
 
+/* Write <record>.challenge for each node, and <record>.expected to judge its answer by. */
+CM_MUST_USE enum cm_status cm_command_challenge(const struct cm_pack_arguments *arguments,
+                                                struct cm_error *err);
 /* A trust file on standard output (loader/evidence/FORMAT.md). */
 CM_MUST_USE enum cm_status cm_command_trust(const struct cm_pack_arguments *arguments,
                                             struct cm_error *err);

@@ -77,6 +77,10 @@ static const struct {
      "older states",
      "casemate-pack policy-revoke model.cmpkg --node node1.bin --measurement new.measure --owner "
      "owner"},
+    {"challenge", cm_command_challenge, NULL, " --node ", " --ek-authority ",
+     "ask nodes to show that the keys of their record live in one TPM: writes RECORD.challenge for "
+     "`casemate answer` on the node, and RECORD.expected for `trust`",
+     "casemate-pack challenge --node node1.bin --ek-authority makers.pem"},
     {"trust", cm_command_trust, "PACKAGE", " --node --measurement ", " --ek-authority ",
      "print what casemate-verify is to believe of these nodes (--allow-development: even where "
      "their "

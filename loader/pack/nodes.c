@@ -3,7 +3,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <openssl/evp.h>
 #include <openssl/pem.h>
 #include <openssl/x509.h>
 #include <stdio.h>
@@ -12,9 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "loader/pack/nodes.h"
 #include "loader/pack/owner.h"
-#include "loader/tpm/enrolment.h"
-#include "loader/tpm/measure.h"
 #include "runtime/base/hex.h"
 
 #define POLICY_REF_DEFAULT "casemate"
@@ -24,8 +22,8 @@ static const char *policy_ref(const struct cm_pack_arguments *arguments)
     return arguments->policy_ref != NULL ? arguments->policy_ref : POLICY_REF_DEFAULT;
 }
 
-static enum cm_status file_read(const char *path, uint8_t *bytes, size_t room, size_t *ret_size,
-                                struct cm_error *err)
+enum cm_status cm_file_read(const char *path, uint8_t *bytes, size_t room, size_t *ret_size,
+                            struct cm_error *err)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t size = fd >= 0 ? read(fd, bytes, room) : -1;
@@ -41,8 +39,8 @@ static enum cm_status file_read(const char *path, uint8_t *bytes, size_t room, s
 }
 
 /* The certificates of a PEM file, as DER. */
-static enum cm_status authorities_read(const char *path, struct cm_ek_authorities *ret,
-                                       struct cm_error *err)
+enum cm_status cm_authorities_read(const char *path, struct cm_ek_authorities *ret,
+                                   struct cm_error *err)
 {
     X509 *certificate = NULL;
     FILE *file = fopen(path, "re");
@@ -70,13 +68,13 @@ static enum cm_status authorities_read(const char *path, struct cm_ek_authoritie
 }
 
 /* A node's record; where authorities are named, one of them must vouch for its TPM. */
-static enum cm_status enrolment_read(const struct cm_pack_arguments *arguments, const char *path,
-                                     struct cm_enrolment *ret_enrolment, struct cm_error *err)
+enum cm_status cm_node_read(const struct cm_pack_arguments *arguments, const char *path,
+                            struct cm_enrolment *ret_enrolment, struct cm_error *err)
 {
     static struct cm_ek_authorities authorities;
     uint8_t bytes[CM_ENROLMENT_BYTES_MAX];
     size_t size = 0;
-    enum cm_status status = file_read(path, bytes, sizeof(bytes), &size, err);
+    enum cm_status status = cm_file_read(path, bytes, sizeof(bytes), &size, err);
     if (status == CM_OK) {
         status = cm_enrolment_parse(bytes, size, ret_enrolment, err);
         if (status != CM_OK && err != NULL) {
@@ -84,7 +82,7 @@ static enum cm_status enrolment_read(const struct cm_pack_arguments *arguments, 
         }
     }
     if (status == CM_OK && arguments->ek_authority != NULL) {
-        status = authorities_read(arguments->ek_authority, &authorities, err);
+        status = cm_authorities_read(arguments->ek_authority, &authorities, err);
         if (status == CM_OK) {
             status =
                 cm_ek_certificate_check(ret_enrolment, &authorities, (uint64_t)time(NULL), err);
@@ -117,7 +115,7 @@ enum cm_status cm_nodes_seal(const struct cm_pack_arguments *arguments,
         struct cm_enrolment enrolment;
         struct cm_package_slot *slot = &slots[i];
         *slot = (struct cm_package_slot){.kind = CM_SLOT_TPM};
-        status = enrolment_read(arguments, arguments->nodes[i], &enrolment, err);
+        status = cm_node_read(arguments, arguments->nodes[i], &enrolment, err);
         if (status == CM_OK) {
             memcpy(slot->label, enrolment.node_name, sizeof(slot->label));
             memcpy(slot->node, enrolment.node, sizeof(slot->node));
@@ -133,8 +131,8 @@ enum cm_status cm_nodes_seal(const struct cm_pack_arguments *arguments,
 }
 
 /* What the nodes measure before the package: the log that `casemate measure --out` wrote there. */
-static enum cm_status measurement_read(const char *path, struct cm_measurement *ret_measurement,
-                                       struct cm_error *err)
+enum cm_status cm_nodes_measurement_read(const char *path, struct cm_measurement *ret_measurement,
+                                         struct cm_error *err)
 {
     static uint8_t bytes[CM_LOG_BYTES_MAX];
     size_t size = 0;
@@ -144,7 +142,7 @@ static enum cm_status measurement_read(const char *path, struct cm_measurement *
             "--measurement is missing: run `casemate measure --out FILE` on the node "
             "and give FILE");
     }
-    enum cm_status status = file_read(path, bytes, sizeof(bytes), &size, err);
+    enum cm_status status = cm_file_read(path, bytes, sizeof(bytes), &size, err);
     if (status == CM_OK) {
         status = cm_measurement_parse(bytes, size, ret_measurement, err);
     }
@@ -158,12 +156,12 @@ static enum cm_status measurement_read(const char *path, struct cm_measurement *
 }
 
 /* Read the head of the package that the states are for, and add its event to what comes before. */
-static enum cm_status package_measure(const char *package, struct cm_measurement *measurement,
-                                      struct cm_package_head *ret_head, struct cm_error *err)
+enum cm_status cm_package_measure(const char *package, struct cm_measurement *measurement,
+                                  struct cm_package_head *ret_head, struct cm_error *err)
 {
     static uint8_t bytes[CM_PACKAGE_HEAD_BYTES];
     size_t size = 0;
-    enum cm_status status = file_read(package, bytes, sizeof(bytes), &size, err);
+    enum cm_status status = cm_file_read(package, bytes, sizeof(bytes), &size, err);
     if (status == CM_OK) {
         status = cm_package_head_parse(bytes, size, ret_head, err);
     }
@@ -304,27 +302,31 @@ static void states_drop(struct cm_policy_list *list, const struct cm_enrolment *
     list->count = kept;
 }
 
-static enum cm_status list_write(const char *path, const struct cm_policy_list *list,
-                                 struct cm_error *err)
+enum cm_status cm_file_put(const char *path, const void *bytes, size_t size, unsigned mode,
+                           struct cm_error *err)
 {
-    static uint8_t bytes[CM_POLICY_LIST_BYTES_MAX];
     char partial[4096 + 16];
-    size_t size = 0;
-    enum cm_status status = cm_policy_list_encode(list, bytes, sizeof(bytes), &size, err);
-    if (status != CM_OK) {
-        return status;
-    }
+    enum cm_status status = CM_OK;
     snprintf(partial, sizeof(partial), "%s.partial", path);
-    int fd = open(partial, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    int fd = open(partial, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, (mode_t)mode);
     if (fd < 0 || write(fd, bytes, size) != (ssize_t)size || fsync(fd) != 0 ||
         rename(partial, path) != 0) {
-        status = cm_error_errno(err, errno, "CM-PACK-POLICY", "cannot write %s", path);
+        status = cm_error_errno(err, errno, "CM-PACK-WRITE", "cannot write %s", path);
         unlink(partial);
     }
     if (fd >= 0) {
         close(fd);
     }
     return status;
+}
+
+static enum cm_status list_write(const char *path, const struct cm_policy_list *list,
+                                 struct cm_error *err)
+{
+    static uint8_t bytes[CM_POLICY_LIST_BYTES_MAX];
+    size_t size = 0;
+    enum cm_status status = cm_policy_list_encode(list, bytes, sizeof(bytes), &size, err);
+    return status == CM_OK ? cm_file_put(path, bytes, size, 0644, err) : status;
 }
 
 enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, const char *package,
@@ -342,15 +344,15 @@ enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, 
     snprintf(path, sizeof(path), "%s.policy", package);
     static struct cm_measurement measurement;
     static struct cm_package_head head;
-    enum cm_status status = measurement_read(arguments->measurement, &measurement, err);
+    enum cm_status status = cm_nodes_measurement_read(arguments->measurement, &measurement, err);
     if (status == CM_OK) {
-        status = package_measure(package, &measurement, &head, err);
+        status = cm_package_measure(package, &measurement, &head, err);
     }
     if (status == CM_OK) {
         status = key_load(arguments, &policy, point, err);
     }
     if (status == CM_OK && keep_others && access(path, F_OK) == 0) {
-        status = file_read(path, bytes, sizeof(bytes), &size, err);
+        status = cm_file_read(path, bytes, sizeof(bytes), &size, err);
         if (status == CM_OK) {
             status = cm_policy_list_parse(bytes, size, point, &list, err);
         }
@@ -358,7 +360,7 @@ enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, 
     for (uint32_t i = 0; status == CM_OK && i < arguments->node_count; i++) {
         struct cm_enrolment enrolment;
         struct cm_policy_state state;
-        status = enrolment_read(arguments, arguments->nodes[i], &enrolment, err);
+        status = cm_node_read(arguments, arguments->nodes[i], &enrolment, err);
         if (status == CM_OK) {
             status = state_sign(arguments, &enrolment, &measurement, steps, policy, &state, err);
         }
@@ -401,8 +403,9 @@ enum cm_status cm_command_policy_revoke(const struct cm_pack_arguments *argument
 enum cm_status cm_nodes_check(const struct cm_pack_arguments *arguments, struct cm_error *err)
 {
     static struct cm_measurement measurement;
-    return arguments->node_count == 0 ? CM_OK
-                                      : measurement_read(arguments->measurement, &measurement, err);
+    return arguments->node_count == 0
+               ? CM_OK
+               : cm_nodes_measurement_read(arguments->measurement, &measurement, err);
 }
 
 enum cm_status cm_command_slots_add(const struct cm_pack_arguments *arguments, struct cm_error *err)
@@ -483,88 +486,6 @@ enum cm_status cm_command_slots_remove(const struct cm_pack_arguments *arguments
     cm_secret_free(key);
     if (fd >= 0) {
         close(fd);
-    }
-    return status;
-}
-
-static void hex_print(const uint8_t *bytes, size_t size, const char *end)
-{
-    char hex[2 * CM_PUBLIC_KEY_BYTES + 1];
-    CM_ASSERT(size <= CM_PUBLIC_KEY_BYTES);
-    cm_hex_write(bytes, size, hex);
-    printf("%s%s", hex, end);
-}
-
-static enum cm_status node_trust_print(const struct cm_pack_arguments *arguments, const char *path,
-                                       const struct cm_measurement *measurement,
-                                       struct cm_error *err)
-{
-    struct cm_enrolment enrolment;
-    uint8_t ak[CM_DIGEST_BYTES], pcr[CM_DIGEST_BYTES];
-    enum cm_status status = enrolment_read(arguments, path, &enrolment, err);
-    if (status == CM_OK) {
-        status = cm_enrolment_ak_digest(&enrolment, ak, err);
-    }
-    memcpy(pcr, enrolment.pcr_value, sizeof(pcr));
-    if (status == CM_OK) {
-        status = cm_measurement_replay(measurement, 0, measurement->count, pcr, err);
-    }
-    if (status != CM_OK) {
-        return status;
-    }
-    printf("# %s\n", enrolment.node_name);
-    if (arguments->ek_authority == NULL) {
-        printf("node ");
-        hex_print(enrolment.node, sizeof(enrolment.node), " ");
-    }
-    printf("ak ");
-    hex_print(ak, sizeof(ak), "\n");
-    printf("pcr %u ", enrolment.pcr);
-    hex_print(pcr, sizeof(pcr), "\n");
-    if (enrolment.development) {
-        puts(arguments->allow_development
-                 ? "development allowed"
-                 : "# its TPM is a development TPM: refused without `development allowed`");
-    }
-    return CM_OK;
-}
-
-/* The authorities themselves, so that the trust file stands alone. */
-static enum cm_status authorities_print(const char *path, struct cm_error *err)
-{
-    static struct cm_ek_authorities authorities;
-    char text[4 * (CM_EK_CERTIFICATE_MAX / 3 + 1) + 1];
-    enum cm_status status = authorities_read(path, &authorities, err);
-    for (uint32_t i = 0; status == CM_OK && i < authorities.count; i++) {
-        EVP_EncodeBlock((uint8_t *)text, authorities.rows[i].der, (int)authorities.rows[i].bytes);
-        printf("ek-authority %s\n", text);
-    }
-    return status;
-}
-
-enum cm_status cm_command_trust(const struct cm_pack_arguments *arguments, struct cm_error *err)
-{
-    static struct cm_measurement measurement;
-    static struct cm_package_head head;
-    enum cm_status status = measurement_read(arguments->measurement, &measurement, err);
-    if (status == CM_OK) {
-        status = package_measure(arguments->input, &measurement, &head, err);
-    }
-    for (uint32_t i = 0; status == CM_OK && i < arguments->node_count; i++) {
-        status = node_trust_print(arguments, arguments->nodes[i], &measurement, err);
-    }
-    if (status == CM_OK && arguments->ek_authority != NULL) {
-        status = authorities_print(arguments->ek_authority, err);
-    }
-    for (uint32_t i = 0; status == CM_OK && i < arguments->pcr_count; i++) {
-        const char *equals = strchr(arguments->pcrs[i], '=');
-        printf("pcr %.*s %s\n", equals != NULL ? (int)(equals - arguments->pcrs[i]) : 0,
-               arguments->pcrs[i], equals != NULL ? equals + 1 : "");
-    }
-    if (status == CM_OK) {
-        printf("package ");
-        hex_print(head.core.core_digest, CM_DIGEST_BYTES, "\nowner ");
-        hex_print(head.core.owner_key, CM_PUBLIC_KEY_BYTES, "\n");
     }
     return status;
 }

@@ -78,6 +78,15 @@ CM_MUST_USE enum cm_status cm_ek_certificate_check(const struct cm_enrolment *en
                                                    const struct cm_ek_authorities *authorities,
                                                    uint64_t now_unix_s, struct cm_error *err);
 
+/* A challenge that shows that EK and AK of a record live in one TPM: TPM2_MakeCredential, in
+ * software. `secret` comes back from that TPM alone (cm_tpm_credential_answer). Mark ‖
+ * TPM2B_ID_OBJECT ‖ TPM2B_ENCRYPTED_SECRET. */
+#define CM_CREDENTIAL_BYTES_MAX 256u
+CM_MUST_USE enum cm_status cm_credential_make(const struct cm_enrolment *enrolment,
+                                              const uint8_t secret[static CM_DIGEST_BYTES],
+                                              uint8_t ret_bytes[static CM_CREDENTIAL_BYTES_MAX],
+                                              uint32_t *ret_used, struct cm_error *err);
+
 /* One allowed state, signed by the policy authority. */
 struct cm_policy_state {
     uint32_t pcr_count; /* ascending, SHA-256 bank */

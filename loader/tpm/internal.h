@@ -40,6 +40,11 @@
 
 #define CM_TPM_CC_UNSEAL 0x0000015Eu
 
+/* The node's counter (Part 2, section 13.4): a counter written by the owner, read by anybody,
+ * outside the lock-out; WRITTEN is set by the first step. */
+#define CM_TPM_COUNTER_ATTRIBUTES 0x02060012u
+#define CM_TPM_NV_WRITTEN         0x20000000u
+
 /* Policy of the endorsement key: PolicySecret(endorsement). TCG EK Credential Profile, section B.3.
  */
 extern const uint8_t cm_tpm_ek_policy[CM_DIGEST_BYTES];
@@ -68,6 +73,11 @@ void cm_tpm_authority_public(const uint8_t point[static CM_PUBLIC_KEY_BYTES], st
 CM_MUST_USE enum cm_status cm_tpm_name(const uint8_t *public_bytes, size_t size,
                                        uint8_t ret_name[static CM_TPM_NAME_BYTES],
                                        struct cm_error *err);
+/* nameAlg ‖ SHA-256 of the public area of the counter at an index, once it was stepped. An index
+ * with other attributes, that could go back, has another name. */
+CM_MUST_USE enum cm_status cm_tpm_counter_name(uint32_t handle,
+                                               uint8_t ret_name[static CM_TPM_NAME_BYTES],
+                                               struct cm_error *err);
 /* SHA-256 over up to four parts; part NULL ends. */
 CM_MUST_USE enum cm_status cm_tpm_hash(uint8_t ret_digest[static CM_DIGEST_BYTES],
                                        struct cm_error *err, const struct cm_be *part1,
@@ -76,6 +86,14 @@ CM_MUST_USE enum cm_status cm_tpm_hash(uint8_t ret_digest[static CM_DIGEST_BYTES
 bool cm_tpm_signature_good(const uint8_t point[static CM_PUBLIC_KEY_BYTES],
                            const uint8_t digest[static CM_DIGEST_BYTES],
                            const uint8_t signature[static 64]);
+
+/* The parts of a challenge, borrowed: contents of TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET. */
+#define CM_CREDENTIAL_MARK "CMCRED1"
+struct cm_credential {
+    const uint8_t *object, *seed;
+    uint16_t object_size, seed_size;
+};
+bool cm_credential_parse(const uint8_t *bytes, size_t size, struct cm_credential *ret);
 
 /* The parts of a slot's payload, borrowed. */
 struct cm_tpm_sealed {

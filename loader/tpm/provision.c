@@ -4,7 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#define NV_PIECE_BYTES 512u  /* TPM_PT_NV_BUFFER_MAX is at least that */
+#define NV_PIECE_BYTES 512u      /* TPM_PT_NV_BUFFER_MAX is at least that */
+#define RC_LAYER       0xff0000u /* 0: the TPM itself answered */
 #define RC_FORMAT_ONE  0xbfu /* Part 2, section 6.6: the code without the number of the handle */
 
 static const TPM2B_DATA no_data = {.size = 0};
@@ -77,12 +78,10 @@ static enum cm_status ak_make(struct cm_tpm *tpm, ESYS_TR srk, ESYS_TR *ret, str
 static enum cm_status counter_make(struct cm_tpm *tpm, ESYS_TR *ret, struct cm_error *err)
 {
     const TPM2B_AUTH no_auth = {.size = 0};
-    const TPM2B_NV_PUBLIC public = {
-        .nvPublic = {.nvIndex = CM_COUNTER_HANDLE,
-                     .nameAlg = TPM2_ALG_SHA256,
-                     .attributes = (TPM2_NT_COUNTER << TPMA_NV_TPM2_NT_SHIFT) | TPMA_NV_OWNERWRITE |
-                                   TPMA_NV_AUTHREAD | TPMA_NV_OWNERREAD | TPMA_NV_NO_DA,
-                     .dataSize = 8}};
+    const TPM2B_NV_PUBLIC public = {.nvPublic = {.nvIndex = CM_COUNTER_HANDLE,
+                                                 .nameAlg = TPM2_ALG_SHA256,
+                                                 .attributes = CM_TPM_COUNTER_ATTRIBUTES,
+                                                 .dataSize = 8}};
     if (persistent_open(tpm, CM_COUNTER_HANDLE, ret)) {
         return CM_OK;
     }
@@ -294,5 +293,59 @@ enum cm_status cm_tpm_provision(struct cm_tpm *tpm, const char *node_name, bool 
     if (status == CM_OK) {
         *ret_enrolment = e;
     }
+    return status;
+}
+
+enum cm_status cm_tpm_credential_answer(struct cm_tpm *tpm, const uint8_t *bytes, size_t size,
+                                        uint8_t ret_secret[static CM_DIGEST_BYTES],
+                                        struct cm_error *err)
+{
+    struct cm_credential parts;
+    TPM2B_ID_OBJECT object = {.size = 0};
+    TPM2B_ENCRYPTED_SECRET seed = {.size = 0};
+    TPM2B_PUBLIC *public = NULL;
+    TPM2B_DIGEST *secret = NULL;
+    ESYS_TR ek = ESYS_TR_NONE, ak = ESYS_TR_NONE, session = ESYS_TR_NONE;
+    if (!cm_credential_parse(bytes, size, &parts) ||
+        parts.object_size > sizeof(object.credential) || parts.seed_size > sizeof(seed.secret)) {
+        return cm_error_set(err, CM_E_POLICY, "CM-SEAL-CHALLENGE",
+                            "this is no challenge: `casemate-pack challenge` makes one");
+    }
+    object.size = parts.object_size;
+    memcpy(object.credential, parts.object, parts.object_size);
+    seed.size = parts.seed_size;
+    memcpy(seed.secret, parts.seed, parts.seed_size);
+    enum cm_status status = persistent_open(tpm, CM_AK_HANDLE, &ak)
+                                ? CM_OK
+                                : cm_error_set(err, CM_E_POLICY, "CM-SEAL-NODE",
+                                               "the TPM has no attestation key: enrol the node "
+                                               "with `casemate init`");
+    if (status == CM_OK) {
+        status = cm_tpm_ek_create(tpm, &ek, &public, err);
+    }
+    if (status == CM_OK) {
+        status = cm_tpm_ek_session(tpm, &session, err);
+    }
+    if (status == CM_OK) {
+        TSS2_RC code = Esys_ActivateCredential(tpm->esys, ak, ek, ESYS_TR_PASSWORD, session,
+                                               ESYS_TR_NONE, &object, &seed, &secret);
+        status = cm_tpm_result(code, "ActivateCredential", err);
+        if (status != CM_OK && (code & RC_LAYER) == 0) {
+            status = cm_error_set(err, CM_E_POLICY, "CM-SEAL-CHALLENGE",
+                                  "the challenge is for other keys than this TPM's (TPM response "
+                                  "0x%x): was it made from this node's enrolment record?",
+                                  code);
+        }
+    }
+    if (status == CM_OK && secret->size != CM_DIGEST_BYTES) {
+        status = cm_error_set(err, CM_E_POLICY, "CM-SEAL-CHALLENGE", "the secret has another size");
+    }
+    if (status == CM_OK) {
+        memcpy(ret_secret, secret->buffer, CM_DIGEST_BYTES);
+    }
+    Esys_Free(secret);
+    Esys_Free(public);
+    cm_tpm_flush(tpm, &session);
+    cm_tpm_flush(tpm, &ek);
     return status;
 }

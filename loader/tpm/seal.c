@@ -1,7 +1,8 @@
-/* Sealing without a TPM: an object that only one TPM can import, under a policy.
+/* Sealing without a TPM: an object that only one TPM can import, under a policy; and a challenge
+ * that only one TPM can answer.
  *
- * Method: TPM 2.0 Library Part 1, "Duplication" (23.3), KDFe and KDFa (11.4.10), ECDH secret
- * sharing (C.6.1). */
+ * Method: TPM 2.0 Library Part 1, "Duplication" (23.3), "Credential Protection" (24), KDFe and KDFa
+ * (11.4.10), ECDH secret sharing (C.6.1). */
 #include "loader/tpm/internal.h"
 
 #include <string.h>
@@ -14,7 +15,8 @@
 
 #include "runtime/base/secret.h"
 
-#define SEED_BYTES 32u
+#define SEED_BYTES        32u
+#define WRAPPED_BYTES_MAX 112u
 
 static enum cm_status crypto_failed(struct cm_error *err, const char *what)
 {
@@ -78,8 +80,8 @@ static bool ecdh(const uint8_t peer[static CM_PUBLIC_KEY_BYTES],
     return ok;
 }
 
-/* KDFe: H(1 ‖ Z ‖ "DUPLICATE" 0 ‖ ephemeral x ‖ parent x) */
-static enum cm_status seed_make(const uint8_t parent[static CM_PUBLIC_KEY_BYTES],
+/* KDFe: H(1 ‖ Z ‖ label 0 ‖ ephemeral x ‖ parent x) */
+static enum cm_status seed_make(const uint8_t parent[static CM_PUBLIC_KEY_BYTES], const char *label,
                                 uint8_t ret_ephemeral[static CM_PUBLIC_KEY_BYTES],
                                 uint8_t ret_seed[SEED_BYTES], struct cm_error *err)
 {
@@ -90,7 +92,7 @@ static enum cm_status seed_make(const uint8_t parent[static CM_PUBLIC_KEY_BYTES]
     struct cm_be be = {bytes, sizeof(bytes), 0, false};
     cm_be_u32(&be, 1);
     cm_be_bytes(&be, shared, sizeof(shared));
-    cm_be_bytes(&be, "DUPLICATE", 10);
+    cm_be_bytes(&be, label, strlen(label) + 1);
     cm_be_bytes(&be, ret_ephemeral + 1, 32);
     cm_be_bytes(&be, parent + 1, 32);
     enum cm_status status = cm_tpm_hash(ret_seed, err, &be, NULL);
@@ -133,14 +135,34 @@ static bool aes_cfb(const uint8_t key[16], const uint8_t *in, size_t size, uint8
     return ok;
 }
 
-/* The duplicate: TPM2B_DIGEST(HMAC) ‖ AES-CFB(TPM2B_SENSITIVE). */
+/* What goes to a TPM's key for one object's name: TPM2B_DIGEST(HMAC) ‖ AES-CFB(content). */
+static enum cm_status wrap(const uint8_t seed[SEED_BYTES], const uint8_t name[CM_TPM_NAME_BYTES],
+                           const struct cm_be *content, struct cm_be *ret, struct cm_error *err)
+{
+    uint8_t sealed[WRAPPED_BYTES_MAX + CM_TPM_NAME_BYTES], storage[32], integrity[32], tag[32];
+    bool ok = !content->failed && content->used <= WRAPPED_BYTES_MAX &&
+              kdfa(seed, "STORAGE", name, CM_TPM_NAME_BYTES, 128, storage) &&
+              kdfa(seed, "INTEGRITY", NULL, 0, 256, integrity) &&
+              aes_cfb(storage, content->bytes, content->used, sealed);
+    struct cm_be covered = {sealed, sizeof(sealed), ok ? content->used : 0, false};
+    cm_be_bytes(&covered, name, CM_TPM_NAME_BYTES);
+    ok = ok && hmac(integrity, sizeof(integrity), &covered, tag);
+    if (ok) {
+        cm_be_sized(ret, tag, sizeof(tag));
+        cm_be_bytes(ret, sealed, content->used);
+    }
+    cm_wipe(storage, sizeof(storage));
+    cm_wipe(integrity, sizeof(integrity));
+    return ok && !ret->failed ? CM_OK : crypto_failed(err, "the wrapping");
+}
+
+/* The duplicate: the sealed object's TPM2B_SENSITIVE, wrapped. */
 static enum cm_status duplicate_make(const uint8_t seed[SEED_BYTES],
                                      const uint8_t name[CM_TPM_NAME_BYTES],
                                      const uint8_t obfuscation[32], const uint8_t *key,
                                      struct cm_be *ret, struct cm_error *err)
 {
-    uint8_t area[96], sensitive[112], sealed[112 + CM_TPM_NAME_BYTES], storage[32], integrity[32],
-        tag[32];
+    uint8_t area[96], sensitive[WRAPPED_BYTES_MAX];
     struct cm_be body = {area, sizeof(area), 0, false};
     cm_be_u16(&body, CM_TPM_ALG_KEYEDHASH);
     cm_be_u16(&body, 0); /* no auth value: the policy is the only way */
@@ -148,19 +170,56 @@ static enum cm_status duplicate_make(const uint8_t seed[SEED_BYTES],
     cm_be_sized(&body, key, CM_KEY_BYTES);
     struct cm_be whole = {sensitive, sizeof(sensitive), 0, false};
     cm_be_sized(&whole, area, body.used);
-    bool ok = kdfa(seed, "STORAGE", name, CM_TPM_NAME_BYTES, 128, storage) &&
-              kdfa(seed, "INTEGRITY", NULL, 0, 256, integrity) &&
-              aes_cfb(storage, sensitive, whole.used, sealed);
-    struct cm_be covered = {sealed, sizeof(sealed), whole.used, false};
-    cm_be_bytes(&covered, name, CM_TPM_NAME_BYTES);
-    ok = ok && hmac(integrity, sizeof(integrity), &covered, tag);
-    cm_be_sized(ret, tag, sizeof(tag));
-    cm_be_bytes(ret, sealed, whole.used);
+    enum cm_status status = wrap(seed, name, &whole, ret, err);
     cm_wipe(area, sizeof(area));
     cm_wipe(sensitive, sizeof(sensitive));
-    cm_wipe(storage, sizeof(storage));
-    cm_wipe(integrity, sizeof(integrity));
-    return ok && !ret->failed ? CM_OK : crypto_failed(err, "the duplicate");
+    return status;
+}
+
+/* A point as TPM2B_ENCRYPTED_SECRET's content: TPMS_ECC_POINT. */
+static void point_put(const uint8_t point[static CM_PUBLIC_KEY_BYTES], struct cm_be *ret)
+{
+    cm_be_sized(ret, point + 1, 32);
+    cm_be_sized(ret, point + 33, 32);
+}
+
+enum cm_status cm_credential_make(const struct cm_enrolment *enrolment,
+                                  const uint8_t secret[static CM_DIGEST_BYTES],
+                                  uint8_t ret_bytes[static CM_CREDENTIAL_BYTES_MAX],
+                                  uint32_t *ret_used, struct cm_error *err)
+{
+    uint8_t ek[CM_PUBLIC_KEY_BYTES], ephemeral[CM_PUBLIC_KEY_BYTES], seed[SEED_BYTES] = {0};
+    uint8_t name[CM_TPM_NAME_BYTES], value[CM_DIGEST_BYTES + 2], object[160], point[80];
+    uint32_t attributes;
+    struct cm_be content = {value, sizeof(value), 0, false};
+    struct cm_be identity = {object, sizeof(object), 0, false};
+    struct cm_be shared = {point, sizeof(point), 0, false};
+    struct cm_be out = {ret_bytes, CM_CREDENTIAL_BYTES_MAX, 0, false};
+    if (!cm_tpm_ecc_public(enrolment->ek_public, enrolment->ek_public_bytes, &attributes, ek)) {
+        return cm_error_set(err, CM_E_POLICY, "CM-SEAL-ENROLMENT", "no usable endorsement key");
+    }
+    cm_be_sized(&content, secret, CM_DIGEST_BYTES);
+    enum cm_status status =
+        cm_tpm_name(enrolment->ak_public, enrolment->ak_public_bytes, name, err);
+    if (status == CM_OK) {
+        status = seed_make(ek, "IDENTITY", ephemeral, seed, err);
+    }
+    if (status == CM_OK) {
+        status = wrap(seed, name, &content, &identity, err);
+    }
+    point_put(ephemeral, &shared);
+    cm_be_bytes(&out, CM_CREDENTIAL_MARK, 8);
+    cm_be_sized(&out, object, identity.used);
+    cm_be_sized(&out, point, shared.used);
+    cm_wipe(seed, sizeof(seed));
+    cm_wipe(value, sizeof(value));
+    if (status == CM_OK && out.failed) {
+        status = cm_error_set(err, CM_E_BUG, "CM-SEAL-FORM", "no room for the challenge");
+    }
+    if (status == CM_OK) {
+        *ret_used = (uint32_t)out.used;
+    }
+    return status;
 }
 
 enum cm_status cm_seal_to_node(const struct cm_enrolment *enrolment,
@@ -191,13 +250,12 @@ enum cm_status cm_seal_to_node(const struct cm_enrolment *enrolment,
         status = cm_tpm_name(public, object.used, name, err);
     }
     if (status == CM_OK) {
-        status = seed_make(ek, ephemeral, seed, err);
+        status = seed_make(ek, "DUPLICATE", ephemeral, seed, err);
     }
     if (status == CM_OK) {
         status = duplicate_make(seed, name, obfuscation, key, &private, err);
     }
-    cm_be_sized(&shared, ephemeral + 1, 32);
-    cm_be_sized(&shared, ephemeral + 33, 32);
+    point_put(ephemeral, &shared);
     struct cm_be out = {ret_payload, size, 0, false};
     cm_be_sized(&out, public, object.used);
     cm_be_sized(&out, duplicate, private.used);
@@ -224,6 +282,14 @@ static bool part_take(const uint8_t *payload, size_t size, size_t *at, const uin
     *ret_bytes = payload + *at + 2;
     *at += 2u + *ret_size;
     return true;
+}
+
+bool cm_credential_parse(const uint8_t *bytes, size_t size, struct cm_credential *ret)
+{
+    size_t at = 8;
+    return size >= at && memcmp(bytes, CM_CREDENTIAL_MARK, 8) == 0 &&
+           part_take(bytes, size, &at, &ret->object, &ret->object_size) &&
+           part_take(bytes, size, &at, &ret->seed, &ret->seed_size) && at == size;
 }
 
 enum cm_status cm_tpm_sealed_parse(const uint8_t *payload, size_t size,

@@ -33,6 +33,13 @@ CM_MUST_USE enum cm_status cm_tpm_provision(struct cm_tpm *tpm, const char *node
                                             bool development, struct cm_enrolment *ret_enrolment,
                                             struct cm_error *err);
 
+/* Answer a challenge (cm_credential_make) made for this TPM's EK and AK. Fails: POLICY
+ * CM-SEAL-CHALLENGE. */
+CM_MUST_USE enum cm_status cm_tpm_credential_answer(struct cm_tpm *tpm, const uint8_t *bytes,
+                                                    size_t size,
+                                                    uint8_t ret_secret[static CM_DIGEST_BYTES],
+                                                    struct cm_error *err);
+
 /* Unseal a package key: the slot's payload under the policy list; *ret_state is the one that did
  * it. Checks first that this is the enrolled TPM. Fails: TPM; POLICY CM-SEAL-PCR, CM-SEAL-COUNTER,
  * CM-SEAL-POLICY, CM-SEAL-OBJECT, CM-SEAL-NODE … with what to do next. */

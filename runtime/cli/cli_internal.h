@@ -36,6 +36,7 @@ enum cm_status command_status(struct words *words, struct cm_error *err);
 enum cm_status command_measure(struct words *words, struct cm_error *err);
 enum cm_status command_policy(struct words *words, struct cm_error *err);
 enum cm_status command_revoke(struct words *words, struct cm_error *err);
+enum cm_status command_answer(struct words *words, struct cm_error *err);
 enum cm_status command_version(struct words *words, struct cm_error *err);
 
 /* files.c: whole small files; writing is beside, fsync, rename. */
@@ -64,6 +65,12 @@ CM_MUST_USE enum cm_status cli_provision(const char *node_name, const char *tpm_
 /* Step the node's counter once: every state signed for less is over. */
 CM_MUST_USE enum cm_status cli_counter_step(const char *tpm_path, const char *development_state,
                                             uint64_t *ret_counter, struct cm_error *err);
+
+/* The secret that a challenge holds for this TPM's keys alone. */
+CM_MUST_USE enum cm_status cli_challenge_answer(const char *tpm_path, const char *development_state,
+                                                const uint8_t *challenge, size_t size,
+                                                uint8_t ret_secret[static CM_DIGEST_BYTES],
+                                                struct cm_error *err);
 
 /* measure.c: the events before the package's, as a start would measure them. */
 struct cm_measurement;

@@ -66,6 +66,12 @@ static const struct command commands[] = {
      "policy-revoke). A running service goes on until it stops. It cannot be undone.\n\n"
      "example: casemate revoke --state node\n",
      command_revoke},
+    {"answer", "answer an owner's challenge: this TPM holds the enrolled keys",
+     "usage: casemate answer CHALLENGE --out FILE [--config FILE | --state DIR]\n\n" WHERE
+     "\nShows the model's owner that the node's endorsement and attestation keys live in one TPM\n"
+     "(`casemate-pack challenge` made CHALLENGE). With a development TPM, not while it serves.\n\n"
+     "example: casemate answer node1.bin.challenge --out node1.bin.answer --state node\n",
+     command_answer},
     {"status", "show what runs, and what is not there yet",
      "usage: casemate status [--config FILE | --state DIR] [--json]\n\n" WHERE
      "  --json          for machines\n\n"

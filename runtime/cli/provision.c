@@ -15,6 +15,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "loader/tpm/enrolment.h"
+#include "runtime/base/hex.h"
 #include "runtime/cli/cli_internal.h"
 
 #define READY_MS  15000
@@ -297,6 +299,27 @@ enum cm_status cli_counter_step(const char *tpm_path, const char *development_st
     if (status == CM_OK) {
         text[bytes < sizeof(text) ? bytes : sizeof(text) - 1] = '\0';
         *ret_counter = strtoull((const char *)text, NULL, 10);
+    }
+    return status;
+}
+
+enum cm_status cli_challenge_answer(const char *tpm_path, const char *development_state,
+                                    const uint8_t *challenge, size_t size,
+                                    uint8_t ret_secret[static CM_DIGEST_BYTES],
+                                    struct cm_error *err)
+{
+    char hex[2 * CM_CREDENTIAL_BYTES_MAX + 1];
+    char *arguments[] = {"casemate-keeper", "--answer", hex, NULL};
+    uint8_t answer[CM_ENROLMENT_BYTES_MAX];
+    size_t bytes = 0;
+    CM_ASSERT(size <= CM_CREDENTIAL_BYTES_MAX);
+    cm_hex_write(challenge, size, hex);
+    enum cm_status status = tpm_run(arguments, tpm_path, development_state, answer, &bytes, err);
+    if (status == CM_OK && bytes != CM_DIGEST_BYTES) {
+        status = cm_error_set(err, CM_E_BUG, "CM-CLI-ANSWER", "the keeper gave %zu bytes", bytes);
+    }
+    if (status == CM_OK) {
+        memcpy(ret_secret, answer, CM_DIGEST_BYTES);
     }
     return status;
 }

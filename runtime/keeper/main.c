@@ -8,6 +8,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "runtime/base/hex.h"
 #include "runtime/keeper/keeper.h"
 
 #define CONFIG_WAIT_MS 10000
@@ -70,6 +71,27 @@ static enum cm_status counter_step(struct cm_error *err)
     cm_tpm_close(tpm);
     if (status == CM_OK) {
         printf("%llu\n", (unsigned long long)value);
+    }
+    return status;
+}
+
+/* Answer a challenge, given in hex, to standard output: that EK and AK are of this TPM. */
+static enum cm_status challenge_answer(const char *hex, struct cm_error *err)
+{
+    struct cm_tpm *tpm = NULL;
+    uint8_t challenge[CM_CREDENTIAL_BYTES_MAX], secret[CM_DIGEST_BYTES];
+    size_t size = strlen(hex) / 2;
+    if (size > sizeof(challenge) || !cm_hex_read(hex, strlen(hex), challenge, size)) {
+        return cm_error_set(err, CM_E_USAGE, "CM-KEEPER-USAGE", "the challenge is not hex");
+    }
+    enum cm_status status = cm_tpm_open(CM_FD_TPM, &tpm, err);
+    if (status == CM_OK) {
+        status = cm_tpm_credential_answer(tpm, challenge, size, secret, err);
+    }
+    cm_tpm_close(tpm);
+    if (status == CM_OK &&
+        write(STDOUT_FILENO, secret, sizeof(secret)) != (ssize_t)sizeof(secret)) {
+        status = cm_error_errno(err, errno, "CM-KEEPER-WRITE", "cannot write the answer");
     }
     return status;
 }
@@ -139,24 +161,25 @@ int main(int count, char **words)
     enum cm_status status = restrict_early(&err);
     bool enrols =
         count >= 4 && strcmp(words[1], "--provision") == 0 && strcmp(words[2], "--node-name") == 0;
+    bool serves = count == 1;
     if (status == CM_OK && enrols) {
         bool development = count == 5 && strcmp(words[4], "--development") == 0;
         status = provision(words[3], development, &err);
-        if (status != CM_OK) {
-            fprintf(stderr, "casemate-keeper: %s (%s)\n", err.text, err.id);
-        }
     } else if (status == CM_OK && count == 2 && strcmp(words[1], "--revoke") == 0) {
         status = counter_step(&err);
-        if (status != CM_OK) {
-            fprintf(stderr, "casemate-keeper: %s (%s)\n", err.text, err.id);
-        }
-    } else if (status == CM_OK && count == 1) {
+    } else if (status == CM_OK && count == 3 && strcmp(words[1], "--answer") == 0) {
+        status = challenge_answer(words[2], &err);
+    } else if (status == CM_OK && serves) {
         status = serve(&keeper, &err);
     } else if (status == CM_OK) {
         fprintf(stderr, "casemate-keeper is started by casemate-supervisor, or as\n"
                         "casemate-keeper --provision --node-name NAME [--development] 13<>TPM\n"
-                        "casemate-keeper --revoke 13<>TPM\n");
-        status = CM_E_USAGE;
+                        "casemate-keeper --revoke 13<>TPM\n"
+                        "casemate-keeper --answer HEX 13<>TPM\n");
+        return cm_status_exit_code(CM_E_USAGE);
+    }
+    if (status != CM_OK && !serves) {
+        fprintf(stderr, "casemate-keeper: %s (%s)\n", err.text, err.id);
     }
     return cm_status_exit_code(status);
 }

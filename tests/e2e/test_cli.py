@@ -224,7 +224,8 @@ def test_status_of_a_stopped_and_of_a_running_service(casemate, node, build, tmp
 def test_help_and_usage(casemate):
     whole = run(casemate, "--help")
     assert whole.returncode == 0
-    for command in ("init", "serve", "keys", "check", "status", "version"):
+    for command in ("init", "serve", "keys", "check", "measure", "policy", "revoke", "answer", "status",
+                    "version"):
         assert f"  {command} " in whole.stdout
         one = run(casemate, command, "--help")
         assert one.returncode == 0 and f"example: casemate {command}" in one.stdout

@@ -31,11 +31,20 @@ def node(build, maker, tmp_path_factory):
     node = nodes.Node(build / "bin", folder / "node", folder / "owner")
     (folder / "maker.pem").write_text(maker.pem("root", "issuer"))
     node.make(folder / "tiny.gguf", "tiny", "--ek-authority", folder / "maker.pem", tpm=str(tpm.path))
+    prove(node)
     node.start()
     node.bare, node.folder, node.tpm = bare, folder, tpm
     yield node
     assert node.stop() == 0
     tpm.stop()
+
+
+def prove(node, answer=None) -> None:
+    """The owner's challenge, and the node's answer, each a file."""
+    record = node.state / "enrolment.bin"
+    node.run("casemate-pack", "challenge", "--node", record)
+    node.run("casemate", "answer", f"{record}.challenge", "--state", (answer or node).state, "--out",
+             f"{record}.answer")
 
 
 def trust(node, pem: str, of=None):
@@ -118,7 +127,55 @@ def test_a_certificate_of_another_tpm_is_refused(node, maker, tmp_path):
 @pytest.mark.parametrize("line", ["ek-authority AAAA", "ek-authority !", "ak 12", "ek-authority"])
 def test_a_malformed_line_is_named(node, maker, line):
     good = trust(node, maker.pem("root", "issuer")).stdout
+    assert good
     done = verify(node, good + line + "\n")
     assert done.returncode in (3, 7) and ("CM-TRUST-LINE" in done.stderr or "CM-EK-FORM" in done.stderr)
     only = "\n".join(row for row in good.splitlines() if not row.startswith("ek-authority"))
     assert verify(node, only).returncode == 3  # an AK without anybody who vouches for its TPM
+
+
+def record_with_own_ak(record: bytes) -> bytes:
+    """What a liar sends: the certified endorsement key of a real TPM, and an attestation key that he
+    holds as a file. Everything in it checks."""
+    import hashlib
+    import struct
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, utils
+    key, at = ec.generate_private_key(ec.SECP256R1()), 8 + 4 + 4 + 64 + 32
+    for _ in range(2):
+        at += 4 + struct.unpack_from("<I", record, at)[0]
+    size, = struct.unpack_from("<I", record, at)
+    numbers = key.public_key().public_numbers()
+    x, y = (n.to_bytes(32, "big") for n in (numbers.x, numbers.y))
+    end = at + 4 + size
+    made = record[:end - 66] + x + record[end - 34:end - 32] + y
+    signed = end + 34 + 2 + 4 + 8 + 8 + 32 + 36
+    made += record[end:signed]
+    r, s = utils.decode_dss_signature(key.sign(
+        hashlib.sha256(made).digest(), ec.ECDSA(utils.Prehashed(hashes.SHA256()))))
+    return made + r.to_bytes(32, "big") + s.to_bytes(32, "big") + record[signed + 64:]
+
+
+def test_keys_of_two_tpms_are_refused_by_the_challenge(node, maker, tmp_path):
+    """A maker's certificate says nothing of who signs the quotes: the challenge ties the two."""
+    record = (node.state / "enrolment.bin").read_bytes()
+    liar = nodes.Node(node.programs, tmp_path, node.owner)
+    (tmp_path / "enrolment.bin").write_bytes(record_with_own_ak(record))
+    refused = trust(node, maker.pem("root", "issuer"), of=liar)
+    assert refused.returncode == 5 and "CM-PACK-UNPROVEN" in refused.stderr
+    node.run("casemate-pack", "challenge", "--node", tmp_path / "enrolment.bin")
+    assert node.stop() == 0  # one swtpm answers one at a time
+    try:
+        done = node.run("casemate", "answer", tmp_path / "enrolment.bin.challenge", "--state", node.state,
+                        "--out", tmp_path / "enrolment.bin.answer", check=False)
+        assert done.returncode == 5 and "CM-SEAL-CHALLENGE" in done.stderr
+        # The answer to the true record's challenge is no answer for the false one.
+        for name in ("answer", "expected"):
+            (tmp_path / f"enrolment.bin.{name}").write_bytes(
+                (node.state / f"enrolment.bin.{name}").read_bytes())
+        refused = trust(node, maker.pem("root", "issuer"), of=liar)
+        assert refused.returncode == 5 and "CM-PACK-UNPROVEN" in refused.stderr
+        prove(node)
+        assert trust(node, maker.pem("root", "issuer")).returncode == 0
+    finally:
+        node.start()

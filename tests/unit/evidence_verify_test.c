@@ -61,6 +61,7 @@ static void enrolment_make(uint32_t ak_attributes)
     e->ak_public_bytes = public_make(s.ak, ak_attributes, false, e->ak_public);
     cr_assert_eq(cm_tpm_name(e->ek_public, e->ek_public_bytes, name, &err), CM_OK);
     memcpy(e->node, name + 2, CM_DIGEST_BYTES);
+    cr_assert_eq(cm_tpm_counter_name(e->counter_handle, e->counter_name, &err), CM_OK);
     cr_assert_eq(cm_enrolment_digest(e, digest, &err), CM_OK);
     p256_sign(s.ak, digest, e->signature);
     EVP_PKEY_free(srk);
@@ -380,6 +381,11 @@ static void development(void)
     s.enrolment.development = true;
     enrolment_sign();
 }
+static void counter_that_goes_back(void)
+{
+    s.enrolment.counter_name[9] ^= 1; /* the name of an index with other attributes */
+    enrolment_sign();
+}
 static void development_allowed(void)
 {
     development();
@@ -481,6 +487,7 @@ static const struct {
     {NULL, development_allowed, nothing},
     {"CM-EVD-ENROLMENT", nothing, enrolment_changed},
     {"CM-EVD-ENROLMENT", ak_loose, nothing},
+    {"CM-EVD-ENROLMENT", counter_that_goes_back, nothing},
     {"CM-EVD-NODE", node_unknown, nothing},
     {"CM-EVD-AK", ak_other, nothing},
     {"CM-EVD-DEVELOPMENT", development, nothing},
