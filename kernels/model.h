@@ -51,11 +51,35 @@ enum cm_tensor_role { /* of one layer; numbers are part of the package format */
                       CM_LAYER_GATE_UP =
                           4, /* [2 * ffn_width, width]; gate and up alternate by row tile of 16 */
                       CM_LAYER_DOWN = 5, /* [width, ffn_width] */
+                      /* NONE unless the decoder has them; F32 */
+                      CM_LAYER_QKV_BIAS = 6,            /* [rows of QKV] */
+                      CM_LAYER_Q_NORM = 7,              /* [head_width] */
+                      CM_LAYER_K_NORM = 8,              /* [head_width] */
+                      CM_LAYER_POST_ATTENTION_NORM = 9, /* [width] */
+                      CM_LAYER_POST_FFN_NORM = 10,      /* [width] */
                       CM_LAYER_ROLE_COUNT
 };
 
 struct cm_layer {
     struct cm_tensor tensors[CM_LAYER_ROLE_COUNT];
+};
+
+enum cm_activation { CM_ACTIVATION_SILU = 0, CM_ACTIVATION_GELU = 1 /* by tanh */ };
+
+/* What sets a decoder apart from llama's; all zero is llama's. */
+struct cm_decoder {
+    uint32_t activation; /* of the gate; enum cm_activation */
+    bool qk_norm;        /* every head of Q and K is normed before RoPE */
+    bool post_norms;     /* attention's and FFN's results are normed before they are added */
+    bool qkv_bias;
+    uint32_t window;        /* positions that a layer with a window sees, itself included; 0: all */
+    uint32_t window_period; /* each n-th layer has no window; 0: all layers have one */
+    float embedding_scale;  /* 0: 1 */
+    float attention_scale;  /* 0: 1 / sqrt(head_width) */
+    float attention_cap;    /* scores become cap * tanh(score / cap); 0: they do not */
+    float logits_cap;       /* the same of the logits */
+    float window_rope_base; /* of layers with a window; 0: rope_base */
+    float rope_scale;       /* positions are multiplied, where there is no window; 0: 1 */
 };
 
 struct cm_model {
@@ -70,6 +94,7 @@ struct cm_model {
     uint32_t context_max;
     float rope_base;
     float norm_epsilon;
+    struct cm_decoder decoder;
     bool tied_head;               /* head is absent: the embedding serves */
     struct cm_tensor embedding;   /* [vocabulary, width] */
     struct cm_tensor head;        /* [vocabulary, width] or NONE */

@@ -115,7 +115,10 @@ class Manifest:
             else:
                 assert tag not in self.records
                 self.records[tag] = body
-        assert list(self.records) == [1, 2, 3, 4, 8, 9, 10, 11, 12, 16]
+        assert [t for t in self.records if t not in (5, 13)] == [1, 2, 3, 4, 8, 9, 10, 11, 12, 16]
+        assert list(self.records) == sorted(self.records)
+        self.decoder = struct.unpack("<6I6f", self.records[5]) if 5 in self.records else None
+        self.ranks = numpy.frombuffer(self.records.get(13, b""), "<u4")
         self.name = self.records[1].decode()
         self.shape = dict(zip(self.SHAPE, struct.unpack_from("<11I", self.records[4])))
         lengths = struct.unpack(f"<{self.shape['vocabulary']}H", self.records[9])

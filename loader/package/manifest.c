@@ -13,11 +13,13 @@ enum tag {
     TAG_LICENSE = 2,
     TAG_ORIGIN = 3,
     TAG_SHAPE = 4,
+    TAG_DECODER = 5,
     TAG_TOKENIZER = 8,
     TAG_TOKEN_LENGTHS = 9,
     TAG_TOKEN_BYTES = 10,
     TAG_TOKEN_TYPES = 11,
     TAG_MERGES = 12,
+    TAG_RANKS = 13,
     TAG_CHAT = 16,
     TAG_TENSOR = 32,
 };
@@ -31,6 +33,7 @@ struct parser {
     uint64_t payload_used; /* end of the last tensor */
     uint32_t *offsets;
     uint32_t *merges;
+    uint32_t *ranks;
     struct cm_manifest_tensor *tensors;
     uint32_t tensor_room;
     size_t at; /* offset of the record, for errors */
@@ -124,7 +127,7 @@ static enum cm_status shape_parse(struct parser *parser, struct cm_cursor *body)
     m->rope_base = cm_cursor_f32(body);
     m->norm_epsilon = cm_cursor_f32(body);
     m->tied_head = tied == 1;
-    if (m->architecture != CM_ARCH_LLAMA) {
+    if (!within(m->architecture, CM_ARCH_LLAMA, CM_ARCH_PHI3)) {
         return refuse(parser, "unknown architecture");
     }
     if (!within(m->vocabulary, 2, CM_MANIFEST_VOCABULARY_MAX) || !within(m->width, 32, 1u << 17) ||
@@ -142,6 +145,36 @@ static enum cm_status shape_parse(struct parser *parser, struct cm_cursor *body)
     return CM_OK;
 }
 
+/* Absent where it is llama's: one model, one encoding. */
+static enum cm_status decoder_parse(struct parser *parser, struct cm_cursor *body)
+{
+    struct cm_manifest_decoder *d = &parser->manifest->decoder;
+    uint32_t *const flags[] = {&d->qk_norm, &d->post_norms, &d->qkv_bias};
+    float *const reals[] = {&d->embedding_scale, &d->attention_scale,  &d->attention_cap,
+                            &d->logits_cap,      &d->window_rope_base, &d->rope_scale};
+    bool ok = true, other = false;
+    d->activation = cm_cursor_u32(body);
+    ok = d->activation <= CM_MANIFEST_GELU;
+    for (size_t i = 0; i < sizeof(flags) / sizeof(flags[0]); i++) {
+        *flags[i] = cm_cursor_u32(body);
+        ok = ok && *flags[i] <= 1;
+        other = other || *flags[i] != 0;
+    }
+    d->window = cm_cursor_u32(body);
+    d->window_period = cm_cursor_u32(body);
+    ok = ok && d->window <= 1u << 22 && d->window_period <= CM_MANIFEST_LAYERS_MAX &&
+         (d->window != 0 || (d->window_period == 0));
+    for (size_t i = 0; i < sizeof(reals) / sizeof(reals[0]); i++) {
+        *reals[i] = cm_cursor_f32(body);
+        ok = ok && isfinite(*reals[i]) && *reals[i] >= 0.0f && !signbit(*reals[i]);
+        other = other || *reals[i] > 0.0f;
+    }
+    ok = ok && (d->window_rope_base == 0.0f || (d->window != 0 && d->window_rope_base >= 1.0f));
+    return ok && (other || d->activation != 0 || d->window != 0)
+               ? CM_OK
+               : refuse(parser, "decoder is out of bounds, or is llama's");
+}
+
 static enum cm_status tokenizer_parse(struct parser *parser, struct cm_cursor *body)
 {
     struct cm_manifest *m = parser->manifest;
@@ -151,9 +184,11 @@ static enum cm_status tokenizer_parse(struct parser *parser, struct cm_cursor *b
     m->add_begin = add_begin == 1;
     m->begin_token = cm_cursor_u32(body);
     m->end_token_count = cm_cursor_u32(body);
-    if (m->tokenizer != CM_TOKENIZER_BYTE_BPE ||
-        (m->split != CM_SPLIT_SMOLLM && m->split != CM_SPLIT_GPT2) || add_begin > 1 ||
-        m->begin_token >= m->vocabulary ||
+    bool pieces = m->tokenizer == CM_TOKENIZER_SENTENCEPIECE;
+    if ((!pieces && m->tokenizer != CM_TOKENIZER_BYTE_BPE) ||
+        !within(m->split, pieces ? CM_SPLIT_WHOLE : CM_SPLIT_SMOLLM,
+                pieces ? CM_SPLIT_SPACE_FIRST : CM_SPLIT_LLAMA3) ||
+        add_begin > 1 || m->begin_token >= m->vocabulary ||
         !within(m->end_token_count, 1, CM_MANIFEST_END_TOKENS_MAX)) {
         return refuse(parser, "tokenizer's kind or token ids are impossible");
     }
@@ -234,11 +269,28 @@ static enum cm_status merges_parse(struct parser *parser, struct cm_cursor *body
     return CM_OK;
 }
 
+static enum cm_status ranks_parse(struct parser *parser, struct cm_cursor *body)
+{
+    struct cm_manifest *m = parser->manifest;
+    if (m->tokenizer != CM_TOKENIZER_SENTENCEPIECE ||
+        cm_cursor_left(body) != (size_t)m->vocabulary * 4) {
+        return refuse(parser, "not one rank for each token, or the tokenizer has none");
+    }
+    parser->ranks = calloc(m->vocabulary, sizeof(*parser->ranks));
+    if (parser->ranks == NULL) {
+        return cm_error_errno(parser->err, ENOMEM, "CM-SYS-MEMORY", "ranks");
+    }
+    for (uint32_t i = 0; i < m->vocabulary; i++) {
+        parser->ranks[i] = cm_cursor_u32(body);
+    }
+    return CM_OK;
+}
+
 static enum cm_status chat_parse(struct parser *parser, struct cm_cursor *body)
 {
     struct cm_manifest *m = parser->manifest;
     m->chat = cm_cursor_u32(body);
-    if (!cm_cursor_ok(body) || (m->chat != CM_CHAT_NONE && m->chat != CM_CHAT_CHATML)) {
+    if (!cm_cursor_ok(body) || m->chat > CM_CHAT_GEMMA) {
         return refuse(parser, "unknown chat family");
     }
     return text_parse(parser, body, &m->default_system);
@@ -303,26 +355,30 @@ static enum cm_status tensor_parse(struct parser *parser, struct cm_cursor *body
     return status;
 }
 
+enum presence { ONCE, MAYBE, MANY };
+
 static const struct {
     uint16_t tag;
-    bool many;
+    enum presence presence;
     enum cm_status (*parse)(struct parser *parser, struct cm_cursor *body);
 } records[] = {
-    {TAG_NAME, false, name_parse},
-    {TAG_LICENSE, false, license_parse},
-    {TAG_ORIGIN, false, origin_parse},
-    {TAG_SHAPE, false, shape_parse},
-    {TAG_TOKENIZER, false, tokenizer_parse},
-    {TAG_TOKEN_LENGTHS, false, lengths_parse},
-    {TAG_TOKEN_BYTES, false, token_bytes_parse},
-    {TAG_TOKEN_TYPES, false, types_parse},
-    {TAG_MERGES, false, merges_parse},
-    {TAG_CHAT, false, chat_parse},
-    {TAG_TENSOR, true, tensor_parse},
+    {TAG_NAME, ONCE, name_parse},
+    {TAG_LICENSE, ONCE, license_parse},
+    {TAG_ORIGIN, ONCE, origin_parse},
+    {TAG_SHAPE, ONCE, shape_parse},
+    {TAG_DECODER, MAYBE, decoder_parse},
+    {TAG_TOKENIZER, ONCE, tokenizer_parse},
+    {TAG_TOKEN_LENGTHS, ONCE, lengths_parse},
+    {TAG_TOKEN_BYTES, ONCE, token_bytes_parse},
+    {TAG_TOKEN_TYPES, ONCE, types_parse},
+    {TAG_MERGES, ONCE, merges_parse},
+    {TAG_RANKS, MAYBE, ranks_parse},
+    {TAG_CHAT, ONCE, chat_parse},
+    {TAG_TENSOR, MANY, tensor_parse},
 };
 #define RECORD_COUNT (sizeof(records) / sizeof(records[0]))
 
-/* Records come in the table's order, each once (the last kind: once or more). */
+/* Records come in the table's order, as often as it says. */
 static enum cm_status records_parse(struct parser *parser, struct cm_cursor *cursor)
 {
     size_t row = 0;
@@ -336,6 +392,10 @@ static enum cm_status records_parse(struct parser *parser, struct cm_cursor *cur
         if (!cm_cursor_ok(cursor) || reserved != 0) {
             return refuse(parser, "record is cut or malformed");
         }
+        while (row < RECORD_COUNT && records[row].presence == MAYBE &&
+               records[row].tag != parser->tag) {
+            row++;
+        }
         if (row == RECORD_COUNT || records[row].tag != parser->tag) {
             return refuse(parser, "unknown, missing, repeated or out of order");
         }
@@ -347,10 +407,16 @@ static enum cm_status records_parse(struct parser *parser, struct cm_cursor *cur
         if (!cm_cursor_ok(&body) || cm_cursor_left(&body) != 0) {
             return refuse(parser, "record has the wrong size");
         }
-        seen_many = seen_many || records[row].many;
-        row += records[row].many ? 0 : 1;
+        seen_many = seen_many || records[row].presence == MANY;
+        row += records[row].presence == MANY ? 0 : 1;
     }
-    return seen_many ? CM_OK : refuse(parser, "the manifest ends too early");
+    if (!seen_many) {
+        return refuse(parser, "the manifest ends too early");
+    }
+    bool pieces = parser->manifest->tokenizer == CM_TOKENIZER_SENTENCEPIECE;
+    return pieces == (parser->ranks != NULL) && (!pieces || parser->manifest->merge_count == 0)
+               ? CM_OK
+               : refuse(parser, "the tokenizer has no ranks, or merges beside them");
 }
 
 enum cm_status cm_manifest_parse(const uint8_t *bytes, size_t size, uint64_t payload_bytes,
@@ -362,6 +428,7 @@ enum cm_status cm_manifest_parse(const uint8_t *bytes, size_t size, uint64_t pay
     enum cm_status status = records_parse(&parser, &cursor);
     manifest.token_offsets = parser.offsets;
     manifest.merges = parser.merges;
+    manifest.ranks = parser.ranks;
     manifest.tensors = parser.tensors;
     if (status != CM_OK) {
         cm_manifest_done(&manifest);
@@ -375,6 +442,7 @@ void cm_manifest_done(struct cm_manifest *manifest)
 {
     free((void *)manifest->token_offsets);
     free((void *)manifest->merges);
+    free((void *)manifest->ranks);
     free((void *)manifest->tensors);
     *manifest = (struct cm_manifest){0};
 }
@@ -422,6 +490,31 @@ static void tokenizer_put(struct cm_writer *writer, const struct cm_manifest *m)
     for (uint32_t i = 0; i < m->merge_count * 2; i++) {
         cm_writer_u32(writer, m->merges[i]);
     }
+    if (m->ranks != NULL) {
+        record_put(writer, TAG_RANKS, (size_t)m->vocabulary * 4);
+        for (uint32_t i = 0; i < m->vocabulary; i++) {
+            cm_writer_u32(writer, m->ranks[i]);
+        }
+    }
+}
+
+static void decoder_put(struct cm_writer *writer, const struct cm_manifest_decoder *d)
+{
+    static const struct cm_manifest_decoder llama;
+    const uint32_t numbers[] = {d->activation, d->qk_norm, d->post_norms,
+                                d->qkv_bias,   d->window,  d->window_period};
+    const float reals[] = {d->embedding_scale, d->attention_scale,  d->attention_cap,
+                           d->logits_cap,      d->window_rope_base, d->rope_scale};
+    if (memcmp(d, &llama, sizeof(llama)) == 0) {
+        return;
+    }
+    record_put(writer, TAG_DECODER, sizeof(numbers) + sizeof(reals));
+    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) {
+        cm_writer_u32(writer, numbers[i]);
+    }
+    for (size_t i = 0; i < sizeof(reals) / sizeof(reals[0]); i++) {
+        f32_put(writer, reals[i]);
+    }
 }
 
 static void tensors_put(struct cm_writer *writer, const struct cm_manifest *m)
@@ -456,6 +549,7 @@ static void manifest_put(struct cm_writer *writer, const struct cm_manifest *m)
     }
     f32_put(writer, m->rope_base);
     f32_put(writer, m->norm_epsilon);
+    decoder_put(writer, &m->decoder);
     tokenizer_put(writer, m);
     record_put(writer, TAG_CHAT, 4 + (size_t)m->default_system.size);
     cm_writer_u32(writer, m->chat);
@@ -468,7 +562,7 @@ enum cm_status cm_manifest_encode(const struct cm_manifest *manifest, uint8_t **
 {
     size_t size = 4096 + (size_t)manifest->model_name.size + manifest->license.size +
                   manifest->origin.size + manifest->default_system.size +
-                  (size_t)manifest->vocabulary * 3 + manifest->token_offsets[manifest->vocabulary] +
+                  (size_t)manifest->vocabulary * 7 + manifest->token_offsets[manifest->vocabulary] +
                   (size_t)manifest->merge_count * 8 +
                   (size_t)manifest->tensor_count * (TENSOR_FIXED_BYTES + 8 + 64);
     uint8_t *bytes = malloc(size);

@@ -20,11 +20,33 @@
 #define CM_MANIFEST_TEXT_BYTES_MAX  (64u << 10)
 #define CM_MANIFEST_END_TOKENS_MAX  8u
 
-enum cm_manifest_architecture { CM_ARCH_LLAMA = 1 };
-enum cm_manifest_tokenizer { CM_TOKENIZER_BYTE_BPE = 1 };
-enum cm_manifest_split { CM_SPLIT_SMOLLM = 1, CM_SPLIT_GPT2 = 2 }; /* pre-tokenizer */
-enum cm_manifest_chat { CM_CHAT_NONE = 0, CM_CHAT_CHATML = 1 };
-enum cm_manifest_token_type { /* as in GGUF, renumbered */
+/* Only a name: what a decoder computes is said by shape and struct cm_manifest_decoder. */
+enum cm_manifest_architecture {
+    CM_ARCH_LLAMA = 1,
+    CM_ARCH_MISTRAL = 2,
+    CM_ARCH_QWEN2 = 3,
+    CM_ARCH_QWEN3 = 4,
+    CM_ARCH_GEMMA2 = 5,
+    CM_ARCH_GEMMA3 = 6,
+    CM_ARCH_PHI3 = 7,
+};
+enum cm_manifest_tokenizer {
+    CM_TOKENIZER_BYTE_BPE = 1,      /* pairs of bytes, merged in order of rank */
+    CM_TOKENIZER_SENTENCEPIECE = 2, /* pairs of characters, into the token of least rank */
+};
+enum cm_manifest_split { /* pre-tokenizer */
+                         CM_SPLIT_SMOLLM = 1,
+                         CM_SPLIT_GPT2 = 2,
+                         CM_SPLIT_QWEN2 = 3,
+                         CM_SPLIT_LLAMA3 = 4,
+                         CM_SPLIT_WHOLE = 5, /* SentencePiece: none */
+                         CM_SPLIT_SPACE_FIRST =
+                             6, /* SentencePiece: none, and a space before the text */
+};
+enum cm_manifest_chat { CM_CHAT_NONE = 0, CM_CHAT_CHATML = 1, CM_CHAT_GEMMA = 2 };
+enum cm_manifest_activation { CM_MANIFEST_SILU = 0, CM_MANIFEST_GELU = 1 /* by tanh */ };
+#define CM_MANIFEST_NO_RANK 0xffffffffu /* no pair becomes this token */
+enum cm_manifest_token_type {           /* as in GGUF, renumbered */
                               CM_TOKEN_NORMAL = 1,
                               CM_TOKEN_UNKNOWN = 2,
                               CM_TOKEN_CONTROL = 3,
@@ -55,6 +77,22 @@ struct cm_manifest_tensor {
     uint64_t bytes;
 };
 
+/* What sets a decoder apart from llama's; all zero is llama's. */
+struct cm_manifest_decoder {
+    uint32_t activation;    /* of the gate; enum cm_manifest_activation */
+    uint32_t qk_norm;       /* 1: every head of Q and K is normed before RoPE */
+    uint32_t post_norms;    /* 1: attention's and FFN's results are normed before they are added */
+    uint32_t qkv_bias;      /* 1: Q, K and V have a bias */
+    uint32_t window;        /* positions that a layer with a window sees, itself included; 0: all */
+    uint32_t window_period; /* each n-th layer has no window; 0: all layers have one */
+    float embedding_scale;  /* 0: 1 */
+    float attention_scale;  /* 0: 1 / sqrt(head_width) */
+    float attention_cap;    /* scores become cap * tanh(score / cap); 0: they do not */
+    float logits_cap;       /* the same of the logits */
+    float window_rope_base; /* of layers with a window; 0: rope_base */
+    float rope_scale;       /* positions are multiplied, where there is no window; 0: 1 */
+};
+
 struct cm_manifest {
     struct cm_manifest_text model_name; /* [a-zA-Z0-9._-]{1,63} */
     struct cm_manifest_text license;
@@ -64,6 +102,7 @@ struct cm_manifest {
     uint32_t context_max;
     float rope_base, norm_epsilon;
     bool tied_head;
+    struct cm_manifest_decoder decoder;
     /* tokenizer */
     uint32_t tokenizer; /* enum cm_manifest_tokenizer */
     uint32_t split;     /* enum cm_manifest_split */
@@ -76,6 +115,7 @@ struct cm_manifest {
     const uint8_t *token_types;    /* [vocabulary] enum cm_manifest_token_type */
     const uint32_t *merges;        /* [merge_count][2] token ids in order of rank; allocated */
     uint32_t merge_count;
+    const uint32_t *ranks; /* SentencePiece: [vocabulary], least first; else NULL; allocated */
     /* chat */
     uint32_t chat;                          /* enum cm_manifest_chat */
     struct cm_manifest_text default_system; /* size 0: none is added */

@@ -47,11 +47,29 @@ static enum cm_status tensors_place(const struct cm_manifest *m, struct cm_worke
         to->scale_offset = from->scale_offset;
         to->bytes = from->bytes;
     }
-    uint32_t wanted = m->layers * CM_LAYER_ROLE_COUNT + (m->tied_head ? 2u : 3u);
+    const struct cm_manifest_decoder *d = &m->decoder;
+    uint32_t layer = 6 + d->qkv_bias + 2 * d->qk_norm + 2 * d->post_norms;
+    uint32_t wanted = m->layers * layer + (m->tied_head ? 2u : 3u);
     return m->tensor_count == wanted
                ? CM_OK
                : cm_error_set(err, CM_E_PACKAGE, "CM-WRK-TENSOR",
                               "manifest: %u tensors, this model has %u", m->tensor_count, wanted);
+}
+
+static struct cm_decoder decoder_make(const struct cm_manifest_decoder *d)
+{
+    return (struct cm_decoder){.activation = d->activation,
+                               .qk_norm = d->qk_norm == 1,
+                               .post_norms = d->post_norms == 1,
+                               .qkv_bias = d->qkv_bias == 1,
+                               .window = d->window,
+                               .window_period = d->window_period,
+                               .embedding_scale = d->embedding_scale,
+                               .attention_scale = d->attention_scale,
+                               .attention_cap = d->attention_cap,
+                               .logits_cap = d->logits_cap,
+                               .window_rope_base = d->window_rope_base,
+                               .rope_scale = d->rope_scale};
 }
 
 enum cm_status cm_worker_model_make(const struct cm_manifest *m, struct cm_worker_model *ret_model,
@@ -78,6 +96,7 @@ enum cm_status cm_worker_model_make(const struct cm_manifest *m, struct cm_worke
                                    .context_max = m->context_max,
                                    .rope_base = m->rope_base,
                                    .norm_epsilon = m->norm_epsilon,
+                                   .decoder = decoder_make(&m->decoder),
                                    .tied_head = m->tied_head,
                                    .layer = made.layers,
                                    .token_offsets = m->token_offsets,

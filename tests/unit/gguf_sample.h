@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "loader/pack/plan.h"
+#include "loader/pack/quant.h"
 
 #define GGUF_SAMPLE_BYTES (256u << 10)
 #define GGUF_MARKS_MAX    4096
@@ -152,7 +153,7 @@ static inline void gguf_vocabulary(struct gguf_sample *s)
 static inline void gguf_tensor(struct gguf_sample *s, const char *name, uint64_t columns,
                                uint64_t rows, uint32_t type, uint32_t block_bytes)
 {
-    uint64_t bytes = type == CM_GGUF_F32 ? columns * rows * 4 : columns / 32 * rows * block_bytes;
+    uint64_t bytes = type == CM_QUANT_F32 ? columns * rows * 4 : columns / 32 * rows * block_bytes;
     s->tensors++;
     gguf_words(s, name, GGUF_MARK_NAME);
     gguf_number(s, rows > 1 ? 2 : 1, 4, GGUF_MARK_COUNT);
@@ -184,17 +185,17 @@ static inline void gguf_sample_make(struct gguf_sample *s)
     gguf_key_f32(s, "llama.rope.freq_base", 10000.0f);
     gguf_key_f32(s, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
     gguf_vocabulary(s);
-    gguf_tensor(s, "token_embd.weight", 32, 261, CM_GGUF_Q8_0, 34);
-    gguf_tensor(s, "blk.0.attn_norm.weight", 32, 1, CM_GGUF_F32, 0);
-    gguf_tensor(s, "blk.0.attn_q.weight", 32, 32, CM_GGUF_Q4_1, 20);
-    gguf_tensor(s, "blk.0.attn_k.weight", 32, 16, CM_GGUF_Q4_1, 20);
-    gguf_tensor(s, "blk.0.attn_v.weight", 32, 16, CM_GGUF_Q4_0, 18);
-    gguf_tensor(s, "blk.0.attn_output.weight", 32, 32, CM_GGUF_F16, 64);
-    gguf_tensor(s, "blk.0.ffn_norm.weight", 32, 1, CM_GGUF_F32, 0);
-    gguf_tensor(s, "blk.0.ffn_gate.weight", 32, 64, CM_GGUF_BF16, 64);
-    gguf_tensor(s, "blk.0.ffn_up.weight", 32, 64, CM_GGUF_Q4_0, 18);
-    gguf_tensor(s, "blk.0.ffn_down.weight", 64, 32, CM_GGUF_Q8_0, 34);
-    gguf_tensor(s, "output_norm.weight", 32, 1, CM_GGUF_F32, 0);
+    gguf_tensor(s, "token_embd.weight", 32, 261, CM_QUANT_Q8_0, 34);
+    gguf_tensor(s, "blk.0.attn_norm.weight", 32, 1, CM_QUANT_F32, 0);
+    gguf_tensor(s, "blk.0.attn_q.weight", 32, 32, CM_QUANT_Q4_1, 20);
+    gguf_tensor(s, "blk.0.attn_k.weight", 32, 16, CM_QUANT_Q4_1, 20);
+    gguf_tensor(s, "blk.0.attn_v.weight", 32, 16, CM_QUANT_Q4_0, 18);
+    gguf_tensor(s, "blk.0.attn_output.weight", 32, 32, CM_QUANT_F16, 64);
+    gguf_tensor(s, "blk.0.ffn_norm.weight", 32, 1, CM_QUANT_F32, 0);
+    gguf_tensor(s, "blk.0.ffn_gate.weight", 32, 64, CM_QUANT_BF16, 64);
+    gguf_tensor(s, "blk.0.ffn_up.weight", 32, 64, CM_QUANT_Q4_0, 18);
+    gguf_tensor(s, "blk.0.ffn_down.weight", 64, 32, CM_QUANT_Q8_0, 34);
+    gguf_tensor(s, "output_norm.weight", 32, 1, CM_QUANT_F32, 0);
     memcpy(s->bytes + 8, &(uint64_t){s->tensors}, 8);
     memcpy(s->bytes + 16, &(uint64_t){s->keys}, 8);
     s->size = (s->size + 31) / 32 * 32;
@@ -226,7 +227,7 @@ static inline enum cm_status gguf_way(const uint8_t *bytes, size_t size, struct 
     status = cm_plan_make(gguf, &options, ret_plan, err);
     for (uint32_t i = 0; status == CM_OK && i < ret_plan->manifest.tensor_count; i++) {
         uint8_t *room = malloc(ret_plan->manifest.tensors[i].bytes);
-        status = cm_plan_convert(gguf, ret_plan, i, room, &loss, err);
+        status = cm_plan_convert(ret_plan, i, room, &loss, err);
         free(room);
         if (status != CM_OK) {
             cm_plan_done(ret_plan);
