@@ -23,7 +23,7 @@ static const struct {
 };
 
 /* In a Jinja string the two characters \n mean a newline; both spellings are one template. */
-static size_t newlines_undo(struct cm_gguf_text text, char *ret)
+static size_t newlines_undo(struct cm_source_text text, char *ret)
 {
     size_t used = 0;
     for (size_t i = 0; i < text.size; i++) {
@@ -75,39 +75,39 @@ static enum cm_status system_set(struct cm_plan *plan, const char *text, size_t 
     return CM_OK;
 }
 
+static const struct {
+    const char *name;
+    uint32_t chat;
+} formats[] = {{"chatml", CM_CHAT_CHATML}, {"gemma", CM_CHAT_GEMMA}, {"none", CM_CHAT_NONE}};
+
 static enum cm_status format_given(const struct cm_plan_options *options, struct cm_plan *plan,
                                    struct cm_error *err)
 {
     const char *system = options->default_system != NULL ? options->default_system : "";
-    if (strcmp(options->chat_format, "chatml") == 0) {
-        plan->manifest.chat = CM_CHAT_CHATML;
-        return system_set(plan, system, strlen(system), err);
-    }
-    if (strcmp(options->chat_format, "none") == 0) {
-        plan->manifest.chat = CM_CHAT_NONE;
-        return system_set(plan, "", 0, err);
+    for (size_t i = 0; i < sizeof(formats) / sizeof(formats[0]); i++) {
+        if (strcmp(options->chat_format, formats[i].name) == 0) {
+            plan->manifest.chat = formats[i].chat;
+            return system_set(plan, system, formats[i].chat == CM_CHAT_NONE ? 0 : strlen(system),
+                              err);
+        }
     }
     return cm_error_set(err, CM_E_USAGE, "CM-PACK-CHAT",
-                        "--chat-format '%s' is unknown; there are: chatml, none",
+                        "--chat-format '%s' is unknown; there are: chatml, gemma, none",
                         options->chat_format);
 }
 
-enum cm_status cm_plan_chat(const struct cm_gguf *gguf, const struct cm_plan_options *options,
+enum cm_status cm_plan_chat(struct cm_source_text text, const struct cm_plan_options *options,
                             struct cm_plan *plan, struct cm_error *err)
 {
-    struct cm_gguf_text text;
+    enum cm_status status;
     const char *system;
     size_t system_bytes;
     if (options->chat_format != NULL) {
         return format_given(options, plan, err);
     }
-    if (!cm_gguf_has(gguf, "tokenizer.chat_template")) {
+    if (text.size == 0) {
         plan->manifest.chat = CM_CHAT_NONE;
         return system_set(plan, "", 0, err);
-    }
-    enum cm_status status = cm_gguf_text(gguf, "tokenizer.chat_template", &text, err);
-    if (status != CM_OK) {
-        return status;
     }
     char *normal = malloc(text.size + 1);
     if (normal == NULL) {
@@ -120,7 +120,7 @@ enum cm_status cm_plan_chat(const struct cm_gguf *gguf, const struct cm_plan_opt
     } else {
         status = cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TEMPLATE",
                               "GGUF: the chat template is of no known family; say which one with "
-                              "--chat-format chatml|none (and --default-system)");
+                              "--chat-format chatml|gemma|none (and --default-system)");
     }
     free(normal);
     return status;

@@ -1,6 +1,4 @@
 /* Weights into compute layout: tiles of 16 rows × 32 columns, a quant plane, then a scale plane. */
-#include "loader/pack/plan.h"
-
 #include <errno.h>
 #include <math.h>
 #include <stdlib.h>
@@ -8,114 +6,14 @@
 
 #include "kernels/model.h"
 #include "loader/pack/half.h"
+#include "loader/pack/plan.h"
+#include "loader/pack/quant.h"
 
-/* One block of 32 weights, as integers with scales. value = d * (q - zero) + m. */
-struct block {
-    uint8_t q[CM_TILE_COLUMNS];
-    uint16_t d, m; /* fp16 bits */
-};
-
-static uint16_t u16_at(const uint8_t *bytes)
-{
-    return (uint16_t)(bytes[0] | bytes[1] << 8);
-}
-
-static float f32_at(const uint8_t *bytes)
-{
-    float value;
-    memcpy(&value, bytes, sizeof(value));
-    return value;
-}
-
-/* Values of block `b` of a row, whatever its type. False: NaN or infinite. */
-static bool block_floats(uint32_t type, const uint8_t *row, uint64_t b, uint32_t columns,
-                         float ret[CM_TILE_COLUMNS])
-{
-    bool finite = true;
-    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        uint64_t at = b * CM_TILE_COLUMNS + k;
-        float value = 0.0f;
-        uint32_t nibble;
-        const uint8_t *block;
-        uint32_t bits;
-        if (at < columns) {
-            switch (type) {
-            case CM_GGUF_F32:
-                value = f32_at(row + 4 * at);
-                break;
-            case CM_GGUF_F16:
-                value = cm_half_to_float(u16_at(row + 2 * at));
-                break;
-            case CM_GGUF_BF16:
-                bits = (uint32_t)u16_at(row + 2 * at) << 16;
-                memcpy(&value, &bits, sizeof(value));
-                break;
-            case CM_GGUF_Q8_0:
-                block = row + b * 34;
-                value = cm_half_to_float(u16_at(block)) * (float)(int8_t)block[2 + k];
-                break;
-            case CM_GGUF_Q4_0:
-                block = row + b * 18;
-                nibble = k < 16 ? block[2 + k] & 15u : block[2 + k - 16] >> 4;
-                value = cm_half_to_float(u16_at(block)) * ((float)nibble - 8.0f);
-                break;
-            default: /* CM_GGUF_Q4_1 */
-                block = row + b * 20;
-                nibble = k < 16 ? block[4 + k] & 15u : block[4 + k - 16] >> 4;
-                value = cm_half_to_float(u16_at(block)) * (float)nibble +
-                        cm_half_to_float(u16_at(block + 2));
-                break;
-            }
-        }
-        finite = finite && isfinite(value);
-        ret[k] = value;
-    }
-    return finite;
-}
-
-/* Quants and scales carried over as they are. False: NaN or infinite scale. */
-static bool block_exact(uint32_t type, const uint8_t *row, uint64_t b, struct block *ret)
-{
-    const uint8_t *block = row + b * (type == CM_GGUF_Q8_0   ? 34u
-                                      : type == CM_GGUF_Q4_0 ? 18u
-                                                             : 20u);
-    const uint8_t *quants = block + (type == CM_GGUF_Q4_1 ? 4 : 2);
-    ret->d = u16_at(block);
-    ret->m = type == CM_GGUF_Q4_1 ? u16_at(block + 2) : 0;
-    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        if (type == CM_GGUF_Q8_0) {
-            ret->q[k] = (uint8_t)(quants[k] ^ 0x80); /* int8 + 128 */
-        } else {
-            ret->q[k] = k < 16 ? quants[k] & 15u : (uint8_t)(quants[k - 16] >> 4);
-        }
-    }
-    return cm_half_finite(ret->d) && cm_half_finite(ret->m);
-}
-
-/* Quantise 32 values to u8 symmetric: d = max|x| / 127. */
-static bool block_quantise(const float values[CM_TILE_COLUMNS], struct block *ret,
-                           struct cm_convert_loss *loss)
-{
-    float greatest = 0.0f;
-    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        greatest = fmaxf(greatest, fabsf(values[k]));
-    }
-    ret->d = cm_half_from_float(greatest / 127.0f);
-    ret->m = 0;
-    float d = cm_half_to_float(ret->d);
-    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        float q = d > 0.0f ? rintf(values[k] / d) : 0.0f;
-        q = fminf(fmaxf(q, -127.0f), 127.0f);
-        ret->q[k] = (uint8_t)((int)q + 128);
-        double error = (double)d * (double)q - (double)values[k];
-        loss->error_square += error * error;
-        loss->square += (double)values[k] * (double)values[k];
-    }
-    return cm_half_finite(ret->d);
-}
+/* A row's last block may be read beyond its columns. */
+#define ROW_SPARE_BYTES (CM_TILE_COLUMNS * sizeof(float))
 
 /* Put one row's block into its tile (FORMAT.md, "Compute layout"). */
-static void tile_put(uint32_t kind, uint32_t r, const struct block *block, uint8_t *quants,
+static void tile_put(uint32_t kind, uint32_t r, const struct cm_quant_block *block, uint8_t *quants,
                      uint8_t *scales)
 {
     for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
@@ -132,62 +30,144 @@ static void tile_put(uint32_t kind, uint32_t r, const struct block *block, uint8
     }
 }
 
-/* Which source row fills stored row `row`? */
-static void row_find(const struct cm_plan_source *source, uint64_t row,
-                     const struct cm_gguf_tensor **ret_tensor, uint64_t *ret_row)
+/* Row of a tensor whose heads' pairs lie apart that belongs at `row` where they are adjacent: 2i
+ * comes from i, 2i + 1 from i + rope_width / 2; what RoPE does not turn stays. */
+static uint64_t pair_row(const struct cm_manifest *m, uint64_t row)
 {
-    if (source->weave == CM_WEAVE_ALTERNATE_TILES) {
-        uint64_t tile = row / CM_TILE_ROWS;
-        *ret_tensor = source->tensors[tile % 2];
-        *ret_row = tile / 2 * CM_TILE_ROWS + row % CM_TILE_ROWS;
-        return;
+    uint64_t head = row / m->head_width * m->head_width, r = row % m->head_width;
+    if (r < m->rope_width) {
+        r = r % 2 * (m->rope_width / 2) + r / 2;
     }
-    uint32_t i = 0;
-    while (row >= source->tensors[i]->rows) {
-        row -= source->tensors[i++]->rows;
-    }
-    *ret_tensor = source->tensors[i];
-    *ret_row = row;
+    return head + r;
 }
 
-static enum cm_status refuse_value(const struct cm_gguf_tensor *tensor, uint64_t row,
+/* Which source row fills stored row `row`? */
+static void row_find(const struct cm_plan *plan, const struct cm_plan_source *source, uint64_t row,
+                     const struct cm_source_tensor **ret_tensor, uint64_t *ret_row)
+{
+    uint32_t i = 0;
+    if (source->weave == CM_WEAVE_ALTERNATE_TILES) {
+        uint64_t tile = row / CM_TILE_ROWS;
+        i = (uint32_t)(tile % 2);
+        row = tile / 2 * CM_TILE_ROWS + row % CM_TILE_ROWS;
+    } else {
+        while (row >= source->parts[i].rows) {
+            row -= source->parts[i++].rows;
+        }
+    }
+    if (source->parts[i].turned && plan->pairs_apart) {
+        row = pair_row(&plan->manifest, row);
+    }
+    *ret_tensor = source->parts[i].tensor;
+    *ret_row = source->parts[i].first + row;
+}
+
+static enum cm_status refuse_value(const struct cm_source_tensor *tensor, uint64_t row,
                                    uint64_t block, struct cm_error *err)
 {
     return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-VALUE",
-                        "GGUF at offset %llu: tensor '%.*s', row %llu, block %llu: NaN or infinite "
-                        "value",
+                        "model file at offset %llu: tensor '%.*s', row %llu, block %llu: NaN or "
+                        "infinite value",
                         (unsigned long long)(tensor->offset + row * tensor->row_bytes),
                         (int)tensor->name.size, tensor->name.bytes, (unsigned long long)row,
                         (unsigned long long)block);
 }
 
-static enum cm_status vector_convert(const struct cm_gguf *gguf,
-                                     const struct cm_gguf_tensor *tensor, uint8_t *ret_bytes,
-                                     struct cm_error *err)
+static bool all_finite(const float values[CM_TILE_COLUMNS])
 {
-    uint8_t *row = malloc((size_t)tensor->row_bytes);
-    if (row == NULL) {
-        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "a row");
+    bool finite = true;
+    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
+        finite = finite && isfinite(values[k]);
     }
-    enum cm_status status = cm_gguf_rows_read(gguf, tensor, 0, 1, row, err);
-    for (uint64_t b = 0; status == CM_OK && b * CM_TILE_COLUMNS < tensor->columns; b++) {
-        float values[CM_TILE_COLUMNS];
-        uint64_t left = tensor->columns - b * CM_TILE_COLUMNS;
-        size_t count = left < CM_TILE_COLUMNS ? (size_t)left : CM_TILE_COLUMNS;
-        if (!block_floats(tensor->type, row, b, (uint32_t)tensor->columns, values)) {
+    return finite;
+}
+
+/* The whole of a vector as floats; the caller frees. */
+static enum cm_status vector_read(const struct cm_source_tensor *tensor, float **ret_values,
+                                  struct cm_error *err)
+{
+    const struct cm_quant *quant = cm_quant_find(tensor->type);
+    uint64_t blocks = (tensor->columns + CM_TILE_COLUMNS - 1) / CM_TILE_COLUMNS;
+    uint8_t *row = calloc(1, (size_t)tensor->row_bytes + ROW_SPARE_BYTES);
+    float *values = calloc(blocks, CM_TILE_COLUMNS * sizeof(*values));
+    enum cm_status status = row != NULL && values != NULL
+                                ? cm_source_rows_read(tensor, 0, 1, row, err)
+                                : cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "a row");
+    for (uint64_t b = 0; status == CM_OK && b < blocks; b++) {
+        quant->values(row, b, values + b * CM_TILE_COLUMNS);
+        if (!all_finite(values + b * CM_TILE_COLUMNS)) {
             status = refuse_value(tensor, 0, b, err);
         }
-        memcpy(ret_bytes + b * CM_TILE_COLUMNS * 4, values, count * 4);
     }
     free(row);
+    if (status != CM_OK) {
+        free(values);
+        return status;
+    }
+    *ret_values = values;
+    return CM_OK;
+}
+
+/* A vector's parts one after the other; norms may be stored as weight - 1. */
+static enum cm_status vector_convert(const struct cm_plan *plan,
+                                     const struct cm_manifest_tensor *stored,
+                                     const struct cm_plan_source *source, uint8_t *ret_bytes,
+                                     struct cm_error *err)
+{
+    float *parts[3] = {NULL};
+    bool norm = stored->layer == CM_MANIFEST_NO_LAYER || stored->role != CM_LAYER_QKV_BIAS;
+    enum cm_status status = CM_OK;
+    for (uint32_t i = 0; status == CM_OK && i < source->count; i++) {
+        status = vector_read(source->parts[i].tensor, &parts[i], err);
+    }
+    for (uint64_t row = 0; status == CM_OK && row < stored->rows; row++) {
+        const struct cm_source_tensor *tensor;
+        uint64_t from;
+        uint32_t i = 0;
+        row_find(plan, source, row, &tensor, &from);
+        while (source->parts[i].tensor != tensor) {
+            i++;
+        }
+        float value = parts[i][from] + (norm ? plan->norm_added : 0.0f);
+        memcpy(ret_bytes + row * sizeof(value), &value, sizeof(value));
+    }
+    for (uint32_t i = 0; i < source->count; i++) {
+        free(parts[i]);
+    }
     return status;
 }
 
+/* One block of a row as quants of the stored kind, and what that costs. False: not finite. */
+static bool block_convert(const struct cm_quant *quant, uint32_t kind, const uint8_t *row,
+                          uint64_t b, uint64_t columns, struct cm_quant_block *ret,
+                          struct cm_convert_loss *loss)
+{
+    float values[CM_TILE_COLUMNS], stored[CM_TILE_COLUMNS];
+    quant->values(row, b, values);
+    for (uint64_t k = columns - b * CM_TILE_COLUMNS; k < CM_TILE_COLUMNS; k++) {
+        values[k] = 0.0f;
+    }
+    if (!all_finite(values)) {
+        return false;
+    }
+    if (quant->carry != NULL && quant->kind == kind) {
+        quant->carry(row, b, ret);
+    } else {
+        cm_quant_round(values, ret);
+    }
+    cm_quant_values(kind, ret, stored);
+    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
+        double error = (double)stored[k] - (double)values[k];
+        loss->error_square += error * error;
+        loss->square += (double)values[k] * (double)values[k];
+    }
+    return cm_half_finite(ret->d) && cm_half_finite(ret->m);
+}
+
 static enum cm_status row_convert(const struct cm_manifest_tensor *stored,
-                                  const struct cm_gguf_tensor *tensor, uint64_t source_row,
-                                  const uint8_t *bytes, uint64_t row, bool exact,
-                                  uint8_t *ret_bytes, struct cm_convert_loss *loss,
-                                  struct cm_error *err)
+                                  const struct cm_source_tensor *tensor, uint64_t source_row,
+                                  const uint8_t *bytes, uint64_t row, uint8_t *ret_bytes,
+                                  struct cm_convert_loss *loss, struct cm_error *err)
 {
     uint64_t blocks = (stored->columns + CM_TILE_COLUMNS - 1) / CM_TILE_COLUMNS;
     uint64_t quant_tile, scale_tile;
@@ -199,12 +179,9 @@ static enum cm_status row_convert(const struct cm_manifest_tensor *stored,
     scale_tile /= 2;
     for (uint64_t b = 0; b < blocks; b++) {
         uint64_t tile = row / CM_TILE_ROWS * blocks + b;
-        struct block block;
-        float values[CM_TILE_COLUMNS];
-        bool finite = exact ? block_exact(tensor->type, bytes, b, &block)
-                            : block_floats(tensor->type, bytes, b, stored->columns, values) &&
-                                  block_quantise(values, &block, loss);
-        if (!finite) {
+        struct cm_quant_block block;
+        if (!block_convert(cm_quant_find(tensor->type), stored->kind, bytes, b, stored->columns,
+                           &block, loss)) {
             return refuse_value(tensor, source_row, b, err);
         }
         tile_put(stored->kind, (uint32_t)(row % CM_TILE_ROWS), &block,
@@ -214,45 +191,46 @@ static enum cm_status row_convert(const struct cm_manifest_tensor *stored,
     return CM_OK;
 }
 
-enum cm_status cm_plan_convert(const struct cm_gguf *gguf, const struct cm_plan *plan,
-                               uint32_t index, uint8_t *ret_bytes, struct cm_convert_loss *ret_loss,
-                               struct cm_error *err)
+static enum cm_status matrix_convert(const struct cm_plan *plan,
+                                     const struct cm_manifest_tensor *stored,
+                                     const struct cm_plan_source *source, uint8_t *ret_bytes,
+                                     struct cm_convert_loss *loss, struct cm_error *err)
 {
-    const struct cm_manifest_tensor *stored = &plan->manifest.tensors[index];
-    const struct cm_plan_source *source = &plan->sources[index];
-    struct cm_convert_loss loss = {.exact = true};
-    memset(ret_bytes, 0, (size_t)stored->bytes);
-    if (stored->kind == CM_TENSOR_F32) {
-        *ret_loss = loss;
-        return vector_convert(gguf, source->tensors[0], ret_bytes, err);
-    }
-    uint32_t type = source->tensors[0]->type;
-    for (uint32_t i = 0; i < source->count; i++) {
-        loss.exact = loss.exact && source->tensors[i]->type == type &&
-                     (type == CM_GGUF_Q4_0 || type == CM_GGUF_Q4_1 || type == CM_GGUF_Q8_0);
-    }
     uint64_t row_bytes = 0;
     for (uint32_t i = 0; i < source->count; i++) {
-        uint64_t bytes = source->tensors[i]->row_bytes;
+        uint64_t bytes = source->parts[i].tensor->row_bytes;
         row_bytes = bytes > row_bytes ? bytes : row_bytes;
     }
-    /* Padding scales of u8 and u4 symmetric stay 0, so padded rows and columns add nothing. */
-    uint8_t *row_buffer = malloc((size_t)row_bytes);
+    uint8_t *row_buffer = calloc(1, (size_t)row_bytes + ROW_SPARE_BYTES);
     if (row_buffer == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "a row");
     }
     enum cm_status status = CM_OK;
     for (uint64_t row = 0; status == CM_OK && row < stored->rows; row++) {
-        const struct cm_gguf_tensor *tensor;
-        uint64_t source_row;
-        row_find(source, row, &tensor, &source_row);
-        status = cm_gguf_rows_read(gguf, tensor, source_row, 1, row_buffer, err);
+        const struct cm_source_tensor *tensor;
+        uint64_t from;
+        row_find(plan, source, row, &tensor, &from);
+        status = cm_source_rows_read(tensor, from, 1, row_buffer, err);
         if (status == CM_OK) {
-            status = row_convert(stored, tensor, source_row, row_buffer, row, loss.exact, ret_bytes,
-                                 &loss, err);
+            status = row_convert(stored, tensor, from, row_buffer, row, ret_bytes, loss, err);
         }
     }
     free(row_buffer);
+    return status;
+}
+
+enum cm_status cm_plan_convert(const struct cm_plan *plan, uint32_t index, uint8_t *ret_bytes,
+                               struct cm_convert_loss *ret_loss, struct cm_error *err)
+{
+    const struct cm_manifest_tensor *stored = &plan->manifest.tensors[index];
+    const struct cm_plan_source *source = &plan->sources[index];
+    struct cm_convert_loss loss = {.exact = true};
+    /* Padding scales of u8 and u4 symmetric stay 0, so padded rows and columns add nothing. */
+    memset(ret_bytes, 0, (size_t)stored->bytes);
+    enum cm_status status = stored->kind == CM_TENSOR_F32
+                                ? vector_convert(plan, stored, source, ret_bytes, err)
+                                : matrix_convert(plan, stored, source, ret_bytes, &loss, err);
+    loss.exact = !(loss.error_square > 0.0);
     *ret_loss = loss;
     return status;
 }

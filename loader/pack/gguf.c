@@ -8,8 +8,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "loader/pack/quant.h"
+
 struct key {
-    struct cm_gguf_text name;
+    struct cm_source_text name;
     uint32_t type;
     uint32_t element; /* of an array */
     uint64_t count;
@@ -24,40 +26,33 @@ struct cm_gguf {
     size_t header_bytes;
     struct key *keys;
     uint32_t key_count;
-    struct cm_gguf_tensor *tensors;
+    struct cm_source_tensor *tensors;
     uint32_t tensor_count;
 };
 
 static const uint8_t value_bytes[CM_GGUF_VALUE_COUNT] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
-static const struct {
-    uint32_t type;
-    uint32_t block; /* weights per block */
-    uint32_t block_bytes;
-} types[] = {{CM_GGUF_F32, 1, 4},    {CM_GGUF_F16, 1, 2},    {CM_GGUF_BF16, 1, 2},
-             {CM_GGUF_Q4_0, 32, 18}, {CM_GGUF_Q4_1, 32, 20}, {CM_GGUF_Q8_0, 32, 34}};
-
 static enum cm_status refuse(struct cm_error *err, const char *id, size_t offset,
-                             struct cm_gguf_text name, const char *what)
+                             struct cm_source_text name, const char *what)
 {
     return cm_error_set(err, CM_E_PACKAGE, id, "GGUF at offset %zu: '%.*s': %s", offset,
                         (int)(name.size < 80 ? name.size : 80), name.bytes, what);
 }
 
-static const struct cm_gguf_text nameless = {"header", 6};
+static const struct cm_source_text nameless = {"header", 6};
 
-struct cm_gguf_text cm_gguf_next_text(struct cm_cursor *cursor)
+struct cm_source_text cm_gguf_next_text(struct cm_cursor *cursor)
 {
     uint64_t size = cm_cursor_u64(cursor);
     if (size > cm_cursor_left(cursor)) {
         cursor->failed = true;
-        return (struct cm_gguf_text){"", 0};
+        return (struct cm_source_text){"", 0};
     }
     const uint8_t *bytes = cm_cursor_take(cursor, (size_t)size);
-    return (struct cm_gguf_text){(const char *)bytes, (size_t)size};
+    return (struct cm_source_text){(const char *)bytes, (size_t)size};
 }
 
-static bool text_equal(struct cm_gguf_text a, struct cm_gguf_text b)
+static bool text_equal(struct cm_source_text a, struct cm_source_text b)
 {
     return a.size == b.size && memcmp(a.bytes, b.bytes, a.size) == 0;
 }
@@ -116,34 +111,29 @@ static enum cm_status key_parse(struct cm_cursor *cursor, struct key *key, struc
 }
 
 /* dims and type to rows, columns and sizes. */
-static enum cm_status tensor_size(struct cm_gguf_tensor *tensor, const uint64_t *dims,
+static enum cm_status tensor_size(struct cm_source_tensor *tensor, const uint64_t *dims,
                                   uint32_t dim_count, size_t at, struct cm_error *err)
 {
-    size_t row = 0;
-    while (row < sizeof(types) / sizeof(types[0]) && types[row].type != tensor->type) {
-        row++;
-    }
-    if (row == sizeof(types) / sizeof(types[0])) {
+    if (cm_quant_find(tensor->type) == NULL) {
         return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TENSOR-TYPE",
                             "GGUF at offset %zu: tensor '%.*s' has type %u; this packer reads F32, "
-                            "F16, BF16, Q8_0, Q4_0 and Q4_1: convert the model first",
+                            "F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K: convert "
+                            "the model first",
                             at, (int)tensor->name.size, tensor->name.bytes, tensor->type);
     }
     tensor->columns = dims[0];
     tensor->rows = 1;
-    bool fits = dims[0] > 0 && dims[0] % types[row].block == 0;
+    bool fits = true;
     for (uint32_t i = 1; i < dim_count; i++) {
-        fits = fits && dims[i] > 0 && cm_size_multiply(tensor->rows, dims[i], &tensor->rows);
+        fits = fits && cm_size_multiply(tensor->rows, dims[i], &tensor->rows);
     }
-    fits = fits &&
-           cm_size_multiply(dims[0] / types[row].block, types[row].block_bytes, &tensor->row_bytes);
-    fits = fits && cm_size_multiply(tensor->rows, tensor->row_bytes, &tensor->bytes);
+    fits = fits && cm_source_tensor_size(tensor);
     return fits
                ? CM_OK
                : refuse(err, "CM-GGUF-SHAPE", at, tensor->name, "shape is impossible or overflows");
 }
 
-static enum cm_status tensor_parse(struct cm_cursor *cursor, struct cm_gguf_tensor *tensor,
+static enum cm_status tensor_parse(struct cm_cursor *cursor, struct cm_source_tensor *tensor,
                                    struct cm_error *err)
 {
     size_t at = cursor->offset;
@@ -167,8 +157,8 @@ static enum cm_status tensor_parse(struct cm_cursor *cursor, struct cm_gguf_tens
 
 static int name_compare(const void *a, const void *b)
 {
-    const struct cm_gguf_text *left = *(const struct cm_gguf_text *const *)a;
-    const struct cm_gguf_text *right = *(const struct cm_gguf_text *const *)b;
+    const struct cm_source_text *left = *(const struct cm_source_text *const *)a;
+    const struct cm_source_text *right = *(const struct cm_source_text *const *)b;
     size_t shorter = left->size < right->size ? left->size : right->size;
     int order = memcmp(left->bytes, right->bytes, shorter);
     return order != 0 ? order : (left->size > right->size) - (left->size < right->size);
@@ -181,12 +171,12 @@ static enum cm_status names_unique(const void *first, size_t stride, uint32_t co
     if (count == 0) {
         return CM_OK;
     }
-    const struct cm_gguf_text **names = malloc(count * sizeof(*names));
+    const struct cm_source_text **names = malloc(count * sizeof(*names));
     if (names == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "names");
     }
     for (uint32_t i = 0; i < count; i++) {
-        names[i] = (const struct cm_gguf_text *)(const void *)((const char *)first + i * stride);
+        names[i] = (const struct cm_source_text *)(const void *)((const char *)first + i * stride);
     }
     qsort(names, count, sizeof(*names), name_compare);
     enum cm_status status = CM_OK;
@@ -205,8 +195,9 @@ static enum cm_status tensors_place(struct cm_gguf *gguf, uint64_t data, uint32_
                                     struct cm_error *err)
 {
     for (uint32_t i = 0; i < gguf->tensor_count; i++) {
-        struct cm_gguf_tensor *tensor = &gguf->tensors[i];
+        struct cm_source_tensor *tensor = &gguf->tensors[i];
         uint64_t end;
+        tensor->fd = gguf->fd;
         if (tensor->offset % alignment != 0) {
             return refuse(err, "CM-GGUF-ALIGN", (size_t)data, tensor->name, "data is not aligned");
         }
@@ -289,25 +280,6 @@ static void header_drop(struct cm_gguf *gguf)
     gguf->key_count = gguf->tensor_count = 0;
 }
 
-static enum cm_status bytes_read(int fd, uint64_t offset, void *bytes, size_t size,
-                                 struct cm_error *err)
-{
-    size_t done = 0;
-    while (done < size) {
-        ssize_t got = pread(fd, (char *)bytes + done, size - done, (off_t)(offset + done));
-        if (got < 0 && errno == EINTR) {
-            continue;
-        }
-        if (got <= 0) {
-            return cm_error_errno(err, got < 0 ? errno : EIO, "CM-GGUF-READ",
-                                  "GGUF: cannot read at offset %llu",
-                                  (unsigned long long)(offset + done));
-        }
-        done += (size_t)got;
-    }
-    return CM_OK;
-}
-
 /* Read a first piece; a header that goes on beyond it is read again, four times as long. */
 static enum cm_status header_load(struct cm_gguf *gguf, struct cm_error *err)
 {
@@ -318,7 +290,8 @@ static enum cm_status header_load(struct cm_gguf *gguf, struct cm_error *err)
         if (gguf->header == NULL) {
             return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "GGUF header");
         }
-        enum cm_status status = bytes_read(gguf->fd, 0, gguf->header, gguf->header_bytes, err);
+        enum cm_status status =
+            cm_source_bytes_read(gguf->fd, 0, gguf->header, gguf->header_bytes, err);
         if (status == CM_OK) {
             status = header_parse(gguf, &goes_on, err);
         }
@@ -372,42 +345,15 @@ void cm_gguf_close(struct cm_gguf *gguf)
     }
 }
 
-uint32_t cm_gguf_tensor_count(const struct cm_gguf *gguf)
+struct cm_source cm_gguf_tensors(const struct cm_gguf *gguf)
 {
-    return gguf->tensor_count;
-}
-
-const struct cm_gguf_tensor *cm_gguf_tensor(const struct cm_gguf *gguf, uint32_t index)
-{
-    CM_ASSERT(index < gguf->tensor_count);
-    return &gguf->tensors[index];
-}
-
-const struct cm_gguf_tensor *cm_gguf_tensor_find(const struct cm_gguf *gguf, const char *name)
-{
-    struct cm_gguf_text wanted = {name, strlen(name)};
-    for (uint32_t i = 0; i < gguf->tensor_count; i++) {
-        if (text_equal(gguf->tensors[i].name, wanted)) {
-            return &gguf->tensors[i];
-        }
-    }
-    return NULL;
-}
-
-enum cm_status cm_gguf_rows_read(const struct cm_gguf *gguf, const struct cm_gguf_tensor *tensor,
-                                 uint64_t first, uint64_t count, void *ret_bytes,
-                                 struct cm_error *err)
-{
-    CM_ASSERT(first <= tensor->rows && count <= tensor->rows - first);
-    return bytes_read(gguf->fd, tensor->offset + first * tensor->row_bytes, ret_bytes,
-                      (size_t)(count * tensor->row_bytes), err);
+    return (struct cm_source){gguf->tensors, gguf->tensor_count};
 }
 
 static const struct key *key_find(const struct cm_gguf *gguf, const char *name)
 {
-    struct cm_gguf_text wanted = {name, strlen(name)};
     for (uint32_t i = 0; i < gguf->key_count; i++) {
-        if (text_equal(gguf->keys[i].name, wanted)) {
+        if (cm_source_text_is(gguf->keys[i].name, name)) {
             return &gguf->keys[i];
         }
     }
@@ -474,7 +420,7 @@ enum cm_status cm_gguf_bool(const struct cm_gguf *gguf, const char *key, bool *r
 }
 
 enum cm_status cm_gguf_text(const struct cm_gguf *gguf, const char *key,
-                            struct cm_gguf_text *ret_text, struct cm_error *err)
+                            struct cm_source_text *ret_text, struct cm_error *err)
 {
     const struct key *found;
     struct cm_cursor cursor;

@@ -10,21 +10,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "loader/pack/source.h"
 #include "runtime/base/cursor.h"
 #include "runtime/base/error.h"
 
 #define CM_GGUF_KEYS_MAX    65536u
 #define CM_GGUF_TENSORS_MAX 65536u
 #define CM_GGUF_HEADER_MAX  (256u << 20)
-
-enum cm_gguf_type { /* ggml_type numbers; only these are read */
-                    CM_GGUF_F32 = 0,
-                    CM_GGUF_F16 = 1,
-                    CM_GGUF_Q4_0 = 2,
-                    CM_GGUF_Q4_1 = 3,
-                    CM_GGUF_Q8_0 = 8,
-                    CM_GGUF_BF16 = 30,
-};
 
 enum cm_gguf_value {
     CM_GGUF_VALUE_U8 = 0,
@@ -43,35 +35,14 @@ enum cm_gguf_value {
     CM_GGUF_VALUE_COUNT
 };
 
-struct cm_gguf_text {
-    const char *bytes; /* not terminated */
-    size_t size;
-};
-
-struct cm_gguf_tensor {
-    struct cm_gguf_text name;
-    uint32_t type;    /* enum cm_gguf_type */
-    uint64_t columns; /* first dimension: contiguous */
-    uint64_t rows;    /* product of the others */
-    uint64_t offset;  /* in the file */
-    uint64_t bytes;
-    uint64_t row_bytes;
-};
-
 struct cm_gguf;
 
 CM_MUST_USE enum cm_status cm_gguf_open(const char *path, struct cm_gguf **ret_gguf,
                                         struct cm_error *err);
 void cm_gguf_close(struct cm_gguf *gguf); /* NULL is fine */
 
-uint32_t cm_gguf_tensor_count(const struct cm_gguf *gguf);
-const struct cm_gguf_tensor *cm_gguf_tensor(const struct cm_gguf *gguf, uint32_t index);
-/* NULL if there is none of that name. */
-const struct cm_gguf_tensor *cm_gguf_tensor_find(const struct cm_gguf *gguf, const char *name);
-/* Read rows [first, first + count) as stored. */
-CM_MUST_USE enum cm_status cm_gguf_rows_read(const struct cm_gguf *gguf,
-                                             const struct cm_gguf_tensor *tensor, uint64_t first,
-                                             uint64_t count, void *ret_bytes, struct cm_error *err);
+/* Its tensors; borrowed until close. */
+struct cm_source cm_gguf_tensors(const struct cm_gguf *gguf);
 
 /* Typed values. has: is the key there? The readers fail with CM-GGUF-KEY (missing) or CM-GGUF-TYPE.
  */
@@ -83,12 +54,12 @@ CM_MUST_USE enum cm_status cm_gguf_f32(const struct cm_gguf *gguf, const char *k
 CM_MUST_USE enum cm_status cm_gguf_bool(const struct cm_gguf *gguf, const char *key,
                                         bool *ret_value, struct cm_error *err);
 CM_MUST_USE enum cm_status cm_gguf_text(const struct cm_gguf *gguf, const char *key,
-                                        struct cm_gguf_text *ret_text, struct cm_error *err);
+                                        struct cm_source_text *ret_text, struct cm_error *err);
 /* An array of `type`: a cursor over its elements and their count. Texts: read them with
  * cm_gguf_next_text. */
 CM_MUST_USE enum cm_status cm_gguf_array(const struct cm_gguf *gguf, const char *key,
                                          enum cm_gguf_value type, struct cm_cursor *ret_cursor,
                                          uint64_t *ret_count, struct cm_error *err);
-struct cm_gguf_text cm_gguf_next_text(struct cm_cursor *cursor);
+struct cm_source_text cm_gguf_next_text(struct cm_cursor *cursor);
 
 #endif

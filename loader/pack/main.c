@@ -21,7 +21,7 @@ static const struct option_row option_rows[] = {
     {"--suite", FIELD(suite), "SUITE", "aes-256-gcm (default) or chacha20-poly1305"},
     {"--revision", FIELD(revision), "N", "the model's revision, monotonic (default 1)"},
     {"--chat-format", FIELD(chat_format), "F",
-     "chatml or none; default: from the model's template"},
+     "chatml, gemma or none; default: from the model's template"},
     {"--default-system", FIELD(default_system), "TEXT", "system prompt where a chat has none"},
     {"--recovery", FIELD(recovery), "FILE", "detached recovery file; keep it off the nodes"},
     {"--passphrase-file", FIELD(passphrase_file), "FILE", "its passphrase, first line"},

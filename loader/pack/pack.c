@@ -105,9 +105,8 @@ static enum cm_status suite_parse(const char *name, uint32_t *ret_suite, struct 
 }
 
 /* Convert and append each tensor, with the zeros between them. */
-static enum cm_status payload_write(const struct cm_gguf *gguf, const struct cm_plan *plan,
-                                    struct cm_package_writer *writer, struct cm_convert_loss *total,
-                                    struct cm_error *err)
+static enum cm_status payload_write(const struct cm_plan *plan, struct cm_package_writer *writer,
+                                    struct cm_convert_loss *total, struct cm_error *err)
 {
     static const uint8_t zeros[4096];
     struct progress progress = {.total = plan->payload_bytes,
@@ -126,7 +125,7 @@ static enum cm_status payload_write(const struct cm_gguf *gguf, const struct cm_
                                     (int)tensor->name.size, tensor->name.bytes);
         }
         if (status == CM_OK) {
-            status = cm_plan_convert(gguf, plan, i, bytes, &loss, err);
+            status = cm_plan_convert(plan, i, bytes, &loss, err);
         }
         if (status == CM_OK) {
             status = cm_package_write_append(writer, bytes, (size_t)tensor->bytes, err);
@@ -162,15 +161,13 @@ static void summary_print(const struct cm_pack_arguments *arguments, const struc
     if (loss->exact) {
         printf("weights are carried over exactly\n");
     } else {
-        printf("some weights were quantised to 8 bits: relative RMS error %.6f over those\n",
-               relative);
+        printf("some weights were rounded: relative RMS error %.6f over the whole\n", relative);
     }
 }
 
 static enum cm_status package_write(const struct cm_pack_arguments *arguments,
-                                    const struct cm_gguf *gguf, const struct cm_plan *plan,
-                                    struct cm_secret *key, struct cm_convert_loss *ret_loss,
-                                    struct cm_error *err)
+                                    const struct cm_plan *plan, struct cm_secret *key,
+                                    struct cm_convert_loss *ret_loss, struct cm_error *err)
 {
     struct cm_owner_key *owner = NULL;
     struct cm_package_writer *writer = NULL;
@@ -195,7 +192,7 @@ static enum cm_status package_write(const struct cm_pack_arguments *arguments,
                                         plan->payload_bytes, &writer, err);
     }
     if (status == CM_OK) {
-        status = payload_write(gguf, plan, writer, ret_loss, err);
+        status = payload_write(plan, writer, ret_loss, err);
         if (status == CM_OK) {
             status = cm_package_write_finish(writer, err);
         } else {
@@ -278,7 +275,7 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
         status = cm_error_set(err, CM_E_SYSTEM, "CM-SYS-RANDOM", "no random bytes for the key");
     }
     if (status == CM_OK) {
-        status = package_write(arguments, gguf, &plan, key, &loss, err);
+        status = package_write(arguments, &plan, key, &loss, err);
     }
     if (status == CM_OK && arguments->node_count > 0) {
         status = cm_nodes_policy_write(arguments, arguments->out, false, 0, err);

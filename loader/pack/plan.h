@@ -1,5 +1,5 @@
-/* From a GGUF model to what a package holds: the plan (manifest, and where each weight comes from),
- * and the conversion of one tensor at a time into compute layout (FORMAT.md). */
+/* From a model's files to what a package holds: the plan (manifest, and where each weight comes
+ * from), and the conversion of one tensor at a time into compute layout (FORMAT.md). */
 #ifndef CASEMATE_LOADER_PACK_PLAN_H
 #define CASEMATE_LOADER_PACK_PLAN_H
 
@@ -8,7 +8,7 @@
 
 struct cm_plan_options {
     const char *name;           /* NULL: from general.name */
-    const char *chat_format;    /* NULL: from the template; "chatml", "none" */
+    const char *chat_format;    /* NULL: from the template; "chatml", "gemma", "none" */
     const char *default_system; /* with chat_format */
     const char *origin;         /* recorded in the manifest */
 };
@@ -16,14 +16,23 @@ struct cm_plan_options {
 /* How source rows fill the stored rows. */
 enum cm_plan_weave { CM_WEAVE_CONCATENATE, CM_WEAVE_ALTERNATE_TILES };
 
+/* Rows of one source tensor; of a vector, its elements. */
+struct cm_plan_part {
+    const struct cm_source_tensor *tensor;
+    uint64_t first, rows;
+    bool turned; /* rows of heads that RoPE turns: pairs that lie apart come together */
+};
+
 struct cm_plan_source {
-    const struct cm_gguf_tensor *tensors[3];
+    struct cm_plan_part parts[3];
     uint32_t count;
     enum cm_plan_weave weave;
 };
 
 struct cm_plan {
     struct cm_manifest manifest;
+    bool pairs_apart;               /* RoPE pairs are (i, i + rope_width / 2) in the files */
+    float norm_added;               /* 1 where norms are stored as weight - 1 */
     struct cm_plan_source *sources; /* [manifest.tensor_count] */
     uint64_t payload_bytes;
     /* owned by the plan, borrowed by the manifest */
@@ -32,6 +41,7 @@ struct cm_plan {
     uint8_t *token_bytes;
     uint8_t *token_types;
     uint32_t *merges;
+    uint32_t *ranks;
     char (*tensor_names)[64];
     char name[64];
     char *default_system;
@@ -46,23 +56,36 @@ void cm_plan_done(struct cm_plan *plan);
 struct cm_convert_loss {
     double error_square; /* sum over all weights of (stored - source)^2 */
     double square;       /* sum of source^2 */
-    bool exact;          /* quants and scales were carried over unchanged */
+    bool exact;          /* every weight is what it was */
 };
 
 /* Convert tensor `index` into bytes of manifest.tensors[index].bytes. Refuses NaN and infinity by
  * the tensor's name. */
-CM_MUST_USE enum cm_status cm_plan_convert(const struct cm_gguf *gguf, const struct cm_plan *plan,
-                                           uint32_t index, uint8_t *ret_bytes,
-                                           struct cm_convert_loss *ret_loss, struct cm_error *err);
+CM_MUST_USE enum cm_status cm_plan_convert(const struct cm_plan *plan, uint32_t index,
+                                           uint8_t *ret_bytes, struct cm_convert_loss *ret_loss,
+                                           struct cm_error *err);
 
-/* Stored kind for a set of sources (enum cm_tensor_kind). */
-uint32_t cm_plan_kind(const struct cm_plan_source *source);
+/* What the readers of model files share: they fill shape, decoder, texts, vocabulary and chat, then
+ * the tensors are found and laid out. */
+CM_MUST_USE enum cm_status cm_plan_tensors(const struct cm_source *source, struct cm_plan *plan,
+                                           struct cm_error *err);
+/* The architecture's number, and what sets its decoder apart where the file does not say it. */
+CM_MUST_USE enum cm_status cm_plan_family(struct cm_source_text name, struct cm_plan *plan,
+                                          struct cm_error *err);
+/* What depends on several of the numbers; called when all of them are known. */
+CM_MUST_USE enum cm_status cm_plan_shape_check(struct cm_plan *plan, struct cm_error *err);
+/* The last step: on success, and if a host could load it, the plan moves to the caller; otherwise
+ * it is done with. */
+CM_MUST_USE enum cm_status cm_plan_finish(enum cm_status status, struct cm_plan *plan,
+                                          struct cm_plan *ret_plan, struct cm_error *err);
+void cm_plan_texts(const struct cm_plan_options *options, struct cm_source_text name,
+                   struct cm_source_text license, struct cm_plan *plan);
 
 /* tokenizer.ggml.* → manifest (vocabulary.c). */
 CM_MUST_USE enum cm_status cm_plan_vocabulary(const struct cm_gguf *gguf, struct cm_plan *plan,
                                               struct cm_error *err);
-/* tokenizer.chat_template → manifest (chat.c). */
-CM_MUST_USE enum cm_status cm_plan_chat(const struct cm_gguf *gguf,
+/* A chat template (size 0: none) → manifest (chat.c). */
+CM_MUST_USE enum cm_status cm_plan_chat(struct cm_source_text text,
                                         const struct cm_plan_options *options, struct cm_plan *plan,
                                         struct cm_error *err);
 

@@ -1,10 +1,13 @@
-/* The tokenizer of a GGUF file into the manifest's tables: byte-level BPE only.
+/* The tokenizer of a GGUF file into the manifest's tables: byte-level BPE, or SentencePiece.
  *
- * GGUF keeps tokens in GPT-2's printable byte alphabet: 188 bytes stand for themselves, the other
- * 68 become U+0100 … U+0143 in order. Here that is undone, so that the host needs no alphabet. */
+ * Byte-level BPE keeps tokens in GPT-2's printable byte alphabet: 188 bytes stand for themselves,
+ * the other 68 become U+0100 … U+0143 in order. SentencePiece (Kudo and Richardson 2018) writes a
+ * space as U+2581 and a byte as <0x41>. Here both are undone, so that the host needs no alphabet.
+ */
 #include "loader/pack/plan.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -43,8 +46,8 @@ static int alphabet_byte(int32_t point)
     return -1;
 }
 
-/* Decode one token into ret_bytes (room for text.size); -1 if it leaves the alphabet. */
-static long token_decode(struct cm_gguf_text text, uint8_t *ret_bytes)
+/* Undo the byte alphabet into ret_bytes (room for text.size); -1 if the text leaves it. */
+static long alphabet_decode(struct cm_source_text text, uint8_t *ret_bytes)
 {
     size_t at = 0, used = 0;
     while (at < text.size) {
@@ -58,6 +61,49 @@ static long token_decode(struct cm_gguf_text text, uint8_t *ret_bytes)
     return (long)used;
 }
 
+/* Undo SentencePiece's spaces. */
+static long spaces_decode(struct cm_source_text text, uint8_t *ret_bytes)
+{
+    size_t used = 0;
+    for (size_t at = 0; at < text.size; at++) {
+        bool space = text.size - at >= 3 && memcmp(text.bytes + at, "\xe2\x96\x81", 3) == 0;
+        ret_bytes[used++] = space ? ' ' : (uint8_t)text.bytes[at];
+        at += space ? 2 : 0;
+    }
+    return (long)used;
+}
+
+static int hex_digit(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : (c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1);
+}
+
+/* <0x41>; -1: it is not written so. */
+static long byte_decode(struct cm_source_text text, uint8_t *ret_bytes)
+{
+    if (text.size != 6 || memcmp(text.bytes, "<0x", 3) != 0 || text.bytes[5] != '>' ||
+        hex_digit(text.bytes[3]) < 0 || hex_digit(text.bytes[4]) < 0) {
+        return -1;
+    }
+    ret_bytes[0] = (uint8_t)(hex_digit(text.bytes[3]) * 16 + hex_digit(text.bytes[4]));
+    return 1;
+}
+
+/* Control and user tokens are plain text. */
+static long token_decode(uint32_t tokenizer, uint32_t kind, struct cm_source_text text,
+                         uint8_t *ret_bytes)
+{
+    bool pieces = tokenizer == CM_TOKENIZER_SENTENCEPIECE;
+    if (kind == CM_TOKEN_NORMAL) {
+        return pieces ? spaces_decode(text, ret_bytes) : alphabet_decode(text, ret_bytes);
+    }
+    if (kind == CM_TOKEN_BYTE && pieces) {
+        return byte_decode(text, ret_bytes);
+    }
+    memcpy(ret_bytes, text.bytes, text.size);
+    return (long)text.size;
+}
+
 static enum cm_status refuse(struct cm_error *err, uint64_t index, const char *what)
 {
     return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TOKENIZER", "GGUF tokenizer, entry %llu: %s",
@@ -65,7 +111,7 @@ static enum cm_status refuse(struct cm_error *err, uint64_t index, const char *w
 }
 
 static enum cm_status tokens_read(const struct cm_gguf *gguf, struct cm_plan *plan,
-                                  struct cm_gguf_text **ret_texts, struct cm_error *err)
+                                  struct cm_source_text **ret_texts, struct cm_error *err)
 {
     struct cm_cursor tokens, kinds;
     uint64_t count, kind_count;
@@ -85,7 +131,7 @@ static enum cm_status tokens_read(const struct cm_gguf *gguf, struct cm_plan *pl
     plan->token_offsets = calloc(count + 1, sizeof(*plan->token_offsets));
     plan->token_types = calloc(count, 1);
     plan->token_bytes = malloc(cm_cursor_left(&tokens) + 1);
-    struct cm_gguf_text *texts = calloc(count, sizeof(*texts));
+    struct cm_source_text *texts = calloc(count, sizeof(*texts));
     *ret_texts = texts;
     if (plan->token_offsets == NULL || plan->token_types == NULL || plan->token_bytes == NULL ||
         texts == NULL) {
@@ -99,14 +145,10 @@ static enum cm_status tokens_read(const struct cm_gguf *gguf, struct cm_plan *pl
             texts[i].size > CM_MANIFEST_TOKEN_BYTES_MAX) {
             return refuse(err, i, "unknown token type, or a token longer than 1024 bytes");
         }
-        /* Control and user tokens are plain text; so is whatever leaves the alphabet. */
-        long size = kind == CM_TOKEN_NORMAL ? token_decode(texts[i], plan->token_bytes + used) : -1;
+        long size =
+            token_decode(plan->manifest.tokenizer, kind, texts[i], plan->token_bytes + used);
         if (size < 0) {
-            if (kind == CM_TOKEN_NORMAL) {
-                return refuse(err, i, "a token is not written in the byte alphabet");
-            }
-            memcpy(plan->token_bytes + used, texts[i].bytes, texts[i].size);
-            size = (long)texts[i].size;
+            return refuse(err, i, "a token is not written in the tokenizer's alphabet");
         }
         plan->token_types[i] = (uint8_t)kind;
         used += (uint32_t)size;
@@ -117,7 +159,7 @@ static enum cm_status tokens_read(const struct cm_gguf *gguf, struct cm_plan *pl
 
 /* Text → id: open addressing, twice as many places as tokens. */
 struct text_map {
-    const struct cm_gguf_text *texts;
+    const struct cm_source_text *texts;
     uint32_t *places; /* id + 1; 0: free */
     uint32_t mask;
 };
@@ -131,7 +173,7 @@ static uint32_t text_hash(const char *bytes, size_t size)
     return hash;
 }
 
-static bool map_make(struct text_map *map, const struct cm_gguf_text *texts, uint32_t count)
+static bool map_make(struct text_map *map, const struct cm_source_text *texts, uint32_t count)
 {
     uint32_t size = 16;
     while (size < count * 2) {
@@ -155,7 +197,7 @@ static long map_find(const struct text_map *map, const char *bytes, size_t size)
 {
     uint32_t at = text_hash(bytes, size) & map->mask;
     for (; map->places[at] != 0; at = (at + 1) & map->mask) {
-        const struct cm_gguf_text *text = &map->texts[map->places[at] - 1];
+        const struct cm_source_text *text = &map->texts[map->places[at] - 1];
         if (text->size == size && memcmp(text->bytes, bytes, size) == 0) {
             return (long)map->places[at] - 1;
         }
@@ -183,7 +225,7 @@ static enum cm_status merges_read(const struct cm_gguf *gguf, struct cm_plan *pl
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "merges");
     }
     for (uint64_t i = 0; status == CM_OK && i < count; i++) {
-        struct cm_gguf_text text = cm_gguf_next_text(&cursor);
+        struct cm_source_text text = cm_gguf_next_text(&cursor);
         const char *space = text.size > 2 ? memchr(text.bytes + 1, ' ', text.size - 2) : NULL;
         if (space == NULL) {
             status = refuse(err, i, "a merge is not two texts with a space between");
@@ -206,11 +248,11 @@ static enum cm_status merges_read(const struct cm_gguf *gguf, struct cm_plan *pl
     return status;
 }
 
-/* End tokens: the file's own, and the two that chat formats end with. */
+/* End tokens: the file's own, and those that chat formats end with. */
 static enum cm_status ends_read(const struct cm_gguf *gguf, struct cm_plan *plan,
                                 const struct text_map *map, struct cm_error *err)
 {
-    static const char *const names[] = {"<|im_end|>", "<|endoftext|>"};
+    static const char *const names[] = {"<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<|end|>"};
     struct cm_manifest *m = &plan->manifest;
     enum cm_status status =
         cm_gguf_u32(gguf, "tokenizer.ggml.eos_token_id", &m->end_tokens[0], err);
@@ -225,6 +267,8 @@ static enum cm_status ends_read(const struct cm_gguf *gguf, struct cm_plan *plan
             m->end_tokens[m->end_token_count++] = (uint32_t)id;
         }
     }
+    /* What llama.cpp does where the key is missing. */
+    m->add_begin = m->tokenizer == CM_TOKENIZER_SENTENCEPIECE || m->split == CM_SPLIT_LLAMA3;
     if (status == CM_OK && cm_gguf_has(gguf, "tokenizer.ggml.add_bos_token")) {
         status = cm_gguf_bool(gguf, "tokenizer.ggml.add_bos_token", &m->add_begin, err);
     }
@@ -237,39 +281,107 @@ static enum cm_status ends_read(const struct cm_gguf *gguf, struct cm_plan *plan
     return status;
 }
 
-static bool text_is(struct cm_gguf_text text, const char *wanted)
+struct scored {
+    float score;
+    uint32_t id;
+};
+
+static int score_compare(const void *a, const void *b)
 {
-    return text.size == strlen(wanted) && memcmp(text.bytes, wanted, text.size) == 0;
+    const struct scored *left = a, *right = b;
+    if (left->score != right->score) {
+        return left->score > right->score ? -1 : 1;
+    }
+    return (left->id > right->id) - (left->id < right->id);
 }
+
+/* Scores to ranks: the greatest score first, equal ones alike. Only normal tokens are merged into.
+ */
+static enum cm_status ranks_read(const struct cm_gguf *gguf, struct cm_plan *plan,
+                                 struct cm_error *err)
+{
+    struct cm_manifest *m = &plan->manifest;
+    struct cm_cursor cursor;
+    uint64_t count;
+    uint32_t normal = 0, rank = 0;
+    enum cm_status status =
+        cm_gguf_array(gguf, "tokenizer.ggml.scores", CM_GGUF_VALUE_F32, &cursor, &count, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    if (count != m->vocabulary) {
+        return refuse(err, count, "not one score for each token");
+    }
+    struct scored *scored = calloc(m->vocabulary, sizeof(*scored));
+    plan->ranks = calloc(m->vocabulary, sizeof(*plan->ranks));
+    if (scored == NULL || plan->ranks == NULL) {
+        free(scored);
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "scores");
+    }
+    for (uint32_t i = 0; i < m->vocabulary; i++) {
+        float score = cm_cursor_f32(&cursor);
+        plan->ranks[i] = CM_MANIFEST_NO_RANK;
+        if (plan->token_types[i] == CM_TOKEN_NORMAL) {
+            scored[normal++] = (struct scored){isnan(score) ? -INFINITY : score, i};
+        }
+    }
+    qsort(scored, normal, sizeof(*scored), score_compare);
+    for (uint32_t i = 0; i < normal; i++) {
+        rank += i > 0 && scored[i].score < scored[i - 1].score;
+        plan->ranks[scored[i].id] = rank;
+    }
+    free(scored);
+    return CM_OK;
+}
+
+/* Pairs of tokenizer.ggml.model and .pre that the host has. */
+static const struct {
+    const char *model, *pre;
+    uint32_t tokenizer, split;
+} tokenizers[] = {
+    {"gpt2", "smollm", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_SMOLLM},
+    {"gpt2", "gpt2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_GPT2},
+    {"gpt2", "gpt-2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_GPT2},
+    {"gpt2", "qwen2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_QWEN2},
+    {"gpt2", "llama-bpe", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_LLAMA3},
+    {"llama", "default", CM_TOKENIZER_SENTENCEPIECE, CM_SPLIT_SPACE_FIRST},
+};
 
 static enum cm_status kinds_read(const struct cm_gguf *gguf, struct cm_plan *plan,
                                  struct cm_error *err)
 {
-    struct cm_gguf_text model, pre;
+    struct cm_source_text model, pre = {"default", 7};
+    bool space_first = true;
     enum cm_status status = cm_gguf_text(gguf, "tokenizer.ggml.model", &model, err);
-    if (status == CM_OK) {
+    if (status == CM_OK && cm_gguf_has(gguf, "tokenizer.ggml.pre")) {
         status = cm_gguf_text(gguf, "tokenizer.ggml.pre", &pre, err);
     }
-    if (status != CM_OK) {
-        return status;
+    if (status == CM_OK && cm_gguf_has(gguf, "tokenizer.ggml.add_space_prefix")) {
+        status = cm_gguf_bool(gguf, "tokenizer.ggml.add_space_prefix", &space_first, err);
     }
-    bool smollm = text_is(pre, "smollm");
-    if (!text_is(model, "gpt2") || (!smollm && !text_is(pre, "gpt2") && !text_is(pre, "gpt-2"))) {
-        return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TOKENIZER",
-                            "GGUF: tokenizer '%.*s' / '%.*s' is not supported; this host reads: "
-                            "gpt2 / smollm, gpt2 / gpt-2",
-                            (int)(model.size < 32 ? model.size : 32), model.bytes,
-                            (int)(pre.size < 32 ? pre.size : 32), pre.bytes);
+    for (size_t i = 0; status == CM_OK && i < sizeof(tokenizers) / sizeof(tokenizers[0]); i++) {
+        if (cm_source_text_is(model, tokenizers[i].model) &&
+            cm_source_text_is(pre, tokenizers[i].pre)) {
+            plan->manifest.tokenizer = tokenizers[i].tokenizer;
+            plan->manifest.split = tokenizers[i].split == CM_SPLIT_SPACE_FIRST && !space_first
+                                       ? (uint32_t)CM_SPLIT_WHOLE
+                                       : tokenizers[i].split;
+            return CM_OK;
+        }
     }
-    plan->manifest.tokenizer = CM_TOKENIZER_BYTE_BPE;
-    plan->manifest.split = smollm ? CM_SPLIT_SMOLLM : CM_SPLIT_GPT2;
-    return CM_OK;
+    return status != CM_OK
+               ? status
+               : cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TOKENIZER",
+                              "GGUF: tokenizer '%.*s' / '%.*s' is not supported; this host reads: "
+                              "gpt2 / smollm, gpt2, qwen2, llama-bpe; llama / default",
+                              (int)(model.size < 32 ? model.size : 32), model.bytes,
+                              (int)(pre.size < 32 ? pre.size : 32), pre.bytes);
 }
 
 enum cm_status cm_plan_vocabulary(const struct cm_gguf *gguf, struct cm_plan *plan,
                                   struct cm_error *err)
 {
-    struct cm_gguf_text *texts = NULL;
+    struct cm_source_text *texts = NULL;
     struct text_map map = {.places = NULL};
     enum cm_status status = kinds_read(gguf, plan, err);
     if (status == CM_OK) {
@@ -279,7 +391,9 @@ enum cm_status cm_plan_vocabulary(const struct cm_gguf *gguf, struct cm_plan *pl
         status = cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "vocabulary");
     }
     if (status == CM_OK) {
-        status = merges_read(gguf, plan, &map, err);
+        status = plan->manifest.tokenizer == CM_TOKENIZER_SENTENCEPIECE
+                     ? ranks_read(gguf, plan, err)
+                     : merges_read(gguf, plan, &map, err);
     }
     if (status == CM_OK) {
         status = ends_read(gguf, plan, &map, err);
@@ -288,6 +402,7 @@ enum cm_status cm_plan_vocabulary(const struct cm_gguf *gguf, struct cm_plan *pl
     plan->manifest.token_bytes = plan->token_bytes;
     plan->manifest.token_types = plan->token_types;
     plan->manifest.merges = plan->merges;
+    plan->manifest.ranks = plan->ranks;
     free(map.places);
     free(texts);
     return status;

@@ -1,0 +1,50 @@
+/* Weight formats of model files, and how each reaches a stored kind. Blocks of ggml: llama.cpp,
+ * ggml-common.h (block_q4_0 … block_q6_K) names the layouts. */
+#ifndef CASEMATE_LOADER_PACK_QUANT_H
+#define CASEMATE_LOADER_PACK_QUANT_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "kernels/model.h"
+
+enum cm_quant_type { /* ggml_type numbers; only these are read */
+                     CM_QUANT_F32 = 0,
+                     CM_QUANT_F16 = 1,
+                     CM_QUANT_Q4_0 = 2,
+                     CM_QUANT_Q4_1 = 3,
+                     CM_QUANT_Q5_0 = 6,
+                     CM_QUANT_Q5_1 = 7,
+                     CM_QUANT_Q8_0 = 8,
+                     CM_QUANT_Q4_K = 12,
+                     CM_QUANT_Q5_K = 13,
+                     CM_QUANT_Q6_K = 14,
+                     CM_QUANT_BF16 = 30,
+};
+
+/* 32 weights as stored: value = d * (q - zero) + m, zero = 8 (u4s), 128 (u8s) or 0 (u4a). */
+struct cm_quant_block {
+    uint8_t q[CM_TILE_COLUMNS];
+    uint16_t d, m; /* fp16 bits */
+};
+
+struct cm_quant {
+    uint32_t type;
+    const char *name;
+    uint32_t block; /* weights in a block of the file */
+    uint32_t block_bytes;
+    uint32_t kind; /* enum cm_tensor_kind that carries its quants over; U8S also by rounding */
+    /* 32 weights of a row, from number 32 * index on. */
+    void (*values)(const uint8_t *row, uint64_t index, float ret[CM_TILE_COLUMNS]);
+    /* The same as quants of `kind`; NULL: they have to be rounded (cm_quant_round). */
+    void (*carry)(const uint8_t *row, uint64_t index, struct cm_quant_block *ret);
+};
+
+/* NULL: not a type that is read. */
+const struct cm_quant *cm_quant_find(uint32_t type);
+/* 32 values to the nearest of u8 symmetric, d = max |value| / 127. */
+void cm_quant_round(const float values[CM_TILE_COLUMNS], struct cm_quant_block *ret);
+/* What a device will make of the block. */
+void cm_quant_values(uint32_t kind, const struct cm_quant_block *block, float ret[CM_TILE_COLUMNS]);
+
+#endif
