@@ -22,3 +22,10 @@ def smollm_gguf() -> pathlib.Path:
     path = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert path.exists(), f"{path} is missing: ./run model fetches it"
     return path
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf() -> pathlib.Path:
+    path = ROOT / ".cache" / "gemma-3-270m-q4_k_m.gguf"
+    assert path.exists(), f"{path} is missing: ./run model fetches it"
+    return path

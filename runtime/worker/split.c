@@ -1,10 +1,14 @@
 /* The GPT-2 pattern by hand, over Unicode categories:
  *     's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
- * (Radford et al. 2019). SmolLM first cuts every number character off by itself. */
+ * (Radford et al. 2019). SmolLM first cuts every number character off by itself. Qwen 2 and Llama 3
+ * have a later one (numbers in ones, in threes at most):
+ *     (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,n}| ?[^\s\p{L}\p{N}]+[\r\n]*|
+ *     \s*[\r\n]+|\s+(?!\S)|\s+ */
 #include "runtime/worker/split.h"
 
 #include <stdbool.h>
 #include <string.h>
+#include <strings.h>
 
 #include "loader/package/manifest.h"
 
@@ -54,22 +58,30 @@ static size_t run_end(const uint8_t *text, size_t size, size_t at, enum cm_chara
     return at;
 }
 
-static size_t contraction_size(const uint8_t *text, size_t size)
+static size_t contraction_size(const uint8_t *text, size_t size, bool any_case)
 {
     static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t i = 0; i < sizeof(endings) / sizeof(endings[0]); i++) {
         size_t bytes = strlen(endings[i]);
-        if (bytes <= size && memcmp(text, endings[i], bytes) == 0) {
+        if (bytes <= size && (any_case ? strncasecmp((const char *)text, endings[i], bytes) == 0
+                                       : memcmp(text, endings[i], bytes) == 0)) {
             return bytes;
         }
     }
     return 0;
 }
 
+/* A run of white space: the end, but for a last one that is left to what follows. */
+static size_t spaces_end(const uint8_t *text, size_t size)
+{
+    size_t last, end = run_end(text, size, 0, CM_CHARACTER_SPACE, &last);
+    return end < size && last > 0 ? last : end;
+}
+
 static size_t gpt2_next(const uint8_t *text, size_t size)
 {
     size_t bytes, next_bytes, last;
-    size_t contraction = contraction_size(text, size);
+    size_t contraction = contraction_size(text, size, false);
     if (contraction > 0) {
         return contraction;
     }
@@ -81,9 +93,58 @@ static size_t gpt2_next(const uint8_t *text, size_t size)
     if (text[0] == ' ' && next != CM_CHARACTER_SPACE && next != CM_CHARACTER_END) {
         return run_end(text, size, bytes, next, &last);
     }
-    size_t end = run_end(text, size, 0, CM_CHARACTER_SPACE, &last);
-    /* Before something else, the run leaves its last space to that, unless it is all there is. */
-    return end < size && last > 0 ? last : end;
+    return spaces_end(text, size);
+}
+
+/* White space up to the last line end in it; 0: there is none. */
+static size_t lines_end(const uint8_t *text, size_t size)
+{
+    size_t last, end = run_end(text, size, 0, CM_CHARACTER_SPACE, &last);
+    while (end > 0 && text[end - 1] != '\n' && text[end - 1] != '\r') {
+        end--;
+    }
+    return end;
+}
+
+/* The numbers at the start, `greatest` at most. */
+static size_t numbers_end(const uint8_t *text, size_t size, uint32_t greatest)
+{
+    size_t at = 0, bytes;
+    for (uint32_t i = 0; i < greatest && kind_at(text, size, at, &bytes) == CM_CHARACTER_NUMBER;
+         i++) {
+        at += bytes;
+    }
+    return at;
+}
+
+static size_t later_next(const uint8_t *text, size_t size, uint32_t numbers)
+{
+    size_t bytes, next_bytes, last, end = contraction_size(text, size, true);
+    if (end > 0) {
+        return end;
+    }
+    enum cm_character kind = kind_at(text, size, 0, &bytes);
+    enum cm_character next = kind_at(text, size, bytes, &next_bytes);
+    bool line_end = text[0] == '\r' || text[0] == '\n';
+    if (kind == CM_CHARACTER_LETTER) {
+        return run_end(text, size, 0, CM_CHARACTER_LETTER, &last);
+    }
+    if (kind == CM_CHARACTER_NUMBER) {
+        return numbers_end(text, size, numbers);
+    }
+    if (!line_end && next == CM_CHARACTER_LETTER) {
+        return run_end(text, size, bytes, CM_CHARACTER_LETTER, &last);
+    }
+    if (kind == CM_CHARACTER_OTHER || (text[0] == ' ' && next == CM_CHARACTER_OTHER)) {
+        end =
+            run_end(text, size, kind == CM_CHARACTER_OTHER ? 0 : bytes, CM_CHARACTER_OTHER, &last);
+        while (end < size && (text[end] == '\r' || text[end] == '\n')) {
+            end++;
+        }
+        return end;
+    }
+    end = lines_end(text, size);
+    return end > 0 ? end : spaces_end(text, size);
 }
 
 size_t cm_split_next(uint32_t split, const uint8_t *text, size_t size)
@@ -99,6 +160,9 @@ size_t cm_split_next(uint32_t split, const uint8_t *text, size_t size)
             return bytes;
         }
         size = at;
+    }
+    if (split == CM_SPLIT_QWEN2 || split == CM_SPLIT_LLAMA3) {
+        return later_next(text, size, split == CM_SPLIT_QWEN2 ? 1 : 3);
     }
     return gpt2_next(text, size);
 }

@@ -1,5 +1,10 @@
 /* Byte-pair encoding: the pair of lowest rank first, leftmost among equals (Sennrich et al. 2016),
- * with a linked list and a heap, so that a long word costs n log n. */
+ * with a linked list and a heap, so that a long word costs n log n.
+ *
+ * Byte-level: nodes start as bytes, a pair is one of the manifest's merges. SentencePiece (Kudo and
+ * Richardson 2018): nodes start as characters, a pair is whatever spells a token together, that
+ * token's rank counts, and characters that no token spells end as tokens of their bytes. Tokens of
+ * the user kind are matched whole, the longest at each place, before anything else. */
 #include "runtime/worker/tokenizer.h"
 
 #include <errno.h>
@@ -13,13 +18,15 @@
 
 struct node {
     uint32_t previous, next; /* NONE at the ends */
-    uint32_t id;             /* NONE: merged away */
+    uint32_t id;             /* NONE: merged away; SentencePiece: or not a token */
+    uint32_t at, bytes;      /* in the piece */
 };
 
-struct pair { /* a heap entry; stale if the ids have changed */
+struct pair { /* a heap entry; stale if the nodes have changed */
     uint32_t rank;
-    uint32_t at; /* left node */
-    uint32_t left, right;
+    uint32_t at;          /* left node */
+    uint32_t left, right; /* bytes of the two nodes */
+    uint32_t id;          /* what they become */
 };
 
 struct merge { /* open addressing by (left, right) */
@@ -28,13 +35,25 @@ struct merge { /* open addressing by (left, right) */
     uint32_t id;
 };
 
+/* Token bytes → id of a normal token. */
+struct byte_map {
+    const struct cm_manifest *manifest;
+    uint32_t *places; /* id + 1 */
+    uint32_t mask;
+};
+
 struct cm_tokenizer {
     const struct cm_manifest *manifest;
     uint32_t byte_ids[256];
-    struct merge *merges;
+    struct byte_map map;  /* SentencePiece */
+    struct merge *merges; /* byte-level */
     uint32_t mask;
-    struct node *nodes; /* [PIECE_BYTES_MAX] */
-    struct pair *heap;  /* [3 * PIECE_BYTES_MAX] */
+    uint32_t *user_ids;           /* tokens of the user kind by first byte, the longest first */
+    uint32_t user_first[256 + 1]; /* where a byte's begin */
+    const uint8_t *piece;         /* being encoded */
+    uint8_t *spaced;              /* [PIECE_BYTES_MAX] SentencePiece: with its own spaces */
+    struct node *nodes;           /* [PIECE_BYTES_MAX] */
+    struct pair *heap;            /* [3 * PIECE_BYTES_MAX] */
     uint32_t heap_size;
 };
 
@@ -54,13 +73,6 @@ static const struct merge *merge_find(const struct cm_tokenizer *t, uint32_t lef
     }
     return NULL;
 }
-
-/* Token bytes → id, only while the tables are made. */
-struct byte_map {
-    const struct cm_manifest *manifest;
-    uint32_t *places; /* id + 1 */
-    uint32_t mask;
-};
 
 static uint32_t bytes_hash(const uint8_t *bytes, uint32_t size)
 {
@@ -145,27 +157,87 @@ static enum cm_status merges_fill(struct cm_tokenizer *t, const struct byte_map 
     return CM_OK;
 }
 
-static enum cm_status tables_make(struct cm_tokenizer *t, struct cm_error *err)
+static enum cm_status merges_make(struct cm_tokenizer *t, const struct byte_map *map,
+                                  struct cm_error *err)
 {
-    struct byte_map map = {.places = NULL};
     uint32_t size = 16;
     while (size < t->manifest->merge_count * 2) {
         size *= 2;
     }
     t->mask = size - 1;
     t->merges = malloc(size * sizeof(*t->merges));
+    return t->merges != NULL ? merges_fill(t, map, err)
+                             : cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "merges");
+}
+
+/* A byte's token: the one of the byte kind, else a normal one that spells it. */
+static void bytes_fill(struct cm_tokenizer *t, const struct byte_map *map)
+{
+    const struct cm_manifest *m = t->manifest;
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint8_t value = (uint8_t)byte;
+        t->byte_ids[byte] = map_find(map, &value, 1);
+    }
+    for (uint32_t i = 0; i < m->vocabulary; i++) {
+        uint32_t size;
+        const uint8_t *bytes = token_bytes(m, i, &size);
+        if (m->token_types[i] == CM_TOKEN_BYTE && size == 1) {
+            t->byte_ids[bytes[0]] = i;
+        }
+    }
+}
+
+/* Sort tokens of the user kind into rows by their first byte; insertion keeps the longest first. */
+static enum cm_status users_make(struct cm_tokenizer *t, struct cm_error *err)
+{
+    const struct cm_manifest *m = t->manifest;
+    uint32_t size, filled[256] = {0};
+    for (uint32_t i = 0; i < m->vocabulary; i++) {
+        const uint8_t *bytes = token_bytes(m, i, &size);
+        if (m->token_types[i] == CM_TOKEN_USER && size > 0) {
+            t->user_first[bytes[0] + 1]++;
+        }
+    }
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        t->user_first[byte + 1] += t->user_first[byte];
+    }
+    t->user_ids = calloc((size_t)t->user_first[256] + 1, sizeof(*t->user_ids));
+    if (t->user_ids == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tokenizer");
+    }
+    for (uint32_t i = 0; i < m->vocabulary; i++) {
+        const uint8_t *bytes = token_bytes(m, i, &size);
+        if (m->token_types[i] == CM_TOKEN_USER && size > 0) {
+            uint32_t *row = t->user_ids + t->user_first[bytes[0]], at = filled[bytes[0]]++, other;
+            while (at > 0 && (token_bytes(m, row[at - 1], &other), other < size)) {
+                row[at] = row[at - 1];
+                at--;
+            }
+            row[at] = i;
+        }
+    }
+    return CM_OK;
+}
+
+static enum cm_status tables_make(struct cm_tokenizer *t, struct cm_error *err)
+{
+    struct byte_map map = {.places = NULL};
     t->nodes = malloc(PIECE_BYTES_MAX * sizeof(*t->nodes));
     t->heap = malloc(3 * PIECE_BYTES_MAX * sizeof(*t->heap));
+    t->spaced = malloc(PIECE_BYTES_MAX);
     enum cm_status status = CM_OK;
-    if (t->merges == NULL || t->nodes == NULL || t->heap == NULL || !map_make(&map, t->manifest)) {
-        status = cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tokenizer");
+    if (t->spaced == NULL || t->nodes == NULL || t->heap == NULL || !map_make(&map, t->manifest)) {
+        free(map.places);
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tokenizer");
     }
-    for (uint32_t byte = 0; status == CM_OK && byte < 256; byte++) {
-        uint8_t value = (uint8_t)byte;
-        t->byte_ids[byte] = map_find(&map, &value, 1);
+    bytes_fill(t, &map);
+    status = users_make(t, err);
+    if (t->manifest->tokenizer == CM_TOKENIZER_SENTENCEPIECE) {
+        t->map = map;
+        return status;
     }
     if (status == CM_OK) {
-        status = merges_fill(t, &map, err);
+        status = merges_make(t, &map, err);
     }
     free(map.places);
     return status;
@@ -191,6 +263,9 @@ enum cm_status cm_tokenizer_new(const struct cm_manifest *manifest,
 void cm_tokenizer_free(struct cm_tokenizer *tokenizer)
 {
     if (tokenizer != NULL) {
+        free(tokenizer->map.places);
+        free(tokenizer->user_ids);
+        free(tokenizer->spaced);
         free(tokenizer->merges);
         free(tokenizer->nodes);
         free(tokenizer->heap);
@@ -234,15 +309,25 @@ static struct pair heap_pop(struct cm_tokenizer *t)
     return top;
 }
 
+/* Offer the pair of a node and its next one, if they become a token. */
 static void pair_offer(struct cm_tokenizer *t, uint32_t at)
 {
     uint32_t next = at == NONE ? NONE : t->nodes[at].next;
     if (next == NONE) {
         return;
     }
-    const struct merge *merge = merge_find(t, t->nodes[at].id, t->nodes[next].id);
-    if (merge != NULL) {
-        heap_push(t, (struct pair){merge->rank, at, t->nodes[at].id, t->nodes[next].id});
+    const struct node *left = &t->nodes[at], *right = &t->nodes[next];
+    struct pair pair = {NONE, at, left->bytes, right->bytes, NONE};
+    if (t->merges == NULL) {
+        pair.id = map_find(&t->map, t->piece + left->at, left->bytes + right->bytes);
+        pair.rank = pair.id != NONE ? t->manifest->ranks[pair.id] : NONE;
+    } else {
+        const struct merge *merge = merge_find(t, left->id, right->id);
+        pair.id = merge != NULL ? merge->id : NONE;
+        pair.rank = merge != NULL ? merge->rank : NONE;
+    }
+    if (pair.rank != NONE) {
+        heap_push(t, pair);
     }
 }
 
@@ -254,17 +339,24 @@ void cm_token_add(struct cm_token_list *list, uint32_t id)
     list->count += list->count < UINT32_MAX;
 }
 
-/* The list of byte tokens. A byte that the vocabulary lacks is left out, as by the peers: some
- * vocabularies have no token for a few control characters. */
-static uint32_t nodes_make(struct cm_tokenizer *t, const uint8_t *text, uint32_t bytes)
+/* The first nodes: bytes, or characters. A byte that the vocabulary lacks is left out, as by the
+ * peers: some byte-level vocabularies have no token for a few control characters. */
+static uint32_t nodes_make(struct cm_tokenizer *t, uint32_t bytes)
 {
-    uint32_t size = 0;
-    for (uint32_t i = 0; i < bytes; i++) {
-        uint32_t id = t->byte_ids[text[i]];
-        if (id != NONE) {
-            t->nodes[size] = (struct node){size == 0 ? NONE : size - 1, size + 1, id};
-            size++;
+    uint32_t size = 0, step;
+    for (uint32_t i = 0; i < bytes; i += step) {
+        uint8_t lead = t->piece[i];
+        uint32_t id = t->byte_ids[lead];
+        step = 1;
+        if (t->merges == NULL) {
+            step = lead < 0x80 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+            step = step < bytes - i ? step : bytes - i;
+            id = map_find(&t->map, t->piece + i, step);
+        } else if (id == NONE) {
+            continue;
         }
+        t->nodes[size] = (struct node){size == 0 ? NONE : size - 1, size + 1, id, i, step};
+        size++;
     }
     if (size > 0) {
         t->nodes[size - 1].next = NONE;
@@ -272,10 +364,26 @@ static uint32_t nodes_make(struct cm_tokenizer *t, const uint8_t *text, uint32_t
     return size;
 }
 
+/* A node as tokens: its own, or those of its bytes. */
+static void node_add(struct cm_tokenizer *t, const struct node *node, struct cm_token_list *list)
+{
+    if (node->id != NONE) {
+        cm_token_add(list, node->id);
+        return;
+    }
+    for (uint32_t i = 0; i < node->bytes; i++) {
+        uint32_t id = t->byte_ids[t->piece[node->at + i]];
+        if (id != NONE) {
+            cm_token_add(list, id);
+        }
+    }
+}
+
 static void piece_encode(struct cm_tokenizer *t, const uint8_t *text, uint32_t bytes,
                          struct cm_token_list *list)
 {
-    uint32_t size = nodes_make(t, text, bytes);
+    t->piece = text;
+    uint32_t size = nodes_make(t, bytes);
     t->heap_size = 0;
     for (uint32_t i = 0; i + 1 < size; i++) {
         pair_offer(t, i);
@@ -283,13 +391,15 @@ static void piece_encode(struct cm_tokenizer *t, const uint8_t *text, uint32_t b
     while (t->heap_size > 0) {
         struct pair pair = heap_pop(t);
         struct node *left = &t->nodes[pair.at];
-        if (left->id != pair.left || left->next == NONE || t->nodes[left->next].id != pair.right) {
+        if (left->bytes != pair.left || left->next == NONE ||
+            t->nodes[left->next].bytes != pair.right) {
             continue; /* stale */
         }
         struct node *right = &t->nodes[left->next];
-        left->id = merge_find(t, pair.left, pair.right)->id;
+        left->id = pair.id;
         left->next = right->next;
-        right->id = NONE;
+        left->bytes += right->bytes;
+        right->bytes = 0;
         if (left->next != NONE) {
             t->nodes[left->next].previous = pair.at;
         }
@@ -297,19 +407,80 @@ static void piece_encode(struct cm_tokenizer *t, const uint8_t *text, uint32_t b
         pair_offer(t, pair.at);
     }
     for (uint32_t at = size > 0 ? 0 : NONE; at != NONE; at = t->nodes[at].next) {
-        cm_token_add(list, t->nodes[at].id);
+        node_add(t, &t->nodes[at], list);
     }
+}
+
+/* Text between tokens of the user kind: split, and each piece encoded. */
+static void plain_encode(struct cm_tokenizer *t, const uint8_t *text, size_t size,
+                         struct cm_token_list *list)
+{
+    for (size_t at = 0; at < size;) {
+        size_t piece = cm_split_next(t->manifest->split, text + at, size - at);
+        piece = piece < PIECE_BYTES_MAX ? piece : PIECE_BYTES_MAX;
+        piece_encode(t, text + at, (uint32_t)piece, list);
+        at += piece;
+    }
+}
+
+/* SentencePiece: no pieces but what fits the buffer; U+2581 means a space, wherever it comes from.
+ */
+static void spaced_encode(struct cm_tokenizer *t, const uint8_t *text, size_t size,
+                          struct cm_token_list *list)
+{
+    uint32_t used = 0;
+    if (t->manifest->split == CM_SPLIT_SPACE_FIRST && size > 0) {
+        t->spaced[used++] = ' ';
+    }
+    for (size_t at = 0; at < size;) {
+        size_t step = text[at] < 0x80 ? 1 : text[at] < 0xe0 ? 2 : text[at] < 0xf0 ? 3 : 4;
+        step = step < size - at ? step : size - at;
+        if (used + step > PIECE_BYTES_MAX) {
+            piece_encode(t, t->spaced, used, list);
+            used = 0;
+        }
+        if (step == 3 && memcmp(text + at, "\xe2\x96\x81", 3) == 0) {
+            t->spaced[used++] = ' ';
+        } else {
+            memcpy(t->spaced + used, text + at, step);
+            used += (uint32_t)step;
+        }
+        at += step;
+    }
+    piece_encode(t, t->spaced, used, list);
+}
+
+/* The longest token of the user kind that the text starts with; NONE. */
+static uint32_t user_match(const struct cm_tokenizer *t, const uint8_t *text, size_t size,
+                           uint32_t *ret_bytes)
+{
+    for (uint32_t i = t->user_first[text[0]]; i < t->user_first[text[0] + 1]; i++) {
+        const uint8_t *bytes = token_bytes(t->manifest, t->user_ids[i], ret_bytes);
+        if (*ret_bytes <= size && memcmp(text, bytes, *ret_bytes) == 0) {
+            return t->user_ids[i];
+        }
+    }
+    return NONE;
 }
 
 void cm_tokenizer_text(struct cm_tokenizer *tokenizer, const uint8_t *text, size_t size,
                        struct cm_token_list *list)
 {
-    for (size_t at = 0; at < size;) {
-        size_t piece = cm_split_next(tokenizer->manifest->split, text + at, size - at);
-        piece = piece < PIECE_BYTES_MAX ? piece : PIECE_BYTES_MAX;
-        piece_encode(tokenizer, text + at, (uint32_t)piece, list);
-        at += piece;
+    void (*encode)(struct cm_tokenizer *, const uint8_t *, size_t, struct cm_token_list *) =
+        tokenizer->merges == NULL ? spaced_encode : plain_encode;
+    size_t plain = 0, at = 0;
+    while (at < size) {
+        uint32_t bytes, id = user_match(tokenizer, text + at, size - at, &bytes);
+        if (id == NONE) {
+            at++;
+            continue;
+        }
+        encode(tokenizer, text + plain, at - plain, list);
+        cm_token_add(list, id);
+        at += bytes;
+        plain = at;
     }
+    encode(tokenizer, text + plain, size - plain, list);
 }
 
 int64_t cm_tokenizer_control(const struct cm_tokenizer *tokenizer, const char *spelling)

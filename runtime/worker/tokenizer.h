@@ -1,4 +1,4 @@
-/* Text to token ids: byte-level byte-pair encoding over a manifest's tables.
+/* Text to token ids over a manifest's tables: byte-level byte-pair encoding, or SentencePiece's.
  *
  * Text never yields a control id, whatever it spells; only cm_tokenizer_control does. All memory is
  * taken in _new. */

@@ -36,6 +36,7 @@ int main(int count, char **words)
     if (dump == NULL) {
         return 2;
     }
+    m.tokenizer = u32_read(dump);
     m.split = u32_read(dump);
     m.chat = u32_read(dump);
     m.vocabulary = u32_read(dump);
@@ -46,6 +47,8 @@ int main(int count, char **words)
     m.token_bytes = bytes_read(dump, m.token_offsets[m.vocabulary]);
     m.token_types = bytes_read(dump, m.vocabulary);
     m.merges = bytes_read(dump, m.merge_count * 8ull);
+    m.ranks =
+        m.tokenizer == CM_TOKENIZER_SENTENCEPIECE ? bytes_read(dump, m.vocabulary * 4ull) : NULL;
     fclose(dump);
     if (cm_tokenizer_new(&m, &tokenizer, &err) != CM_OK ||
         cm_chat_new(&m, tokenizer, 1 << 20, &chat, &err) != CM_OK) {

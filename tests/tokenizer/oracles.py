@@ -1,0 +1,114 @@
+"""Vocabularies of GGUF files: for tests/tokenizer/tokenize.c, and for the libraries that it is compared
+with. Shares nothing with the packer."""
+import functools
+import struct
+
+import gguf
+import sentencepiece
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+NORMAL, CONTROL, USER, BYTE = 1, 3, 4, 6
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+         r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def byte_alphabet() -> list[str]:
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = iter(range(256, 324))
+    return [chr(b) if b in plain else chr(next(other)) for b in range(256)]
+
+
+@functools.cache
+def vocabulary_of(path):
+    return Vocabulary(path)
+
+
+class Vocabulary:
+    def __init__(self, path):
+        self.fields = gguf.GGUFReader(path).fields
+        self.tokens = self.texts("tokenizer.ggml.tokens")
+        self.kinds = [int(k) for k in self.numbers("tokenizer.ggml.token_type")]
+
+    def texts(self, key):
+        field = self.fields[key]
+        return [bytes(field.parts[i]).decode() for i in field.data]
+
+    def numbers(self, key):
+        field = self.fields[key]
+        return [field.parts[i][0] for i in field.data]
+
+    def merges(self):
+        return [tuple(m.split(" ")) for m in self.texts("tokenizer.ggml.merges")]
+
+
+def dump(out, kind, split, chat, system, raw, kinds, merges=(), ranks=()):
+    offsets = [0]
+    for token in raw:
+        offsets.append(offsets[-1] + len(token))
+    out.write_bytes(struct.pack("<6I", kind, split, chat, len(raw), len(merges) // 2, len(system)) +
+                    system.encode() + struct.pack(f"<{len(offsets)}I", *offsets) + b"".join(raw) +
+                    bytes(kinds) + struct.pack(f"<{len(merges)}I", *merges) +
+                    struct.pack(f"<{len(ranks)}I", *ranks))
+    return out
+
+
+def dump_bytes(path, out, split, chat, system=""):
+    """Byte-level BPE."""
+    vocabulary = vocabulary_of(path)
+    undo = {c: b for b, c in enumerate(byte_alphabet())}
+    raw = [bytes(undo[c] for c in t) if k == NORMAL else t.encode()
+           for t, k in zip(vocabulary.tokens, vocabulary.kinds)]
+    ids = {t: i for i, t in enumerate(vocabulary.tokens)}
+    merges = [ids[part] for merge in vocabulary.merges() for part in merge]
+    return dump(out, 1, split, chat, system, raw, vocabulary.kinds, merges)
+
+
+def dump_pieces(path, out, split, chat, system=""):
+    """SentencePiece: ranks by descending score."""
+    vocabulary = vocabulary_of(path)
+    scores = vocabulary.numbers("tokenizer.ggml.scores")
+    raw, best = [], sorted({-s for s, k in zip(scores, vocabulary.kinds) if k == NORMAL})
+    order = {score: rank for rank, score in enumerate(best)}
+    for text, kind in zip(vocabulary.tokens, vocabulary.kinds):
+        spaced = text.replace("\u2581", " ") if kind == NORMAL else text
+        raw.append(bytes([int(text[3:5], 16)]) if kind == BYTE else spaced.encode())
+    ranks = [order[-s] if k == NORMAL else 0xFFFFFFFF for s, k in zip(scores, vocabulary.kinds)]
+    return dump(out, 2, split, chat, system, raw, vocabulary.kinds, ranks=ranks)
+
+
+def _field(number, wire, value):
+    """One field of a protocol buffer."""
+    def varint(n):
+        out = b""
+        while n > 127:
+            out, n = out + bytes([n & 127 | 128]), n >> 7
+        return out + bytes([n])
+    if wire == 2:
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    return varint(number << 3 | wire) + (varint(value) if wire == 0 else struct.pack("<f", value))
+
+
+def sentencepiece_of(path):
+    """The library itself, with a model file made of the vocabulary (sentencepiece_model.proto)."""
+    vocabulary = vocabulary_of(path)
+    model = []
+    for text, score, kind in zip(vocabulary.tokens, vocabulary.numbers("tokenizer.ggml.scores"),
+                                 vocabulary.kinds):
+        kind = 2 if text == "<unk>" else kind
+        text = text.replace(" ", "\u2581") if kind == USER else text
+        model.append(_field(1, 2, _field(1, 2, text.encode()) + _field(2, 5, float(score)) +
+                            _field(3, 0, kind)))
+    trainer = _field(3, 0, 2) + _field(35, 0, 1)  # BPE, byte fallback
+    normalizer = (_field(1, 2, b"identity") + _field(3, 0, 0) + _field(4, 0, 0) +
+                  _field(5, 0, 1))  # no space before, none removed, spaces escaped
+    model += [_field(2, 2, trainer), _field(3, 2, normalizer)]
+    return sentencepiece.SentencePieceProcessor(model_proto=b"".join(model))
+
+
+def later_split_of(tokens, merges, numbers):
+    """`tokenizers` with the pattern of Qwen 2 (numbers "") or Llama 3 ("{1,3}")."""
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN2 % numbers), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return made
