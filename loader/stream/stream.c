@@ -26,7 +26,8 @@ struct load {
     _Atomic uint64_t next; /* segment */
     _Atomic uint64_t bytes_done;
     _Atomic uint64_t read_ns, verify_ns, decrypt_ns;
-    _Atomic int failed; /* the first failure's owner writes error and status */
+    _Atomic bool failed;
+    pthread_mutex_t note; /* over the two below */
     enum cm_status status;
     struct cm_error error;
 };
@@ -38,14 +39,20 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
 }
 
-/* The first failure is the one that is told: the others follow from it. */
+/* The first failure is the one that is told. "Out of order" (BUG) is what other threads hear from a
+ * device that has just failed, and one of them may be here before the thread that knows why. */
 static void failure_note(struct load *load, enum cm_status status, const struct cm_error *err)
 {
-    int none = 0;
-    if (status != CM_OK && atomic_compare_exchange_strong(&load->failed, &none, 1)) {
+    if (status == CM_OK) {
+        return;
+    }
+    pthread_mutex_lock(&load->note);
+    if (load->status == CM_OK || (load->status == CM_E_BUG && status != CM_E_BUG)) {
         load->status = status;
         load->error = *err;
     }
+    pthread_mutex_unlock(&load->note);
+    atomic_store(&load->failed, true);
 }
 
 /* The device's cipher: the whole run is hashed, then segment by segment tag and decryption. */
@@ -143,7 +150,7 @@ static void *load_main(void *argument)
         (staging = malloc(RUN * load->source->segment_bytes)) == NULL) {
         status = cm_error_errno(&err, ENOMEM, "CM-SYS-MEMORY", "staging");
     }
-    while (status == CM_OK && atomic_load(&load->failed) == 0) {
+    while (status == CM_OK && !atomic_load(&load->failed)) {
         uint64_t index = atomic_fetch_add(&load->next, RUN);
         if (index >= load->segments) {
             break;
@@ -178,7 +185,8 @@ enum cm_status cm_stream_run(const struct cm_stream_source *source, struct cm_de
                                     source->segment_bytes,
                         .threads = options->threads < THREADS_MAX ? options->threads : THREADS_MAX,
                         .drop_behind = too_large_to_keep(source->payload_bytes),
-                        .caller = pthread_self()};
+                        .caller = pthread_self(),
+                        .note = PTHREAD_MUTEX_INITIALIZER};
     pthread_t helpers[THREADS_MAX];
     uint32_t started = 0;
     uint64_t start = now_ns();
@@ -191,7 +199,7 @@ enum cm_status cm_stream_run(const struct cm_stream_source *source, struct cm_de
     for (uint32_t i = 0; i < started; i++) {
         pthread_join(helpers[i], NULL);
     }
-    if (atomic_load(&load.failed) != 0) {
+    if (atomic_load(&load.failed)) {
         cm_device_scrub(device); /* others may have written after the failure's own wipe */
         if (err != NULL) {
             *err = load.error;
