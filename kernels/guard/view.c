@@ -51,8 +51,7 @@ static inline void byte_set(struct cm_view_ring *ring, uint32_t byte, uint32_t s
 {
     uint32_t at = (uint32_t)ring->end & (CM_VIEW_RING - 1);
     ring->bytes[at] = (uint8_t)byte;
-    ring->starts[at] = start;
-    ring->ends[at] = end;
+    ring->spans[at] = (struct cm_view_span){start, end};
 }
 
 static void byte_put(struct cm_view_ring *ring, uint32_t byte, uint32_t start, uint32_t end)
@@ -366,19 +365,46 @@ static size_t ascii_run(const uint8_t *bytes, size_t size)
     return at;
 }
 
-/* ASCII letters neither combine nor decompose. The last one is left to the caller: a mark may
- * follow it. */
+struct run { /* a ring's end, in a register */
+    struct cm_view_ring *ring;
+    uint64_t end;
+};
+
+static inline void run_put(struct run *run, uint32_t byte, uint32_t start, bool counts)
+{
+    uint32_t at = (uint32_t)run->end & (CM_VIEW_RING - 1);
+    run->ring->bytes[at] = (uint8_t)byte;
+    run->ring->spans[at] = (struct cm_view_span){start, start + 1};
+    run->end += counts;
+}
+
+/* As point_take for each, without what ASCII does not need: it neither decomposes nor combines. The
+ * last one is left to the caller: a mark may follow it. */
 static void ascii_take(struct cm_views *views, const uint8_t *bytes, size_t size, uint32_t base)
 {
-    struct cm_view_ring *folded = &views->rings[CM_VIEW_FOLDED];
     held_flush(views);
     composed_flush(views);
+    struct cm_view_ring *rings = views->rings;
+    struct run folded = {&rings[CM_VIEW_FOLDED], rings[CM_VIEW_FOLDED].end};
+    struct run words = {&rings[CM_VIEW_WORDS], rings[CM_VIEW_WORDS].end};
+    struct run squeezed = {&rings[CM_VIEW_SQUEEZED], rings[CM_VIEW_SQUEEZED].end};
+    uint32_t last = words.ring->bytes[(uint32_t)(words.end - 1) & (CM_VIEW_RING - 1)];
     for (size_t i = 0; i < size; i++) {
-        uint32_t c = bytes[i], start = base + (uint32_t)i;
+        uint32_t start = base + (uint32_t)i, c = bytes[i];
         c += (c - 'A' < 26) * 32u;
-        byte_put(folded, c, start, start + 1);
-        ascii_words(views, c, start, start + 1);
+        uint32_t word = (uint8_t)word_bytes[c], bare = (uint8_t)squeezed_bytes[c];
+        run_put(&folded, c, start, true);
+        run_put(&words, word, start, word != ' ' || last != ' ');
+        run_put(&squeezed, bare, start, bare != 0);
+        last = word;
+        if (c == 'm') {
+            run_put(&words, 'n', start, true);
+            run_put(&squeezed, 'n', start, true);
+        }
     }
+    folded.ring->end = folded.end;
+    words.ring->end = words.end;
+    squeezed.ring->end = squeezed.end;
     sink_full(views);
 }
 
@@ -397,12 +423,9 @@ void cm_views_push(struct cm_views *views, const uint8_t *bytes, size_t size, ui
     }
 }
 
-void cm_views_push_mapped(struct cm_views *views, const uint8_t *bytes, size_t size,
-                          const uint32_t *starts, const uint32_t *ends)
+void cm_views_push_byte(struct cm_views *views, uint32_t byte, struct cm_view_span span)
 {
-    for (size_t i = 0; i < size; i++) {
-        byte_take(views, bytes[i], starts[i], ends[i]);
-    }
+    byte_take(views, byte, span.start, span.end);
 }
 
 void cm_views_begin(struct cm_views *views, cm_view_sink to, cm_view_tap tap, void *context)

@@ -23,13 +23,16 @@ const char *cm_view_name(enum cm_view view);
 #define CM_VIEW_LOOK_BACK 1024u /* bytes before the new ones that the map still knows */
 #define CM_VIEW_MARKS_MAX 30u   /* as Stream-Safe Text (UAX #15) */
 
+struct cm_view_span { /* raw offsets of the character that a byte came from, and of its end */
+    uint32_t start, end;
+};
+
 /* One view's latest bytes, by position modulo CM_VIEW_RING. */
 struct cm_view_ring {
     uint64_t end;  /* positions made so far */
     uint64_t sunk; /* positions that the sink has seen */
     uint8_t bytes[CM_VIEW_RING];
-    uint32_t starts[CM_VIEW_RING]; /* raw offset of the character that the byte came from */
-    uint32_t ends[CM_VIEW_RING];   /* and of its end */
+    struct cm_view_span spans[CM_VIEW_RING];
 };
 
 struct cm_view_counts {
@@ -68,10 +71,9 @@ struct cm_views {
 };
 
 void cm_views_begin(struct cm_views *views, cm_view_sink sink, cm_view_tap tap, void *context);
-/* Bytes that stand at raw offset `base`, or, with a map, came from raw starts[i] .. ends[i]-1. */
+/* Bytes that stand at raw offset `base`, or one byte that came from `span`. */
 void cm_views_push(struct cm_views *views, const uint8_t *bytes, size_t size, uint32_t base);
-void cm_views_push_mapped(struct cm_views *views, const uint8_t *bytes, size_t size,
-                          const uint32_t *starts, const uint32_t *ends);
+void cm_views_push_byte(struct cm_views *views, uint32_t byte, struct cm_view_span span);
 /* The last bytes go to the sink. */
 void cm_views_end(struct cm_views *views);
 

@@ -30,8 +30,8 @@ static void collect(void *context, enum cm_view view, const struct cm_view_ring 
     cr_assert(ring->end - from + CM_VIEW_LOOK_BACK <= CM_VIEW_RING);
     for (uint64_t i = from; i < ring->end; i++) {
         seen->bytes[view][i] = ring->bytes[i % CM_VIEW_RING];
-        seen->starts[view][i] = ring->starts[i % CM_VIEW_RING];
-        seen->ends[view][i] = ring->ends[i % CM_VIEW_RING];
+        seen->starts[view][i] = ring->spans[i % CM_VIEW_RING].start;
+        seen->ends[view][i] = ring->spans[i % CM_VIEW_RING].end;
     }
     seen->size[view] = ring->end;
 }
