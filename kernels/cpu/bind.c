@@ -12,9 +12,22 @@ static enum cm_status refuse(const struct cm_tensor *tensor, const char *what, s
                         (unsigned long long)tensor->offset, what);
 }
 
-static bool half_finite(uint16_t half)
+/* No NaN or infinity among `count` halves (their exponent is all ones), four at a time: there are
+ * millions of scales. Adding one to an exponent of all ones, and to no other, carries into the
+ * sign's place, which was cleared. */
+static bool halves_finite(const uint8_t *halves, uint64_t count)
 {
-    return (half & 0x7c00u) != 0x7c00u;
+    const uint64_t exponents = 0x7c007c007c007c00ull, ones = 0x0400040004000400ull;
+    uint64_t found = 0, four = 0;
+    uint64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        memcpy(&four, halves + 2 * i, sizeof(four));
+        found |= (four & exponents) + ones;
+    }
+    four = 0;
+    memcpy(&four, halves + 2 * i, 2 * (count - i));
+    found |= (four & exponents) + ones;
+    return (found & 0x8000800080008000ull) == 0;
 }
 
 static enum cm_status place_check(const struct cm_device *device, const struct cm_tensor *tensor,
@@ -49,12 +62,8 @@ static enum cm_status matrix_bind(const struct cm_device *device, const struct c
     }
     const uint8_t *scales = device->payload + tensor->scale_offset;
     uint64_t scale_bytes = tensor->offset + tensor->bytes - tensor->scale_offset;
-    for (uint64_t i = 0; i < scale_bytes / 2; i++) {
-        uint16_t half;
-        memcpy(&half, scales + 2 * i, sizeof(half));
-        if (!half_finite(half)) {
-            return refuse(tensor, "a scale is NaN or infinite", err);
-        }
+    if (!halves_finite(scales, scale_bytes / 2)) {
+        return refuse(tensor, "a scale is NaN or infinite", err);
     }
     *ret_matrix = (struct cm_matrix){.kind = tensor->kind,
                                      .rows = rows,
@@ -149,16 +158,20 @@ static enum cm_status tokens_bind(struct cm_device *device, const struct cm_mode
     return CM_OK;
 }
 
-/* Cosines and sines in binary64, rounded once. */
-static void rope_fill(struct cm_device *device)
+/* Cosines and sines in binary64, rounded once; each thread takes its share of the positions. */
+static void rope_fill(void *context, struct cm_worker *worker)
 {
+    struct cm_device *device = context;
+    const uint32_t thread = worker->index, threads = cm_pool_threads(worker->pool);
     const struct cm_model *m = &device->model;
-    uint32_t half = m->rope_width / 2;
-    for (uint32_t t = 0; t < device->limits.context_max; t++) {
-        for (uint32_t i = 0; i < half; i++) {
-            double turn = (double)t * pow((double)m->rope_base, -2.0 * i / m->rope_width);
-            device->cosine[(size_t)t * half + i] = (float)cos(turn);
-            device->sine[(size_t)t * half + i] = (float)sin(turn);
+    const uint32_t half = m->rope_width / 2;
+    const uint64_t positions = device->limits.context_max;
+    for (uint32_t i = 0; i < half; i++) {
+        const double turn = pow((double)m->rope_base, -2.0 * i / m->rope_width);
+        for (uint64_t t = positions * thread / threads; t < positions * (thread + 1) / threads;
+             t++) {
+            device->cosine[t * half + i] = (float)cos((double)t * turn);
+            device->sine[t * half + i] = (float)sin((double)t * turn);
         }
     }
 }
@@ -200,7 +213,7 @@ enum cm_status cm_device_model_bind(struct cm_device *device, const struct cm_mo
         status = tokens_bind(device, model, err);
     }
     if (status == CM_OK) {
-        rope_fill(device);
+        cm_pool_run(device->pool, rope_fill, device);
         device->bound = true;
     }
     return status;

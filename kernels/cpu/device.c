@@ -237,8 +237,8 @@ static bool swap_absent(void)
     return lines <= 1;
 }
 
-/* All threads take huge pages: the kernel zeroes at 12 GB/s a core (bench/README.md).
- * A kernel older than 5.14 does not know the advice: then every page is touched. */
+/* All threads take huge pages; what limits is how fast the kernel zeroes them (bench/README.md). A
+ * kernel older than 5.14 does not know the advice: then every page is touched. */
 static void arena_populate(void *context, struct cm_worker *worker)
 {
     struct cm_device *device = context;

@@ -227,23 +227,24 @@ struct cm_config_devtpm {
     uint32_t reserved;
 };
 
-struct cm_progress {
-    uint32_t stage; /* enum cm_load_stage */
-    uint32_t reserved;
-    uint64_t bytes_done;
-    uint64_t bytes_total;
-    uint64_t elapsed_us;
-};
-
 enum cm_load_stage {
     CM_LOAD_START = 0, /* no worker, or not configured */
     CM_LOAD_UNSEAL,
     CM_LOAD_HEAD,    /* header, signature, manifest, table */
     CM_LOAD_RESERVE, /* arena */
     CM_LOAD_WEIGHTS, /* read, verify, decrypt */
-    CM_LOAD_BIND,
+    CM_LOAD_BIND,    /* tensors checked; tokenizer and scheduler made */
     CM_LOAD_READY,
     CM_LOAD_STAGE_COUNT
+};
+
+struct cm_progress {
+    uint32_t stage; /* enum cm_load_stage */
+    uint32_t reserved;
+    uint64_t bytes_done;
+    uint64_t bytes_total;
+    uint64_t elapsed_us;
+    uint64_t stage_us[CM_LOAD_STAGE_COUNT]; /* spent in each so far */
 };
 
 /* What /livez, /readyz, /startupz and /metrics answer of the other roles. */

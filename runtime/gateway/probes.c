@@ -87,9 +87,17 @@ static int startupz(const struct gateway *gateway, struct evbuffer *out)
     }
     cm_text_format(out,
                    "{\"started\":%s,\"phase\":\"%s\",\"percent\":%.1f,\"bytes_done\":%" PRIu64
-                   ",\"bytes_total\":%" PRIu64 ",\"elapsed_seconds\":%.3f}\n",
+                   ",\"bytes_total\":%" PRIu64 ",\"elapsed_seconds\":%.3f,\"stages\":{",
                    gateway->startup_done ? "true" : "false", phase, percent, load->bytes_done,
                    load->bytes_total, (double)load->elapsed_us / 1e6);
+    /* What the worker has been through: seconds, and the share of its elapsed time. */
+    for (size_t i = CM_LOAD_HEAD; i <= CM_LOAD_BIND; i++) {
+        double spent = (double)load->stage_us[i];
+        cm_text_format(out, "%s\"%s\":{\"seconds\":%.4f,\"share\":%.3f}",
+                       i > CM_LOAD_HEAD ? "," : "", stage_names[i], spent / 1e6,
+                       load->elapsed_us > 0 ? spent / (double)load->elapsed_us : 0.0);
+    }
+    cm_text_put(out, "}}\n");
     return gateway->startup_done ? 200 : 503;
 }
 

@@ -22,7 +22,7 @@ const struct cm_route cm_routes[CM_ROUTE_COUNT] = {
     [CM_HANDLER_READYZ] = {"GET", "/readyz", OPEN, CM_HANDLER_READYZ, false, false,
                            "requests are accepted; else reason codes"},
     [CM_HANDLER_STARTUPZ] = {"GET", "/startupz", OPEN, CM_HANDLER_STARTUPZ, false, false,
-                             "phase, percent and elapsed time of the load"},
+                             "phase, percent, elapsed time and stages of the load"},
     [CM_HANDLER_HEALTH] = {"GET", "/health", OPEN, CM_HANDLER_HEALTH, false, false,
                            "as /readyz, for tools that expect this name"},
     [CM_HANDLER_VERSION] = {"GET", "/version", OPEN, CM_HANDLER_VERSION, false, false,

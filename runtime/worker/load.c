@@ -19,28 +19,38 @@ static uint64_t now_us(void)
 
 struct reporter {
     struct cm_worker *worker;
-    uint64_t started_us, said_us;
+    struct cm_progress progress;
+    uint64_t started_us, stage_started_us, said_us;
 };
 
-static void stage_report(struct reporter *reporter, enum cm_load_stage stage, uint64_t done,
-                         uint64_t total)
+static void progress_send(struct reporter *reporter)
 {
-    struct cm_progress progress = {.stage = (uint32_t)stage,
-                                   .bytes_done = done,
-                                   .bytes_total = total,
-                                   .elapsed_us = now_us() - reporter->started_us};
+    const uint64_t now = now_us();
+    struct cm_progress *progress = &reporter->progress;
+    progress->stage_us[progress->stage] += now - reporter->stage_started_us;
+    progress->elapsed_us = now - reporter->started_us;
+    reporter->stage_started_us = reporter->said_us = now;
     /* A full socket loses a progress line, nothing else. */
-    (void)!cm_channel_send(&reporter->worker->channel, CM_FRAME_PROGRESS, &progress,
-                           sizeof(progress), NULL, 0, NULL);
+    (void)!cm_channel_send(&reporter->worker->channel, CM_FRAME_PROGRESS, progress,
+                           sizeof(*progress), NULL, 0, NULL);
+}
+
+static void stage_begin(struct reporter *reporter, enum cm_load_stage stage)
+{
+    const uint64_t now = now_us();
+    reporter->progress.stage_us[reporter->progress.stage] += now - reporter->stage_started_us;
+    reporter->stage_started_us = now;
+    reporter->progress.stage = (uint32_t)stage;
+    progress_send(reporter);
 }
 
 static void bytes_report(void *context, uint64_t done, uint64_t total)
 {
     struct reporter *reporter = context;
-    uint64_t now = now_us();
-    if (done == total || now - reporter->said_us > 50000) {
-        reporter->said_us = now;
-        stage_report(reporter, CM_LOAD_WEIGHTS, done, total);
+    reporter->progress.bytes_done = done;
+    reporter->progress.bytes_total = total;
+    if (done == total || now_us() - reporter->said_us > 50000) {
+        progress_send(reporter);
     }
 }
 
@@ -150,23 +160,24 @@ static enum cm_status weights_load(struct cm_worker *worker, struct reporter *re
     struct cm_device_reserve reserve;
     struct cm_device_facts facts;
     struct cm_stream_times times;
-    uint64_t total = cm_package_head_of(worker->package)->core.payload_bytes;
+    reporter->progress.bytes_total = cm_package_head_of(worker->package)->core.payload_bytes;
+    stage_begin(reporter, CM_LOAD_RESERVE);
     enum cm_status status = cm_device_open(worker->config.device, &options, &worker->device, err);
     if (status == CM_OK) {
         status = limits_make(worker, &reserve, err);
     }
     if (status == CM_OK) {
-        stage_report(reporter, CM_LOAD_RESERVE, 0, total);
         status = cm_device_reserve(worker->device, &reserve, err);
     }
     if (status == CM_OK) {
         cm_device_describe(worker->device, &facts);
+        stage_begin(reporter, CM_LOAD_WEIGHTS);
         const struct cm_stream_options stream = {
             .threads = facts.threads, .progress = bytes_report, .progress_context = reporter};
         status = cm_stream_load(worker->package, CM_FD_INPUT, worker->device, &stream, &times, err);
     }
     if (status == CM_OK) {
-        stage_report(reporter, CM_LOAD_BIND, total, total);
+        stage_begin(reporter, CM_LOAD_BIND);
         status = cm_device_model_bind(worker->device, &worker->model.model, err);
     }
     if (status == CM_OK) {
@@ -212,11 +223,31 @@ static enum cm_status serving_make(struct cm_worker *worker, struct cm_error *er
     return status;
 }
 
+static void loaded_log(const struct cm_worker *worker, const struct reporter *reporter,
+                       const struct cm_loaded *loaded)
+{
+    const uint64_t *stage_us = reporter->progress.stage_us;
+    CM_LOG(&worker->log, CM_LOG_INFO, "loaded", CM_LOG_S("model", worker->hello.model_name),
+           CM_LOG_S("device", worker->hello.device), CM_LOG_I("payload_bytes", loaded->bytes),
+           CM_LOG_I("head_us", stage_us[CM_LOAD_HEAD]),
+           CM_LOG_I("reserve_us", stage_us[CM_LOAD_RESERVE]),
+           CM_LOG_I("weights_us", stage_us[CM_LOAD_WEIGHTS]),
+           CM_LOG_I("bind_us", stage_us[CM_LOAD_BIND]), CM_LOG_I("read_us", loaded->read_us),
+           CM_LOG_I("verify_us", loaded->verify_us), CM_LOG_I("decrypt_us", loaded->decrypt_us),
+           CM_LOG_I("total_us", loaded->total_us), CM_LOG_I("kv_pages", worker->limits.kv_pages),
+           CM_LOG_I("context_max", worker->limits.context_max),
+           CM_LOG_S("weights", loaded->arena_locked ? "locked" : "not locked"));
+}
+
 enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err)
 {
-    struct reporter reporter = {.worker = worker, .started_us = now_us()};
+    const uint64_t now = now_us();
+    struct reporter reporter = {.worker = worker,
+                                .progress = {.stage = CM_LOAD_HEAD},
+                                .started_us = now,
+                                .stage_started_us = now};
     struct cm_loaded loaded = {.bytes = 0};
-    stage_report(&reporter, CM_LOAD_HEAD, 0, 0);
+    progress_send(&reporter);
     enum cm_status status = package_open(worker, err);
     if (status == CM_OK) {
         status = weights_load(worker, &reporter, &loaded, err);
@@ -227,14 +258,9 @@ enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err)
     close(CM_FD_KEY_PAGE);
     close(CM_FD_INPUT);
     if (status == CM_OK) {
+        progress_send(&reporter);
         hello_make(worker);
-        CM_LOG(&worker->log, CM_LOG_INFO, "loaded", CM_LOG_S("model", worker->hello.model_name),
-               CM_LOG_S("device", worker->hello.device), CM_LOG_I("payload_bytes", loaded.bytes),
-               CM_LOG_I("read_us", loaded.read_us), CM_LOG_I("verify_us", loaded.verify_us),
-               CM_LOG_I("decrypt_us", loaded.decrypt_us), CM_LOG_I("total_us", loaded.total_us),
-               CM_LOG_I("kv_pages", worker->limits.kv_pages),
-               CM_LOG_I("context_max", worker->limits.context_max),
-               CM_LOG_S("weights", loaded.arena_locked ? "locked" : "not locked"));
+        loaded_log(worker, &reporter, &loaded);
         status = cm_channel_send(&worker->channel, CM_FRAME_LOADED, &loaded, sizeof(loaded), NULL,
                                  0, err);
     }

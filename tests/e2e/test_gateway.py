@@ -1107,6 +1107,10 @@ def test_loading_and_what_is_not_ready(gateway):
     assert gateway.get("/readyz").json == {"ready": False, "reasons": ["loading"]}
     started = gateway.get("/startupz").json
     assert (started["phase"], started["percent"], started["elapsed_seconds"]) == ("weights", 25, 1.5)
+    assert started["stages"] == {"head": {"seconds": 0.3, "share": 0.2},
+                                 "reserve": {"seconds": 0.45, "share": 0.3},
+                                 "weights": {"seconds": 0.75, "share": 0.5},
+                                 "bind": {"seconds": 0, "share": 0}}
     assert gateway.get("/livez").status == 200
     gateway.say("state <No Code>")
     assert gateway.get("/readyz").json["reasons"] == ["not_ready"]

@@ -750,7 +750,8 @@ static void command(char *line)
     if (begins(line, "state", &rest)) {
         state_command(rest);
     } else if (begins(line, "progress", &rest)) {
-        state.load = (struct cm_progress){CM_LOAD_WEIGHTS, 0, 25, 100, 1500000};
+        state.load = (struct cm_progress){
+            CM_LOAD_WEIGHTS, 0, 25, 100, 1500000, {0, 0, 300000, 450000, 750000}};
         state_command("loading");
     } else if (begins(line, "keys", &rest)) {
         keys_send(rest, false);

@@ -147,7 +147,7 @@ static void worker_load(void)
         raise(SIGKILL);
     }
     for (uint64_t i = 1; i <= 3; i++) {
-        struct cm_progress progress = {CM_LOAD_WEIGHTS, 0, i, 3, i};
+        struct cm_progress progress = {CM_LOAD_WEIGHTS, 0, i, 3, i, {0}};
         send_frame(CM_FRAME_PROGRESS, &progress, sizeof(progress), NULL);
         usleep(150000);
     }

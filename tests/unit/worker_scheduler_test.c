@@ -6,115 +6,17 @@
 #include <string.h>
 
 #include "runtime/worker/scheduler.h"
+#include "tests/unit/tiny_device.h"
 
-#define VOCABULARY    64u
-#define WIDTH         64u
-#define CONTEXT       256u
-#define SEGMENT_BYTES 4096u
-#define SLOTS         8u
-#define PAGES_MANY    (SLOTS * CONTEXT / CM_KV_PAGE_POSITIONS)
-#define IDS_MAX       4096u
-#define STEPS_MAX     100000u
-
-/* ------------------------------------------------------------------ a model and its device */
-
-static struct cm_layer layer;
-static uint32_t token_offsets[VOCABULARY + 1];
-static uint8_t token_bytes[VOCABULARY], token_control[VOCABULARY];
-static struct cm_model model = {.vocabulary = VOCABULARY,
-                                .width = WIDTH,
-                                .layers = 1,
-                                .heads = 2,
-                                .kv_heads = 1,
-                                .head_width = 32,
-                                .rope_width = 32,
-                                .ffn_width = 64,
-                                .context_max = CONTEXT,
-                                .rope_base = 10000,
-                                .norm_epsilon = 1e-5f,
-                                .tied_head = true,
-                                .layer = &layer,
-                                .token_offsets = token_offsets,
-                                .token_bytes = token_bytes,
-                                .token_control = token_control,
-                                .end_tokens = {VOCABULARY - 1},
-                                .end_token_count = 1};
-static uint8_t payload[32 * SEGMENT_BYTES];
-static uint64_t payload_bytes;
-static struct cm_error err;
-
-static void tensor_make(struct cm_tensor *tensor, const char *name, uint32_t kind, uint32_t rows,
-                        uint32_t columns)
-{
-    uint64_t quant, scale;
-    cr_assert(cm_tensor_layout(kind, rows, columns, &quant, &scale));
-    *tensor = (struct cm_tensor){.kind = kind,
-                                 .rows = rows,
-                                 .columns = columns,
-                                 .offset = payload_bytes,
-                                 .scale_offset = scale > 0 ? payload_bytes + quant : 0,
-                                 .bytes = quant + scale};
-    snprintf(tensor->name, sizeof(tensor->name), "%s", name);
-    for (uint64_t i = 0; i < quant; i++) {
-        payload[payload_bytes + i] = (uint8_t)rand();
-    }
-    for (uint64_t i = 0; i < scale / 2; i++) {
-        uint16_t half = (uint16_t)(0x2000 + rand() % 0x400); /* 0.008 to 0.016 */
-        memcpy(payload + payload_bytes + quant + 2 * i, &half, sizeof(half));
-    }
-    for (uint64_t i = 0; kind == CM_TENSOR_F32 && i < rows; i++) {
-        const float one = 1.0f;
-        memcpy(payload + payload_bytes + 4 * i, &one, sizeof(one));
-    }
-    payload_bytes =
-        (payload_bytes + quant + scale + CM_TENSOR_ALIGN - 1) / CM_TENSOR_ALIGN * CM_TENSOR_ALIGN;
-    cr_assert_leq(payload_bytes, sizeof(payload));
-}
-
-static void model_make(void)
-{
-    struct cm_tensor *t = layer.tensors;
-    srand(11);
-    for (uint32_t i = 0; i < VOCABULARY; i++) {
-        token_offsets[i + 1] = i + 1;
-        token_bytes[i] = (uint8_t)('0' + i); /* a reply's text is its tokens */
-    }
-    tensor_make(&model.embedding, "embedding", CM_TENSOR_U8S, VOCABULARY, WIDTH);
-    tensor_make(&model.out_norm, "out_norm", CM_TENSOR_F32, WIDTH, 1);
-    tensor_make(&t[CM_LAYER_ATTENTION_NORM], "attention_norm", CM_TENSOR_F32, WIDTH, 1);
-    tensor_make(&t[CM_LAYER_QKV], "qkv", CM_TENSOR_U8S, 128, WIDTH);
-    tensor_make(&t[CM_LAYER_ATTENTION_OUT], "attention_out", CM_TENSOR_U8S, WIDTH, 64);
-    tensor_make(&t[CM_LAYER_FFN_NORM], "ffn_norm", CM_TENSOR_F32, WIDTH, 1);
-    tensor_make(&t[CM_LAYER_GATE_UP], "gate_up", CM_TENSOR_U8S, 128, WIDTH);
-    tensor_make(&t[CM_LAYER_DOWN], "down", CM_TENSOR_U8S, WIDTH, 64);
-}
-
-static enum cm_status segment_copy(void *context, uint64_t index, const uint8_t *ciphertext,
-                                   size_t bytes, uint8_t *plaintext, struct cm_error *failure)
-{
-    (void)context;
-    (void)index;
-    (void)failure;
-    memcpy(plaintext, ciphertext, bytes);
-    return CM_OK;
-}
+#define SLOTS      8u
+#define PAGES_MANY (SLOTS * CONTEXT / CM_KV_PAGE_POSITIONS)
+#define IDS_MAX    4096u
+#define STEPS_MAX  100000u
 
 static struct cm_device *device_new(const struct cm_scheduler_limits *limits)
 {
-    struct cm_device *device;
-    const struct cm_device_options options = {.threads = 1};
-    const struct cm_device_cipher cipher = {segment_copy, NULL};
-    const struct cm_device_reserve reserve = {
-        &model,           payload_bytes,       SEGMENT_BYTES,          limits->sequences_max,
-        limits->kv_pages, limits->context_max, limits->step_tokens_max};
-    cr_assert_eq(cm_device_open("cpu", &options, &device, &err), CM_OK, "%s", err.text);
-    cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK, "%s", err.text);
-    for (uint64_t i = 0; i * SEGMENT_BYTES < payload_bytes; i++) {
-        cr_assert_eq(cm_device_segment_submit(device, &cipher, i, payload + i * SEGMENT_BYTES,
-                                              SEGMENT_BYTES, &err),
-                     CM_OK);
-    }
-    cr_assert_eq(cm_device_load_finish(device, &err), CM_OK, "%s", err.text);
+    struct cm_device *device = device_load(limits->sequences_max, limits->kv_pages,
+                                           limits->context_max, limits->step_tokens_max);
     cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_OK, "%s", err.text);
     return device;
 }

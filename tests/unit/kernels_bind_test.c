@@ -1,0 +1,85 @@
+/* Binding a model: a weight that is no number is refused by its tensor's name, wherever it lies. */
+#include "tests/unit/tiny_device.h"
+
+#include <math.h>
+
+#include "kernels/cpu/cpu_internal.h"
+
+static enum cm_status bind(void)
+{
+    struct cm_device *device = device_load(1, 1, 32, 32);
+    enum cm_status status = cm_device_model_bind(device, &model, &err);
+    cm_device_close(device);
+    return status;
+}
+
+TestSuite(kernels_bind, .init = model_make);
+
+/* One value of one tensor is replaced; refused by name, and taken again when it is back. */
+static void planted(const struct cm_tensor *tensor, uint64_t at, const void *value, size_t size)
+{
+    uint8_t kept[4];
+    memcpy(kept, payload + at, size);
+    memcpy(payload + at, value, size);
+    cr_assert_eq(bind(), CM_E_PACKAGE, "%s at %lu", tensor->name, at);
+    cr_assert_str_eq(err.id, "CM-DEV-TENSOR");
+    cr_assert_not_null(strstr(err.text, tensor->name), "%s", err.text);
+    memcpy(payload + at, kept, size);
+}
+
+Test(kernels_bind, a_scale_that_is_nan_or_infinite_is_refused_by_name)
+{
+    static const uint16_t bad[] = {0x7c00, 0xfc00, 0x7e00, 0xffff, 0x7c01};
+    static const uint16_t good[] = {0x7bff, 0xfbff, 0x0000, 0x8000, 0x03ff};
+    const struct cm_tensor *tensors[] = {&model.embedding, &layer.tensors[CM_LAYER_DOWN]};
+    for (size_t t = 0; t < 2; t++) {
+        const uint64_t from = tensors[t]->scale_offset,
+                       halves = (tensors[t]->offset + tensors[t]->bytes - from) / 2;
+        const uint64_t places[] = {0, 1, 2, 3, 4, halves / 2, halves - 2, halves - 1};
+        for (size_t p = 0; p < sizeof(places) / sizeof(places[0]); p++) {
+            planted(tensors[t], from + 2 * places[p], &bad[p % 5], sizeof(bad[0]));
+        }
+    }
+    cr_assert_eq(bind(), CM_OK, "%s", err.text);
+    for (size_t i = 0; i < 5; i++) { /* the greatest, the least and zero are numbers */
+        memcpy(payload + model.embedding.scale_offset + 2 * i, &good[i], sizeof(good[i]));
+    }
+    cr_assert_eq(bind(), CM_OK, "%s", err.text);
+}
+
+Test(kernels_bind, a_norm_that_is_nan_or_infinite_is_refused_by_name)
+{
+    static const uint32_t bad[] = {0x7f800000, 0xff800000, 0x7fc00000, 0x7f800001};
+    for (size_t i = 0; i < 4; i++) {
+        planted(&model.out_norm, model.out_norm.offset + 4 * (i * 21), &bad[i], sizeof(bad[0]));
+        planted(&layer.tensors[CM_LAYER_FFN_NORM],
+                layer.tensors[CM_LAYER_FFN_NORM].offset + 4 * (63 - i), &bad[i], sizeof(bad[0]));
+    }
+    cr_assert_eq(bind(), CM_OK, "%s", err.text);
+}
+
+/* The tables are filled in parts by several threads: each value is the definition's. */
+Test(kernels_bind, rope_tables_are_the_definition_rounded_once)
+{
+    struct cm_device *device;
+    for (uint32_t threads = 1; threads <= 3; threads++) {
+        const struct cm_device_options options = {.threads = threads};
+        const struct cm_device_cipher cipher = {segment_copy, NULL};
+        const struct cm_device_reserve reserve = {&model, payload_bytes, SEGMENT_BYTES, 1, 1, 101,
+                                                  32};
+        cr_assert_eq(cm_device_open("cpu", &options, &device, &err), CM_OK);
+        cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK);
+        cr_assert_eq(cm_device_segment_submit(device, &cipher, 0, payload, payload_bytes, &err),
+                     CM_OK);
+        cr_assert_eq(cm_device_load_finish(device, &err), CM_OK);
+        cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_OK, "%s", err.text);
+        for (uint32_t t = 0; t < 101; t++) {
+            for (uint32_t i = 0; i < 16; i++) {
+                double turn = (double)t * pow(10000.0, -2.0 * i / 32);
+                cr_assert_eq(device->cosine[t * 16 + i], (float)cos(turn), "%u %u", t, i);
+                cr_assert_eq(device->sine[t * 16 + i], (float)sin(turn), "%u %u", t, i);
+            }
+        }
+        cm_device_close(device);
+    }
+}
