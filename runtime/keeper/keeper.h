@@ -34,7 +34,7 @@ struct cm_keeper {
     struct cm_measurement measurement;
     struct cm_event event; /* a program under construction */
     struct cm_digest_cache digests;
-    bool capped;
+    bool capped, tls_handed;
     struct cm_policy_state state; /* that unsealed: its PCRs are what is quoted */
     struct cm_tpm_boot boot;
     struct cm_secret *package_key;

@@ -91,12 +91,16 @@ static enum cm_status tls_hand_out(struct cm_keeper *keeper, uint32_t generation
     uint8_t *page = NULL;
     int fd;
     bool secret_memory;
-    enum cm_status status =
-        page_make(cm_secret_view(keeper->tls.key), cm_secret_size(keeper->tls.key), &fd, &page,
-                  &secret_memory, err);
+    /* The first follows the unseal, which has just looked. */
+    enum cm_status status = keeper->tls_handed ? cm_keeper_boot_check(keeper, err) : CM_OK;
+    if (status == CM_OK) {
+        status = page_make(cm_secret_view(keeper->tls.key), cm_secret_size(keeper->tls.key), &fd,
+                           &page, &secret_memory, err);
+    }
     if (status != CM_OK) {
         return status;
     }
+    keeper->tls_handed = true;
     cm_key_page_unmap(page); /* the gateway wipes it; the key stays here in its own secret */
     frame.generation = generation;
     frame.certificate_bytes = keeper->tls.certificate_bytes;

@@ -54,6 +54,7 @@ void on_evidence(struct service *service)
     struct cm_evidence_info info;
     memcpy(&info, service->frame.payload, sizeof(info));
     if (info.id != 0) {
+        service->client_quote_ms = 0;
         frame_send(service, &service->children[CHILD_GATEWAY], CM_FRAME_EVIDENCE, &info,
                    sizeof(info), service->frame.fds, 1);
         return;
@@ -73,6 +74,7 @@ void on_quote_failed(struct service *service)
     cm_error_sanitise(&failed.error);
     cm_log_error(&service->log, "quote_failed", &failed.error);
     if (failed.id != 0) {
+        service->client_quote_ms = 0;
         frame_send(service, &service->children[CHILD_GATEWAY], CM_FRAME_QUOTE_FAILED, &failed,
                    sizeof(failed), NULL, 0);
     }
@@ -83,13 +85,17 @@ void on_quote(struct service *service, struct child *gateway)
 {
     struct cm_quote_request request;
     struct child *keeper = &service->children[CHILD_KEEPER];
+    uint64_t now = clock_ms();
     memcpy(&request, service->frame.payload, sizeof(request));
     request.kind = CM_QUOTE_SESSION; /* whatever the gateway says: it may be taken over */
-    if (request.id == 0 || keeper->state != CHILD_SERVING) {
+    bool waiting = service->client_quote_ms != 0 && now - service->client_quote_ms < ANSWER_WAIT_MS;
+    if (request.id == 0 || keeper->state != CHILD_SERVING || waiting) {
         struct cm_quote_failed failed = {.id = request.id};
-        cm_error_set(&failed.error, CM_E_BUSY, "CM-SUP-KEEPER", "there is no keeper now");
+        cm_error_set(&failed.error, CM_E_BUSY, "CM-SUP-KEEPER",
+                     waiting ? "another quote is being made" : "there is no keeper now");
         frame_send(service, gateway, CM_FRAME_QUOTE_FAILED, &failed, sizeof(failed), NULL, 0);
         return;
     }
+    service->client_quote_ms = now;
     frame_send(service, keeper, CM_FRAME_QUOTE, &request, sizeof(request), NULL, 0);
 }

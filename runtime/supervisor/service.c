@@ -143,6 +143,7 @@ static void child_ended(struct service *service, struct child *child)
     child_reap(service, child);
     if (child->role == CM_ROLE_KEEPER) {
         service->tls_pending = service->key_pending = service->quote_pending = false;
+        service->client_quote_ms = 0;
     }
     if (service->phase == SERVICE_STOP) {
         return;

@@ -115,6 +115,7 @@ struct service {
     uint64_t tls_asked_ms, key_asked_ms;
     bool quote_pending;
     uint64_t quote_asked_ms, evidence_ms; /* 0: none yet */
+    uint64_t client_quote_ms;             /* one at a time, whatever the gateway asks; 0: none */
     uint32_t tls_generation, key_generation;
     struct cm_tls_page tls; /* the last certificate */
     /* API keys */

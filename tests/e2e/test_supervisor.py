@@ -275,6 +275,17 @@ def test_who_breaks_the_rings_is_replaced(service, accuser, accused):
     assert len(service.seen(f"^{accuser} .* start")) == 1 and service.stop() == 0
 
 
+def test_a_gateway_that_asks_for_quotes_without_end_harms_nobody(service):
+    service.mode("gateway", "flood")
+    service.mode("keeper", "slow_quote")
+    service.start()
+    service.until(lambda: "gateway: control socket full" in service.log())
+    service.mode("gateway", "ok")
+    service.ready()
+    assert len(service.seen("^keeper .* start")) == 1 and "keeper: control" not in service.log()
+    assert service.stop() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_drain_then_stop_in_order(service, number):
     service.start().ready()

@@ -129,6 +129,9 @@ static void evidence_send(void)
     struct cm_quote_request request;
     struct cm_evidence_info info = {.bytes = 1};
     int fd = memfd_create("evidence", MFD_CLOEXEC);
+    if (strcmp(mode, "slow_quote") == 0) {
+        usleep(20000);
+    }
     memcpy(&request, frame.payload, sizeof(request));
     info.id = request.id;
     if (fd < 0 || write(fd, "e", 1) != 1) {
@@ -136,6 +139,18 @@ static void evidence_send(void)
     }
     send_frame(CM_FRAME_EVIDENCE, &info, sizeof(info), &fd);
     close(fd);
+}
+
+/* A taken-over gateway: more questions than any queue takes. */
+static void quotes_flood(void)
+{
+    for (uint64_t i = 1; i <= 2000; i++) {
+        struct cm_quote_request request = {.id = i, .kind = CM_QUOTE_SESSION};
+        while (cm_channel_send(&channel, CM_FRAME_QUOTE, &request, sizeof(request), NULL, 0,
+                               &err) == CM_E_BUSY) {
+            usleep(1000);
+        }
+    }
 }
 
 static void worker_load(void)
@@ -209,6 +224,9 @@ static void on_config(void)
     }
     if (strcmp(mode, "fail_serving") == 0) {
         fail(CM_E_DEVICE, "CM-DOUBLE-DEVICE");
+    }
+    if (strcmp(mode, "flood") == 0) {
+        quotes_flood();
     }
     if (strcmp(mode, "unasked") == 0) {
         struct cm_key_page_info info = {.generation = 77};
