@@ -66,6 +66,8 @@ static enum cm_status quote_once(struct cm_tpm *tpm, ESYS_TR ak,
     if (status == CM_OK) {
         memcpy(ret->attest, attest->attestationData, attest->size);
         ret->attest_bytes = attest->size;
+        ret->reset_count = parsed.clockInfo.resetCount;
+        ret->restart_count = parsed.clockInfo.restartCount;
         *ret_pcr_digest = parsed.attested.quote.pcrDigest;
     }
     Esys_Free(attest);
@@ -93,6 +95,24 @@ static enum cm_status values_match(struct cm_tpm *tpm, const uint32_t *pcrs, uin
     return status;
 }
 
+static enum cm_status signature_check(const struct cm_enrolment *enrolment,
+                                      const struct cm_tpm_quote *quote, struct cm_error *err)
+{
+    uint8_t ak[CM_PUBLIC_KEY_BYTES], digest[CM_DIGEST_BYTES];
+    uint32_t attributes;
+    struct cm_be signed_part = {(uint8_t *)quote->attest, quote->attest_bytes, quote->attest_bytes,
+                                false};
+    enum cm_status status = cm_tpm_hash(digest, err, &signed_part, NULL);
+    if (status == CM_OK &&
+        (!cm_tpm_ecc_public(enrolment->ak_public, enrolment->ak_public_bytes, &attributes, ak) ||
+         !cm_tpm_signature_good(ak, digest, quote->signature))) {
+        status = cm_error_set(err, CM_E_TPM, "CM-TPM-QUOTE",
+                              "the quote is not signed by the enrolled attestation key: its answer "
+                              "was changed on the way from the TPM");
+    }
+    return status;
+}
+
 enum cm_status cm_tpm_quote(struct cm_tpm *tpm, const struct cm_enrolment *enrolment,
                             const uint32_t *pcrs, uint32_t count,
                             const uint8_t data[static CM_DIGEST_BYTES],
@@ -117,7 +137,7 @@ enum cm_status cm_tpm_quote(struct cm_tpm *tpm, const struct cm_enrolment *enrol
         status = cm_error_set(err, CM_E_TPM, "CM-TPM-QUOTE",
                               "somebody extends the quoted PCRs all the time: no stable quote");
     }
-    return status;
+    return status == CM_OK ? signature_check(enrolment, ret_quote, err) : status;
 }
 
 /* A primary key in the null hierarchy: its seed is fresh after each TPM reset. */

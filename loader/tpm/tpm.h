@@ -55,10 +55,12 @@ struct cm_tpm_quote {
     uint32_t attest_bytes;
     uint8_t signature[64]; /* r ‖ s by the AK */
     uint8_t pcr_values[CM_POLICY_PCRS_MAX][CM_DIGEST_BYTES];
+    uint32_t reset_count, restart_count; /* as signed: nobody on the TPM's bus can change them */
 };
 
 /* Quote PCRs (ascending, SHA-256 bank) with `data` as extraData, by the enrolled AK; the values are
- * read again until they are the quoted ones. Fails: TPM CM-TPM-QUOTE; POLICY CM-SEAL-NODE. */
+ * read again until they are the quoted ones. The signature is checked here, before anybody gets it.
+ * Fails: TPM CM-TPM-QUOTE; POLICY CM-SEAL-NODE. */
 CM_MUST_USE enum cm_status cm_tpm_quote(struct cm_tpm *tpm, const struct cm_enrolment *enrolment,
                                         const uint32_t *pcrs, uint32_t count,
                                         const uint8_t data[static CM_DIGEST_BYTES],

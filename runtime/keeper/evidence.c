@@ -63,6 +63,24 @@ static enum cm_status evidence_fill(struct cm_keeper *keeper,
     return status;
 }
 
+/* The boot by the TPM's signed word: whoever answers for the TPM on its bus cannot forge that. */
+static enum cm_status quote_boot_check(struct cm_keeper *keeper, const struct cm_tpm_quote *quote,
+                                       struct cm_error *err)
+{
+    if (!keeper->quoted) {
+        keeper->quoted = true;
+        keeper->quoted_reset_count = quote->reset_count;
+        keeper->quoted_restart_count = quote->restart_count;
+    }
+    return quote->reset_count == keeper->quoted_reset_count &&
+                   quote->restart_count == keeper->quoted_restart_count
+               ? CM_OK
+               : cm_error_set(err, CM_E_POLICY, "CM-SEAL-RESET",
+                              "the TPM was reset while the service ran (signed reset count %u, was "
+                              "%u): start it again after you know why",
+                              quote->reset_count, keeper->quoted_reset_count);
+}
+
 static enum cm_status evidence_quote(struct cm_keeper *keeper, struct cm_evidence *evidence,
                                      struct cm_error *err)
 {
@@ -73,6 +91,9 @@ static enum cm_status evidence_quote(struct cm_keeper *keeper, struct cm_evidenc
     if (status == CM_OK) {
         status = cm_tpm_quote(keeper->tpm, &keeper->enrolment, state->pcrs, state->pcr_count, data,
                               &quote, err);
+    }
+    if (status == CM_OK) {
+        status = quote_boot_check(keeper, &quote, err);
     }
     if (status == CM_OK) {
         memcpy(evidence->attest, quote.attest, quote.attest_bytes);

@@ -37,6 +37,8 @@ struct cm_keeper {
     bool capped, tls_handed;
     struct cm_policy_state state; /* that unsealed: its PCRs are what is quoted */
     struct cm_tpm_boot boot;
+    bool quoted; /* the counts of the first quote */
+    uint32_t quoted_reset_count, quoted_restart_count;
     struct cm_secret *package_key;
     struct cm_tls_identity tls;
     uint8_t *handed; /* the page handed out last, until LOADED or the next */
