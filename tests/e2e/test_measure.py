@@ -1,8 +1,11 @@
 """Sealed to a state: what is measured, what is refused when it changes, and a real swtpm."""
+import collections
+import itertools
 import json
 import pathlib
 import shutil
 import sys
+import threading
 
 import pytest
 
@@ -65,6 +68,44 @@ def test_a_changed_program_is_refused_until_it_is_signed(programs, model, tmp_pa
     refused(node, "CM-SEAL-PCR")
     node.sign()
     assert served(node)
+
+
+def test_a_supervisor_exchanged_while_it_starts_is_the_signed_one_or_refused(programs, model, tmp_path):
+    """Ten thousand exchanges under the copy itself: sandbox_image_test. Here: whole starts."""
+    node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny")
+    program = programs / "casemate-supervisor"
+    signed = program.read_bytes()
+    over = threading.Event()
+
+    def exchange():
+        for turn in itertools.count():
+            if over.wait(0.001):
+                return
+            other = programs / "other"
+            other.write_bytes(signed + b"\0" * (turn % 2))
+            other.chmod(0o755)
+            other.rename(program)
+
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    ends = collections.Counter()
+    try:
+        for _ in range(12):
+            try:
+                node.start()
+            except RuntimeError as error:
+                assert "CM-SEAL-PCR" in str(error) and node.service.returncode == 5
+                ends["refused"] += 1
+                node.service = None
+                continue
+            ends["served"] += 1
+            assert pathlib.Path(f"/proc/{node.service.pid}/fd/32").read_bytes() == signed
+            assert node.stop() == 0
+    finally:
+        over.set()
+        thread.join()
+    assert ends["served"] > 0 and ends["refused"] > 0, ends
 
 
 def test_a_changed_configuration_is_refused_and_a_site_key_is_not(programs, model, tmp_path):

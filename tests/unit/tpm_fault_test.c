@@ -7,7 +7,18 @@
 
 #define RESPONSES 52u /* more than an unseal has: the rest shows that nothing was counted wrong */
 
-enum fault { FAULT_CODE, FAULT_FLIP, FAULT_CUT, FAULT_GONE, FAULT_TWICE, FAULT_LATE, FAULT_COUNT };
+enum fault {
+    FAULT_CODE,
+    FAULT_FLIP,
+    FAULT_CUT,
+    FAULT_GONE,
+    FAULT_TWICE,
+    FAULT_LATE,
+    FAULT_REPLAY, /* the answer of the command before, in place of this one's */
+    FAULT_BEHIND, /* from here on each command gets the answer of the one before */
+    FAULT_SWAP,   /* this answer after the next one */
+    FAULT_COUNT
+};
 
 /* Part 2, section 6.6: what chips answer when they are unwell. */
 static const uint32_t codes[] = {0x101, 0x921, 0x902, 0x903, 0x98e, 0x128, 0x922, 0x908, 0x1df};
@@ -17,6 +28,9 @@ struct proxy {
     enum fault fault;
     uint32_t at, seen, code;
     unsigned seed;
+    bool quotes;        /* a quote is asked for, not the key */
+    uint8_t held[4096]; /* an answer that is kept back */
+    size_t held_size;
     uint8_t *tap; /* all bytes both ways, TAP_BYTES; or NULL */
     size_t tapped;
 };
@@ -48,6 +62,31 @@ static size_t frame_read(int fd, uint8_t frame[4096])
     return size;
 }
 
+static void exchange(struct proxy *proxy, uint8_t frame[4096], size_t *size)
+{
+    uint8_t taken[4096];
+    size_t taken_size = *size;
+    memcpy(taken, frame, taken_size);
+    memcpy(frame, proxy->held, proxy->held_size);
+    *size = proxy->held_size;
+    memcpy(proxy->held, taken, taken_size);
+    proxy->held_size = taken_size;
+}
+
+/* Answers out of their order; nothing is changed in any of them. */
+static void order_spoil(struct proxy *proxy, uint8_t frame[4096], size_t *size)
+{
+    bool before = proxy->seen < proxy->at;
+    bool behind = proxy->fault == FAULT_BEHIND && proxy->seen >= proxy->at;
+    bool swap = proxy->fault == FAULT_SWAP && proxy->seen <= proxy->at + 1 && !before;
+    if (before || proxy->held_size == 0) {
+        memcpy(proxy->held, frame, *size);
+        proxy->held_size = *size;
+    } else if (behind || swap || (proxy->fault == FAULT_REPLAY && proxy->seen == proxy->at)) {
+        exchange(proxy, frame, size);
+    }
+}
+
 /* False: the connection ends here. */
 static bool response_spoil(struct proxy *proxy, uint8_t frame[4096], size_t *size)
 {
@@ -73,6 +112,10 @@ static bool response_spoil(struct proxy *proxy, uint8_t frame[4096], size_t *siz
     case FAULT_LATE:
         usleep(proxy->at == 20 ? 800000 : 30000); /* the slowest chips take most of a second */
         return true;
+    case FAULT_REPLAY:
+    case FAULT_BEHIND:
+    case FAULT_SWAP:
+        return true; /* order_spoil has done it */
     case FAULT_COUNT:
         break;
     }
@@ -90,11 +133,36 @@ static void *proxy_run(void *context)
         cr_assert_eq(write(proxy->tpm, frame, size), (ssize_t)size);
         size = frame_read(proxy->tpm, frame);
         tap(proxy, frame, size);
-        alive = size > 0 && (++proxy->seen != proxy->at || response_spoil(proxy, frame, &size)) &&
+        proxy->seen++;
+        if (size > 0 && proxy->fault >= FAULT_REPLAY) {
+            order_spoil(proxy, frame, &size);
+        }
+        alive = size > 0 && (proxy->seen != proxy->at || response_spoil(proxy, frame, &size)) &&
                 write(proxy->keeper, frame, size) == (ssize_t)size;
     }
     shutdown(proxy->keeper, SHUT_RDWR);
     return NULL;
+}
+
+/* What comes is signed by the node's key and answers this question, by OpenSSL's word. */
+static enum cm_status quote(struct scene *s, struct cm_error *err)
+{
+    static uint8_t question[CM_DIGEST_BYTES];
+    struct cm_tpm_quote got;
+    uint8_t digest[CM_DIGEST_BYTES], ak[CM_PUBLIC_KEY_BYTES];
+    uint32_t attributes;
+    question[0]++;
+    enum cm_status status =
+        cm_tpm_quote(s->tpm, &s->enrolment, &s->enrolment.pcr, 1, question, &got, err);
+    if (status == CM_OK) {
+        EVP_Digest(got.attest, got.attest_bytes, digest, NULL, EVP_sha256(), NULL);
+        cr_assert(cm_tpm_ecc_public(s->enrolment.ak_public, s->enrolment.ak_public_bytes,
+                                    &attributes, ak) &&
+                  cm_tpm_signature_good(ak, digest, got.signature));
+        cr_assert_not_null(memmem(got.attest, got.attest_bytes, question, sizeof(question)),
+                           "an older quote");
+    }
+    return status;
 }
 
 /* One keeper's life over a spoilt wire. */
@@ -107,10 +175,12 @@ static enum cm_status try_once(struct scene *s, struct proxy *proxy, struct cm_e
     proxy->keeper = wire[1];
     proxy->tpm = s->tpm_fd;
     proxy->seen = 0;
+    proxy->held_size = 0;
     cr_assert_eq(pthread_create(&thread, NULL, proxy_run, proxy), 0);
     enum cm_status status = cm_tpm_open(wire[0], &s->tpm, err);
     if (status == CM_OK) {
-        status = unseal(s, err); /* asserts that a released key is the right one */
+        /* Either asserts that what came is right. */
+        status = proxy->quotes ? quote(s, err) : unseal(s, err);
         cm_tpm_close(s->tpm);
     }
     s->tpm = direct;
@@ -179,5 +249,30 @@ Test(tpm_fault, the_wire_never_carries_the_key)
                        "the control was not found: the tap does not work");
     cr_assert_null(memmem(proxy.tap, proxy.tapped, s.key, 8));
     free(proxy.tap);
+    scene_done(&s);
+}
+
+Test(tpm_fault, a_spoilt_quote_is_handed_to_nobody, .timeout = 60)
+{
+    static struct scene s;
+    unsigned came = 0, refused = 0;
+    signal(SIGPIPE, SIG_IGN);
+    scene_make(&s, state_new());
+    for (uint32_t at = 1; at <= 12; at++) {
+        for (unsigned round = 0; round < 40; round++) {
+            struct cm_error err = {.status = CM_OK};
+            struct proxy proxy = {.fault = round < 37 ? FAULT_FLIP : FAULT_REPLAY + (int)round - 37,
+                                  .at = at,
+                                  .seed = at * 1000 + round,
+                                  .quotes = true};
+            enum cm_status status = try_once(&s, &proxy, &err);
+            came += status == CM_OK;
+            refused += status != CM_OK;
+            cr_assert(status == CM_OK || status == CM_E_TPM || status == CM_E_POLICY, "%s", err.id);
+        }
+    }
+    printf("tpm_fault: %u quotes came, %u were refused\n", came, refused);
+    cr_assert(came > 40 && refused > 40);
+    healthy(&s);
     scene_done(&s);
 }

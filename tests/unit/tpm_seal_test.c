@@ -142,16 +142,71 @@ Test(tpm_seal, another_tpm_is_refused)
     scene_done(&scene);
 }
 
+/* TPM_PT_LOCKOUT_COUNTER: failed tries that count towards the lock-out. */
+static uint32_t lockout_count(struct scene *s)
+{
+    TPMS_CAPABILITY_DATA *found = NULL;
+    TPMI_YES_NO more;
+    cr_assert_eq(Esys_GetCapability(s->tpm->esys, ESYS_TR_NONE, ESYS_TR_NONE, ESYS_TR_NONE,
+                                    TPM2_CAP_TPM_PROPERTIES, TPM2_PT_LOCKOUT_COUNTER, 1, &more,
+                                    &found),
+                 TSS2_RC_SUCCESS);
+    uint32_t count = found->data.tpmProperties.tpmProperty[0].value;
+    cr_assert_eq(found->data.tpmProperties.tpmProperty[0].property, TPM2_PT_LOCKOUT_COUNTER);
+    Esys_Free(found);
+    return count;
+}
+
+/* Use a key that the lock-out protects, as we never do. */
+static void protected_key_use(struct scene *s)
+{
+    const TPM2B_PUBLIC template =
+        cm_tpm_ecc_template(CM_TPM_SRK_ATTRIBUTES & ~CM_TPMA_NO_DA, false);
+    TPM2B_PUBLIC child = cm_tpm_ecc_template(CM_TPM_AK_ATTRIBUTES, true), *public = NULL;
+    const TPM2B_SENSITIVE_CREATE nothing = {.size = 0};
+    const TPM2B_DATA data = {.size = 0};
+    const TPML_PCR_SELECTION none = {.count = 0};
+    TPM2B_PRIVATE *private = NULL;
+    ESYS_TR key = ESYS_TR_NONE;
+    struct cm_error err;
+    cr_assert_eq(
+        cm_tpm_primary_create(s->tpm, ESYS_TR_RH_OWNER, &template, "primary", &key, NULL, &err),
+        CM_OK, "%s", err.text);
+    cr_assert_eq(Esys_Create(s->tpm->esys, key, ESYS_TR_PASSWORD, ESYS_TR_NONE, ESYS_TR_NONE,
+                             &nothing, &child, &data, &none, &private, &public, NULL, NULL, NULL),
+                 TSS2_RC_SUCCESS);
+    Esys_Free(private);
+    Esys_Free(public);
+    cm_tpm_flush(s->tpm, &key);
+}
+
+Test(tpm_seal, an_unclean_end_after_a_protected_key_counts, .timeout = 30)
+{
+    int state = state_new();
+    scene_make(&scene, state);
+    uint32_t before = lockout_count(&scene);
+    protected_key_use(&scene);
+    tpm_stop(&scene, SIGKILL);
+    tpm_start(&scene, state);
+    cr_assert_eq(lockout_count(&scene), before + 1, "the next test would see nothing");
+    scene_done(&scene);
+}
+
 Test(tpm_seal, fifty_unclean_ends_lock_nobody_out_and_a_torn_write_loses_nothing, .timeout = 60)
 {
     struct cm_error err;
     uint8_t byte = 0xff;
     int state = state_new();
     scene_make(&scene, state);
+    uint32_t before = lockout_count(&scene);
     for (int i = 0; i < 50; i++) {
+        struct cm_tpm_boot boot;
+        cr_assert_eq(unseal(&scene, &err), CM_OK, "%s", err.text);
+        cr_assert_eq(cm_tpm_boot_read(scene.tpm, &boot, &err), CM_OK);
         tpm_stop(&scene, SIGKILL);
         tpm_start(&scene, state);
     }
+    cr_assert_eq(lockout_count(&scene), before);
     cr_assert_eq(unseal(&scene, &err), CM_OK, "%s", err.text);
     tpm_stop(&scene, SIGKILL);
     /* Damage one copy of the state file: the other serves, or is older and says so by its counter.
