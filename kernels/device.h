@@ -31,7 +31,7 @@ struct cm_device;
 
 struct cm_device_options {
     uint32_t threads; /* 0: from cpu.max and affinity */
-    const char *path; /* NULL: best that CPUID allows; else "avx2", "avx512vnni" (tests) */
+    const char *path; /* NULL: best there is; else "avx2", "avx512vnni", "amx" (tests) */
 };
 
 struct cm_device_facts {

@@ -46,6 +46,14 @@ static const uint16_t *page_of(const struct cm_attention *a, uint32_t position, 
     return (const uint16_t *)(const void *)(page + offset);
 }
 
+/* K or V of one page. Few rows read the halfs directly, and the page after it ahead: pages lie
+ * anywhere, so no prefetcher of the CPU follows. Many rows read floats that were converted once. */
+struct source {
+    bool direct;
+    const uint16_t *half, *next;
+    const float *whole;
+};
+
 INLINE void page_floats(const uint16_t *from, float *to, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i += LANES) {
@@ -53,9 +61,14 @@ INLINE void page_floats(const uint16_t *from, float *to, uint32_t count)
     }
 }
 
-/* Scores of `count` rows for the 32 positions of a page: halfs, or floats that were converted. */
-INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, const uint16_t *half,
-                        const float *whole, float *to)
+INLINE lanes page_lanes(struct source from, size_t at)
+{
+    return from.direct ? lanes_half_load(from.half + at) : lanes_load(from.whole + at);
+}
+
+/* Scores of `count` rows for the 32 positions of a page. */
+INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, struct source from,
+                        float *to)
 {
     lanes low[LANES_SCORE_ROWS], high[LANES_SCORE_ROWS];
     const float *query[LANES_SCORE_ROWS];
@@ -64,9 +77,10 @@ INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, cons
         query[r] = query_of(w, row + r);
     }
     for (uint32_t i = 0; i < w->a->head_width; i++) {
-        lanes k0 = half ? lanes_half_load(half + (size_t)i * PAGE) : lanes_load(whole + i * PAGE);
-        lanes k1 = half ? lanes_half_load(half + (size_t)i * PAGE + LANES)
-                        : lanes_load(whole + i * PAGE + LANES);
+        if (from.direct) {
+            _mm_prefetch((const char *)(from.next + (size_t)i * PAGE), _MM_HINT_T0);
+        }
+        lanes k0 = page_lanes(from, i * PAGE), k1 = page_lanes(from, i * PAGE + LANES);
         for (uint32_t r = 0; r < count; r++) {
             lanes q = lanes_set(query[r][i]);
             low[r] = lanes_fma(q, k0, low[r]);
@@ -82,11 +96,11 @@ INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, cons
 
 /* part[row][column ..] += e × V over positions [first, last) of a page. */
 INLINE void page_values(const struct work *w, uint32_t row, uint32_t count, uint32_t column,
-                        uint32_t vectors, const uint16_t *half, const float *whole,
-                        const float *weights, uint32_t first, uint32_t last)
+                        uint32_t vectors, struct source from, const float *weights, uint32_t first,
+                        uint32_t last)
 {
     lanes out[LANES_VALUE_ROWS][4];
-    const uint32_t stride = half ? w->a->head_width : w->padded;
+    const uint32_t stride = from.direct ? w->a->head_width : w->padded;
     for (uint32_t r = 0; r < count; r++) {
         for (uint32_t v = 0; v < vectors; v++) {
             out[r][v] = lanes_load(w->part + (size_t)(row + r) * w->padded + column + v * LANES);
@@ -96,7 +110,10 @@ INLINE void page_values(const struct work *w, uint32_t row, uint32_t count, uint
         lanes value[4];
         for (uint32_t v = 0; v < vectors; v++) {
             size_t at = (size_t)t * stride + column + v * LANES;
-            value[v] = half ? lanes_half_load(half + at) : lanes_load(whole + at);
+            if (from.direct && v % 2 == 0) {
+                _mm_prefetch((const char *)(from.next + at), _MM_HINT_T0);
+            }
+            value[v] = page_lanes(from, at);
         }
         for (uint32_t r = 0; r < count; r++) {
             lanes e = lanes_set(weights[(size_t)(row + r) * CHUNK + t]);
@@ -113,78 +130,92 @@ INLINE void page_values(const struct work *w, uint32_t row, uint32_t count, uint
 }
 
 /* Constant counts keep all sums in registers. */
-INLINE void rows_scores(const struct work *w, uint32_t row, uint32_t count, const uint16_t *half,
-                        const float *whole, float *to)
+INLINE void rows_scores(const struct work *w, uint32_t row, uint32_t count, struct source from,
+                        float *to)
 {
     switch (count) {
     case 1:
-        page_scores(w, row, 1, half, whole, to);
+        page_scores(w, row, 1, from, to);
         return;
     case 2:
-        page_scores(w, row, 2, half, whole, to);
+        page_scores(w, row, 2, from, to);
         return;
 #if LANES_SCORE_ROWS > 2
     case 3:
-        page_scores(w, row, 3, half, whole, to);
+        page_scores(w, row, 3, from, to);
         return;
     case 4:
-        page_scores(w, row, 4, half, whole, to);
+        page_scores(w, row, 4, from, to);
         return;
     case 5:
-        page_scores(w, row, 5, half, whole, to);
+        page_scores(w, row, 5, from, to);
         return;
     default:
-        page_scores(w, row, 6, half, whole, to);
+        page_scores(w, row, 6, from, to);
 #endif
     }
 }
 
 INLINE void rows_values(const struct work *w, uint32_t row, uint32_t count, uint32_t column,
-                        uint32_t vectors, const uint16_t *half, const float *whole,
-                        const float *weights, uint32_t first, uint32_t last)
+                        uint32_t vectors, struct source from, const float *weights, uint32_t first,
+                        uint32_t last)
 {
     switch (count) {
     case 1:
-        page_values(w, row, 1, column, vectors, half, whole, weights, first, last);
+        page_values(w, row, 1, column, vectors, from, weights, first, last);
         return;
 #if LANES_VALUE_ROWS > 1
     case 2:
-        page_values(w, row, 2, column, vectors, half, whole, weights, first, last);
+        page_values(w, row, 2, column, vectors, from, weights, first, last);
         return;
     case 3:
-        page_values(w, row, 3, column, vectors, half, whole, weights, first, last);
+        page_values(w, row, 3, column, vectors, from, weights, first, last);
         return;
     case 4:
-        page_values(w, row, 4, column, vectors, half, whole, weights, first, last);
+        page_values(w, row, 4, column, vectors, from, weights, first, last);
         return;
     case 5:
-        page_values(w, row, 5, column, vectors, half, whole, weights, first, last);
+        page_values(w, row, 5, column, vectors, from, weights, first, last);
         return;
     default:
-        page_values(w, row, 6, column, vectors, half, whole, weights, first, last);
+        page_values(w, row, 6, column, vectors, from, weights, first, last);
 #endif
     }
 }
 
-/* All scores of a chunk. Few rows read the halfs directly; many read floats converted once. */
+/* What to read ahead behind the page of position t: the next of K, or of V. */
+static const uint16_t *next_of(const struct work *w, uint32_t t, uint32_t first, uint32_t last,
+                               bool values)
+{
+    const struct cm_attention *a = w->a;
+    if (t + PAGE < last) {
+        return page_of(a, t + PAGE, values ? a->v_offset : a->k_offset);
+    }
+    if (!values) {
+        return page_of(a, first, a->v_offset);
+    }
+    return page_of(a, last < seen(w, w->rows - 1) ? last : t, a->k_offset);
+}
+
 static void chunk_scores(const struct work *w, uint32_t first, uint32_t last)
 {
     const struct cm_attention *a = w->a;
     for (uint32_t t = first; t < last; t += PAGE) {
-        const uint16_t *half = page_of(a, t, a->k_offset);
-        const bool many = w->rows > LANES_SCORE_ROWS;
-        if (many) {
-            page_floats(half, w->page, a->head_width * PAGE);
+        const bool direct = w->rows <= LANES_SCORE_ROWS;
+        struct source from = {direct, page_of(a, t, a->k_offset), next_of(w, t, first, last, false),
+                              w->page};
+        float *to = w->scores + (t - first);
+        if (direct) {
+            from.direct = true;
+            rows_scores(w, 0, w->rows, from, to);
+            continue;
         }
+        page_floats(from.half, w->page, a->head_width * PAGE);
+        from.direct = false;
         for (uint32_t row = 0; row < w->rows; row += LANES_SCORE_ROWS) {
             uint32_t count = least(LANES_SCORE_ROWS, w->rows - row);
-            if (seen(w, row + count - 1) <= t) {
-                continue;
-            }
-            if (many) {
-                rows_scores(w, row, count, NULL, w->page, w->scores + (t - first));
-            } else {
-                rows_scores(w, row, count, half, NULL, w->scores + (t - first));
+            if (seen(w, row + count - 1) > t) {
+                rows_scores(w, row, count, from, to);
             }
         }
     }
@@ -215,25 +246,36 @@ static void chunk_weights(const struct work *w, uint32_t first)
 
 /* Values of one page for rows [row, row + count): what all of them see together, then the rest. */
 INLINE void block_values(const struct work *w, uint32_t row, uint32_t count, uint32_t column,
-                         uint32_t vectors, const uint16_t *half, const float *whole,
-                         const float *weights, uint32_t page)
+                         uint32_t vectors, struct source from, const float *weights, uint32_t page)
 {
     uint32_t common = seen(w, row) > page ? least(seen(w, row) - page, PAGE) : 0;
-    rows_values(w, row, count, column, vectors, half, whole, weights, 0, common);
+    rows_values(w, row, count, column, vectors, from, weights, 0, common);
     for (uint32_t r = row; r < row + count; r++) {
         uint32_t own = seen(w, r) > page ? least(seen(w, r) - page, PAGE) : 0;
         if (own > common) {
-            rows_values(w, r, 1, column, vectors, half, whole, weights, common, own);
+            rows_values(w, r, 1, column, vectors, from, weights, common, own);
         }
     }
 }
 
-INLINE void page_add(const struct work *w, uint32_t column, uint32_t vectors, const uint16_t *half,
-                     const float *whole, const float *weights, uint32_t page)
+INLINE void page_add(const struct work *w, uint32_t column, uint32_t vectors, struct source from,
+                     const float *weights, uint32_t page)
 {
     for (uint32_t row = 0; row < w->rows; row += LANES_VALUE_ROWS) {
         uint32_t count = least(LANES_VALUE_ROWS, w->rows - row);
-        block_values(w, row, count, column, vectors, half, whole, weights, page);
+        block_values(w, row, count, column, vectors, from, weights, page);
+    }
+}
+
+INLINE void page_values_all(const struct work *w, struct source from, const float *weights,
+                            uint32_t page)
+{
+    uint32_t column = 0;
+    for (; column + 4 * LANES <= w->padded; column += 4 * LANES) {
+        page_add(w, column, 4, from, weights, page);
+    }
+    for (; column < w->padded; column += LANES) {
+        page_add(w, column, 1, from, weights, page);
     }
 }
 
@@ -242,28 +284,18 @@ static void chunk_values(const struct work *w, uint32_t first, uint32_t last)
     const struct cm_attention *a = w->a;
     memset(w->part, 0, (size_t)w->rows * w->padded * sizeof(float));
     for (uint32_t t = first; t < last; t += PAGE) {
-        const uint16_t *half = page_of(a, t, a->v_offset);
-        const float *weights = w->scores + (t - first);
-        const bool many = w->rows > LANES_VALUE_ROWS;
-        for (uint32_t i = 0; many && i < PAGE; i++) {
-            page_floats(half + (size_t)i * a->head_width, w->page + (size_t)i * w->padded,
+        struct source from = {false, page_of(a, t, a->v_offset), next_of(w, t, first, last, true),
+                              w->page};
+        if (w->rows <= LANES_VALUE_ROWS) {
+            from.direct = true;
+            page_values_all(w, from, w->scores + (t - first), t);
+            continue;
+        }
+        for (uint32_t i = 0; i < PAGE; i++) {
+            page_floats(from.half + (size_t)i * a->head_width, w->page + (size_t)i * w->padded,
                         a->head_width);
         }
-        uint32_t column = 0;
-        for (; column + 4 * LANES <= w->padded; column += 4 * LANES) {
-            if (many) {
-                page_add(w, column, 4, NULL, w->page, weights, t);
-            } else {
-                page_add(w, column, 4, half, NULL, weights, t);
-            }
-        }
-        for (; column < w->padded; column += LANES) {
-            if (many) {
-                page_add(w, column, 1, NULL, w->page, weights, t);
-            } else {
-                page_add(w, column, 1, half, NULL, weights, t);
-            }
-        }
+        page_values_all(w, from, w->scores + (t - first), t);
     }
 }
 

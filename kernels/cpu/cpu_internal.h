@@ -9,9 +9,9 @@
 #define CM_ATTENTION_CHUNK 256u
 #define CM_ATTENTION_ROWS  48u /* query rows (tokens × group) that share loads of K and V */
 #define CM_THREADS_MAX     64u
-#define CM_PANEL           16u /* tokens whose activations lie together */
-#define CM_BLOCK_TOKENS    64u /* tokens of one work item of a matrix product */
-#define CM_TAKES           4u  /* pieces in which a thread takes its own share of a phase */
+#define CM_PANEL           16u  /* tokens whose activations lie together */
+#define CM_BLOCK_TOKENS    128u /* tokens of one work item of a matrix product */
+#define CM_TAKES           4u   /* pieces in which a thread takes its own share of a phase */
 
 /* Padded rows of a matrix, columns of a vector. */
 static inline uint32_t cm_padded(uint32_t value, uint32_t to)
@@ -142,6 +142,8 @@ struct cm_path {
 
 CM_PATH_DECLARE(avx2);
 CM_PATH_DECLARE(avx512vnni);
+void cm_amx_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
+                 struct cm_span span, float *y, size_t stride);
 
 /* path.c: the best path that this CPU has, or the one of that name; NULL: there is none. */
 const struct cm_path *cm_path_choose(const char *name);

@@ -88,12 +88,13 @@ static inline void lanes_half_store(uint16_t *at, lanes x)
 {
     _mm256_storeu_si256((__m256i *)(void *)at, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
-/* Whole numbers of int8 range. Returns their sum. */
-static inline int32_t lanes_bytes_store(int8_t *at, lanes x)
+/* 32 whole numbers of int8 range. Returns their sum. */
+static inline int32_t lanes_bytes_store(int8_t *at, lanes first, lanes second)
 {
-    __m512i whole = _mm512_cvtps_epi32(x);
-    _mm_storeu_si128((__m128i *)(void *)at, _mm512_cvtepi32_epi8(whole));
-    return _mm512_reduce_add_epi32(whole);
+    __m512i a = _mm512_cvtps_epi32(first), b = _mm512_cvtps_epi32(second);
+    _mm_storeu_si128((__m128i *)(void *)at, _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128((__m128i *)(void *)(at + 16), _mm512_cvtepi32_epi8(b));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
 }
 /* Lanes 2i and 2i+1 exchanged. */
 static inline lanes lanes_swap(lanes a)
@@ -200,13 +201,18 @@ static inline void lanes_half_store(uint16_t *at, lanes x)
     _mm_storeu_si128((__m128i *)(void *)(at + 8),
                      _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline int32_t lanes_bytes_store(int8_t *at, lanes x)
+static inline __m128i lanes_bytes(__m256i low, __m256i high)
 {
-    __m256i low = _mm256_cvtps_epi32(x.low), high = _mm256_cvtps_epi32(x.high);
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-    _mm_storeu_si128((__m128i *)(void *)at, _mm_packs_epi16(_mm256_castsi256_si128(words),
-                                                            _mm256_extracti128_si256(words, 1)));
-    __m256i sum = _mm256_add_epi32(low, high);
+    return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+static inline int32_t lanes_bytes_store(int8_t *at, lanes first, lanes second)
+{
+    __m256i a = _mm256_cvtps_epi32(first.low), b = _mm256_cvtps_epi32(first.high);
+    __m256i c = _mm256_cvtps_epi32(second.low), d = _mm256_cvtps_epi32(second.high);
+    _mm_storeu_si128((__m128i *)(void *)at, lanes_bytes(a, b));
+    _mm_storeu_si128((__m128i *)(void *)(at + 16), lanes_bytes(c, d));
+    __m256i sum = _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));

@@ -1,7 +1,14 @@
 /* The paths of this backend, best first, and which of them this CPU has. Compiled for any CPU. */
 #include "kernels/cpu/cpu_internal.h"
 
+#include <cpuid.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* arch/x86/include/uapi/asm/prctl.h; the tiles' state is feature 18 of XSAVE. */
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_TILE_DATA  18
 
 static bool avx2_available(void) /* each CPU with AVX2 has F16C too */
 {
@@ -15,17 +22,29 @@ static bool avx512vnni_available(void)
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
-#define PATH(path)                                                                                 \
+/* The CPU has tiles and the kernel lets this process use them (threads made later as well). */
+static bool amx_available(void)
+{
+    uint32_t a, b, c, d;
+    const uint32_t tile = 1u << 24, int8 = 1u << 25;
+    return avx512vnni_available() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 &&
+           (d & tile) != 0 && (d & int8) != 0 &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) == 0;
+}
+
+/* A path's own product, and all else of a body that may be another's. */
+#define PATH(path, body)                                                                           \
     {                                                                                              \
         .name = #path, .available = path##_available, .gemm = cm_##path##_gemm,                    \
-        .quantise = cm_##path##_quantise, .norm = cm_##path##_norm, .gate = cm_##path##_gate,      \
-        .rope = cm_##path##_rope, .add = cm_##path##_add, .key_put = cm_##path##_key_put,          \
-        .value_put = cm_##path##_value_put, .attend = cm_##path##_attend,                          \
-        .attend_chunk = cm_##path##_attend_chunk, .attend_merge = cm_##path##_attend_merge,        \
-        .greatest = cm_##path##_greatest,                                                          \
+        .quantise = cm_##body##_quantise, .norm = cm_##body##_norm, .gate = cm_##body##_gate,      \
+        .rope = cm_##body##_rope, .add = cm_##body##_add, .key_put = cm_##body##_key_put,          \
+        .value_put = cm_##body##_value_put, .attend = cm_##body##_attend,                          \
+        .attend_chunk = cm_##body##_attend_chunk, .attend_merge = cm_##body##_attend_merge,        \
+        .greatest = cm_##body##_greatest,                                                          \
     }
 
-static const struct cm_path paths[] = {PATH(avx512vnni), PATH(avx2)};
+static const struct cm_path paths[] = {PATH(amx, avx512vnni), PATH(avx512vnni, avx512vnni),
+                                       PATH(avx2, avx2)};
 
 const struct cm_path *cm_path_choose(const char *name)
 {

@@ -2,13 +2,7 @@
  * horizontal sum is ever taken. A block's quants are unpacked once and serve a panel of up to 16
  * tokens, whose activations come as broadcasts from memory. Bytes read per block: 256 (u4) or 512
  * (u8) of quants and 32 or 64 of scales. */
-#include "kernels/cpu/cpu_internal.h"
-
-#include <immintrin.h>
-#include <string.h>
-
-#define PREFETCH_BYTES 4096 /* ahead of the quants: measured best on both kinds of CPU */
-#define INLINE         static inline __attribute__((always_inline))
+#include "kernels/cpu/avx512.h"
 
 /* Four activations, in every lane. */
 INLINE __m512i four(const int8_t *x)
@@ -18,38 +12,15 @@ INLINE __m512i four(const int8_t *x)
     return _mm512_set1_epi32(value);
 }
 
-INLINE __m512 half16(const uint8_t *at)
-{
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)at));
-}
-
-/* One block of 32 columns: w[j] holds columns 4j .. 4j+3 of 16 rows, one byte each. */
-INLINE void unpack(bool wide, const uint8_t *quants, __m512i w[8])
-{
-    const __m512i low = _mm512_set1_epi8(15);
-    for (uint32_t j = 0; j < (wide ? 8u : 4u); j++) {
-        _mm_prefetch((const char *)quants + 64 * j + PREFETCH_BYTES, _MM_HINT_T0);
-        __m512i pair = _mm512_loadu_si512(quants + 64 * j);
-        if (wide) {
-            w[j] = pair;
-        } else {
-            w[j] = _mm512_and_si512(pair, low);
-            w[4 + j] = _mm512_and_si512(_mm512_srli_epi16(pair, 4), low);
-        }
-    }
-}
-
 /* y[c] of one row tile for the `count` tokens of a panel; at: of the panel's first block. */
 INLINE void tile_panel(uint32_t kind, const struct cm_matrix *matrix,
                        const struct cm_activations *x, size_t at, uint32_t count, uint32_t tile,
                        float *y, size_t stride)
 {
-    const bool affine = kind == CM_TENSOR_U4A, wide = kind == CM_TENSOR_U8S;
+    const struct block_shape shape = shape_of(kind);
     const uint32_t blocks = matrix->blocks;
-    const size_t quant_bytes = wide ? 512 : 256, scale_bytes = affine ? 64 : 32;
-    const int32_t zero = wide ? 128 : (affine ? 0 : 8);
-    const uint8_t *quants = matrix->quants + (size_t)tile * blocks * quant_bytes;
-    const uint8_t *scales = matrix->scales + (size_t)tile * blocks * scale_bytes;
+    const uint8_t *quants = matrix->quants + (size_t)tile * blocks * shape.quant_bytes;
+    const uint8_t *scales = matrix->scales + (size_t)tile * blocks * shape.scale_bytes;
     __m512 p[CM_PANEL];
     for (uint32_t c = 0; c < count; c++) {
         p[c] = _mm512_setzero_ps();
@@ -57,20 +28,20 @@ INLINE void tile_panel(uint32_t kind, const struct cm_matrix *matrix,
     }
     for (uint32_t b = 0; b < blocks; b++, at += count) {
         __m512i w[8];
-        unpack(wide, quants, w);
-        const __m512 d = half16(scales), m = affine ? half16(scales + 32) : d;
+        unpack(shape.wide, quants, w);
+        const __m512 d = half16(scales), m = shape.affine ? half16(scales + 32) : d;
         const int8_t *q = x->q + at * CM_TILE_COLUMNS;
 #pragma GCC unroll 16
         for (uint32_t c = 0; c < count; c++) {
-            __m512i sum =
-                zero == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(-zero * x->count[at + c]);
+            __m512i sum = shape.zero == 0 ? _mm512_setzero_si512()
+                                          : _mm512_set1_epi32(-shape.zero * x->count[at + c]);
 #pragma GCC unroll 8
             for (uint32_t j = 0; j < 8; j++) {
                 sum = _mm512_dpbusd_epi32(sum, w[j], four(q + c * CM_TILE_COLUMNS + 4 * j));
             }
             p[c] = _mm512_fmadd_ps(_mm512_mul_ps(d, _mm512_set1_ps(x->scale[at + c])),
                                    _mm512_cvtepi32_ps(sum), p[c]);
-            if (affine) {
+            if (shape.affine) {
                 p[c] = _mm512_fmadd_ps(m, _mm512_set1_ps(x->sum[at + c]), p[c]);
             }
         }
@@ -81,8 +52,8 @@ INLINE void tile_panel(uint32_t kind, const struct cm_matrix *matrix,
                 p[c] = _mm512_setzero_ps();
             }
         }
-        quants += quant_bytes;
-        scales += scale_bytes;
+        quants += shape.quant_bytes;
+        scales += shape.scale_bytes;
     }
 }
 

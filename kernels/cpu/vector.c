@@ -12,8 +12,8 @@ void LANES_NAME(quantise)(const float *x, const struct cm_activations *act, uint
         float greatest = lanes_greatest(lanes_max(lanes_abs(low), lanes_abs(high)));
         lanes inverse = lanes_set(greatest > 0.0f ? 127.0f / greatest : 0.0f);
         int8_t *to = act->q + at * CM_TILE_COLUMNS;
-        int32_t n = lanes_bytes_store(to, lanes_round(lanes_mul(low, inverse))) +
-                    lanes_bytes_store(to + LANES, lanes_round(lanes_mul(high, inverse)));
+        int32_t n = lanes_bytes_store(to, lanes_round(lanes_mul(low, inverse)),
+                                      lanes_round(lanes_mul(high, inverse)));
         act->scale[at] = greatest / 127.0f;
         act->count[at] = n;
         act->sum[at] = act->scale[at] * (float)n;

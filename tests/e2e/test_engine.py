@@ -90,7 +90,8 @@ def test_paths_and_threads_are_bit_equal(build, request, which):
 
 def available_paths():
     flags = pathlib.Path("/proc/cpuinfo").read_text()
-    return ["avx2"] + (["avx512vnni"] if "avx512_vnni" in flags else [])
+    return ["avx2"] + [path for path, flag in (("avx512vnni", "avx512_vnni"), ("amx", "amx_int8"))
+                       if flag in flags]
 
 
 def test_chunking_of_the_prompt_changes_no_token(build, real):

@@ -8,7 +8,7 @@
 #include "kernels/cpu/cpu_internal.h"
 
 static struct cm_error err;
-static const char *const names[] = {"avx2", "avx512vnni"};
+static const char *const names[] = {"avx2", "avx512vnni", "amx"};
 #define PATHS (sizeof(names) / sizeof(names[0]))
 
 static float uniform(void)
@@ -333,5 +333,15 @@ Test(kernels_paths, each_unit_is_taken_once)
         cm_pool_run(pool, count_program, &counted);
         cm_pool_free(pool);
         cr_assert_eq(counted.wrong, 0u, "%u threads", threads);
+    }
+}
+
+/* A path that this machine lacks was not tested above: say so. */
+Test(kernels_paths, every_path_is_here)
+{
+    for (size_t p = 0; p < PATHS; p++) {
+        if (cm_path_choose(names[p]) == NULL) {
+            cr_skip_test("this machine lacks the path %s", names[p]);
+        }
     }
 }

@@ -1,0 +1,98 @@
+#include "tests/engine/open.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+void engine_must(enum cm_status status, const struct cm_error *err)
+{
+    if (status != CM_OK) {
+        fprintf(stderr, "engine: %s (%s)\n", err->text, err->id);
+        exit(cm_status_exit_code(status));
+    }
+}
+
+static void *room(size_t count, size_t size)
+{
+    void *memory = calloc(count, size);
+    if (memory == NULL) {
+        exit(9);
+    }
+    return memory;
+}
+
+static void package_open(struct engine *e, int fd, const char *key_path, struct cm_error *err)
+{
+    uint8_t key[CM_KEY_BYTES];
+    size_t bytes;
+    int key_fd = open(key_path, O_RDONLY);
+    uint8_t *head = room(1, CM_PACKAGE_HEAD_BYTES);
+    struct cm_package_head *parsed = room(1, sizeof(*parsed));
+    if (key_fd < 0 || read(key_fd, key, sizeof(key)) != (ssize_t)sizeof(key) ||
+        pread(fd, head, CM_PACKAGE_HEAD_BYTES, 0) < 0) {
+        fprintf(stderr, "engine: cannot read the package or %s\n", key_path);
+        exit(9);
+    }
+    engine_must(cm_package_head_parse(head, CM_PACKAGE_HEAD_BYTES, parsed, err), err);
+    engine_must(cm_package_open(fd, key, parsed->core.owner_key, &e->package, err), err);
+    const uint8_t *manifest = cm_package_manifest(e->package, &bytes);
+    engine_must(cm_manifest_parse(manifest, bytes,
+                                  cm_package_head_of(e->package)->core.payload_bytes, &e->manifest,
+                                  err),
+                err);
+    engine_must(cm_worker_model_make(&e->manifest, &e->model, err), err);
+    free(head);
+    free(parsed);
+    close(key_fd);
+}
+
+void engine_open(struct engine *e, const char *path, const char *key_path,
+                 const struct engine_limits *limits)
+{
+    static struct cm_error err;
+    int fd = open(path, O_RDONLY);
+    const char *threads = getenv("CASEMATE_THREADS");
+    struct cm_device_options options = {.threads = threads ? (uint32_t)atoi(threads) : 0,
+                                        .path = getenv("CASEMATE_CPU")};
+    package_open(e, fd, key_path, &err);
+    const struct cm_package_core *core = &cm_package_head_of(e->package)->core;
+    engine_must(cm_device_open("cpu", &options, &e->device, &err), &err);
+    struct cm_device_reserve reserve = {.model = &e->model.model,
+                                        .payload_bytes = core->payload_bytes,
+                                        .segment_bytes = core->segment_bytes,
+                                        .slots = limits->slots,
+                                        .kv_pages = limits->pages,
+                                        .context_max = limits->context,
+                                        .step_tokens_max = limits->step_tokens};
+    const struct cm_stream_options stream = {.threads = 2};
+    engine_must(cm_device_reserve(e->device, &reserve, &err), &err);
+    engine_must(cm_stream_load(e->package, fd, e->device, &stream, &e->times, &err), &err);
+    engine_must(cm_device_model_bind(e->device, &e->model.model, &err), &err);
+    e->page_count = limits->pages;
+    e->pages = room(limits->pages, sizeof(*e->pages));
+    for (uint32_t i = 0; i < e->page_count; i++) {
+        e->pages[i] = e->page_count - 1 - i; /* any order must do */
+    }
+    close(fd);
+}
+
+void engine_close(struct engine *e)
+{
+    free(e->pages);
+    cm_device_close(e->device);
+    cm_worker_model_done(&e->model);
+    cm_manifest_done(&e->manifest);
+    cm_package_close(e->package);
+}
+
+uint32_t engine_slot(struct engine *e)
+{
+    static struct cm_error err;
+    uint32_t slot;
+    struct cm_slot_params params = {.sampling = {.top_p = 1.0f, .repetition_penalty = 1.0f},
+                                    .max_tokens = UINT32_MAX,
+                                    .ignore_eos = true};
+    engine_must(cm_device_slot_open(e->device, &params, &slot, &err), &err);
+    return slot;
+}

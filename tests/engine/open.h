@@ -1,0 +1,32 @@
+/* A sealed package on a device without roles: what the test engine and the bench share. */
+#ifndef CASEMATE_TESTS_ENGINE_OPEN_H
+#define CASEMATE_TESTS_ENGINE_OPEN_H
+
+#include "kernels/cpu/cpu_internal.h"
+#include "loader/stream/stream.h"
+#include "runtime/worker/bind.h"
+
+struct engine {
+    struct cm_device *device;
+    struct cm_package *package;
+    struct cm_manifest manifest;
+    struct cm_worker_model model;
+    struct cm_stream_times times;
+    uint32_t *pages; /* [page_count] in no order of memory */
+    uint32_t page_count;
+};
+
+struct engine_limits {
+    uint32_t slots, context, pages, step_tokens;
+};
+
+/* Ends the process with the error's text and exit code. CASEMATE_CPU and CASEMATE_THREADS force
+ * path and threads. */
+void engine_must(enum cm_status status, const struct cm_error *err);
+void engine_open(struct engine *e, const char *path, const char *key_path,
+                 const struct engine_limits *limits);
+void engine_close(struct engine *e);
+/* A greedy slot that never ends by itself. */
+uint32_t engine_slot(struct engine *e);
+
+#endif
