@@ -1,102 +1,23 @@
-/* YAML by libyaml: one plain document of two sections. An event pass refuses what the document API
- * hides (anchors, aliases, tags, several documents); the document pass reads keys and values. */
+/* casemate.yaml: two sections of keys and values. */
 #include "policies/config/config.h"
 
 #include <stdio.h>
 #include <string.h>
-#include <yaml.h>
+
+#include "policies/document.h"
 
 #define DEPTH_MAX 4
 
 struct reader {
     struct cm_configuration *configuration;
-    const char *name;
     const char *folder;
-    yaml_document_t document;
+    struct cm_document document;
 };
 
 static enum cm_status refuse(const struct reader *reader, size_t line, const char *text,
                              struct cm_error *err)
 {
-    return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-FORM", "%s:%zu: %s", reader->name, line + 1,
-                        text);
-}
-
-static enum cm_status syntax_refuse(const struct reader *reader, const yaml_parser_t *parser,
-                                    struct cm_error *err)
-{
-    char text[160];
-    snprintf(text, sizeof(text), "not YAML: %s", parser->problem != NULL ? parser->problem : "?");
-    return refuse(reader, parser->problem_mark.line, text, err);
-}
-
-/* What is wrong with one event, or NULL. */
-static const char *event_refusal(const yaml_event_t *event, size_t *documents, size_t *depth)
-{
-    const yaml_char_t *anchor = NULL;
-    const yaml_char_t *tag = NULL;
-    switch (event->type) {
-    case YAML_ALIAS_EVENT:
-        return "aliases are refused: write the value out";
-    case YAML_DOCUMENT_START_EVENT:
-        return ++*documents > 1 ? "a second document is refused" : NULL;
-    case YAML_SCALAR_EVENT:
-        anchor = event->data.scalar.anchor;
-        tag = event->data.scalar.tag;
-        break;
-    case YAML_SEQUENCE_START_EVENT:
-        anchor = event->data.sequence_start.anchor;
-        tag = event->data.sequence_start.tag;
-        ++*depth;
-        break;
-    case YAML_MAPPING_START_EVENT:
-        anchor = event->data.mapping_start.anchor;
-        tag = event->data.mapping_start.tag;
-        ++*depth;
-        break;
-    case YAML_SEQUENCE_END_EVENT:
-    case YAML_MAPPING_END_EVENT:
-        --*depth;
-        break;
-    case YAML_NO_EVENT:
-    case YAML_STREAM_START_EVENT:
-    case YAML_STREAM_END_EVENT:
-    case YAML_DOCUMENT_END_EVENT:
-        break;
-    }
-    if (anchor != NULL) {
-        return "anchors are refused: write the value out";
-    }
-    if (tag != NULL) {
-        return "tags are refused";
-    }
-    return *depth > DEPTH_MAX ? "nested too deep" : NULL;
-}
-
-static enum cm_status events_check(const struct reader *reader, const uint8_t *text, size_t bytes,
-                                   struct cm_error *err)
-{
-    enum cm_status status = CM_OK;
-    yaml_parser_t parser;
-    size_t documents = 0;
-    size_t depth = 0;
-    CM_ASSERT(yaml_parser_initialize(&parser) == 1);
-    yaml_parser_set_input_string(&parser, text, bytes);
-    for (bool end = false; !end && status == CM_OK;) {
-        yaml_event_t event;
-        if (!yaml_parser_parse(&parser, &event)) {
-            status = syntax_refuse(reader, &parser, err);
-            break;
-        }
-        const char *refusal = event_refusal(&event, &documents, &depth);
-        if (refusal != NULL) {
-            status = refuse(reader, event.start_mark.line, refusal, err);
-        }
-        end = event.type == YAML_STREAM_END_EVENT;
-        yaml_event_delete(&event);
-    }
-    yaml_parser_delete(&parser);
-    return status;
+    return cm_document_refuse(&reader->document, line, text, err);
 }
 
 static const char *node_word(const yaml_node_t *node)
@@ -121,7 +42,7 @@ static enum cm_status scalar_read(struct reader *reader, const yaml_node_t *node
                  schema->name, schema->kind == CM_CONFIG_NUMBER ? "a number" : "true or false");
         return refuse(reader, node->start_mark.line, what, err);
     }
-    snprintf(place, sizeof(place), "%s:%zu", reader->name, node->start_mark.line + 1);
+    snprintf(place, sizeof(place), "%s:%zu", reader->document.name, node->start_mark.line + 1);
     return cm_config_value_set(reader->configuration, row, text, bytes, reader->folder, place, err);
 }
 
@@ -134,7 +55,7 @@ static enum cm_status list_read(struct reader *reader, const yaml_node_t *node, 
     size_t used = 0;
     yaml_node_item_t *item = node->data.sequence.items.start;
     for (; item < node->data.sequence.items.top; item++) {
-        const yaml_node_t *entry = yaml_document_get_node(&reader->document, *item);
+        const yaml_node_t *entry = yaml_document_get_node(&reader->document.yaml, *item);
         if (entry == NULL || entry->type != YAML_SCALAR_NODE ||
             memchr(entry->data.scalar.value, ',', entry->data.scalar.length) != NULL ||
             entry->data.scalar.length + 1 > sizeof(joined) - used) {
@@ -147,7 +68,7 @@ static enum cm_status list_read(struct reader *reader, const yaml_node_t *node, 
         memcpy(joined + used, entry->data.scalar.value, entry->data.scalar.length);
         used += entry->data.scalar.length;
     }
-    snprintf(place, sizeof(place), "%s:%zu", reader->name, node->start_mark.line + 1);
+    snprintf(place, sizeof(place), "%s:%zu", reader->document.name, node->start_mark.line + 1);
     return cm_config_value_set(reader->configuration, row, joined, used, NULL, place, err);
 }
 
@@ -212,15 +133,16 @@ static enum cm_status section_read(struct reader *reader, enum cm_config_section
     enum cm_status status = CM_OK;
     yaml_node_pair_t *pair = node->data.mapping.pairs.start;
     for (; status == CM_OK && pair < node->data.mapping.pairs.top; pair++) {
-        status = pair_read(reader, section, yaml_document_get_node(&reader->document, pair->key),
-                           yaml_document_get_node(&reader->document, pair->value), err);
+        status =
+            pair_read(reader, section, yaml_document_get_node(&reader->document.yaml, pair->key),
+                      yaml_document_get_node(&reader->document.yaml, pair->value), err);
     }
     return status;
 }
 
 static enum cm_status root_read(struct reader *reader, struct cm_error *err)
 {
-    const yaml_node_t *root = yaml_document_get_root_node(&reader->document);
+    const yaml_node_t *root = yaml_document_get_root_node(&reader->document.yaml);
     if (root == NULL) {
         return CM_OK; /* an empty file: defaults */
     }
@@ -232,7 +154,7 @@ static enum cm_status root_read(struct reader *reader, struct cm_error *err)
     enum cm_status status = CM_OK;
     yaml_node_pair_t *pair = root->data.mapping.pairs.start;
     for (; status == CM_OK && pair < root->data.mapping.pairs.top; pair++) {
-        const yaml_node_t *key = yaml_document_get_node(&reader->document, pair->key);
+        const yaml_node_t *key = yaml_document_get_node(&reader->document.yaml, pair->key);
         const char *name =
             key->type == YAML_SCALAR_NODE ? (const char *)key->data.scalar.value : "";
         bool sealed = strcmp(name, "sealed") == 0;
@@ -252,7 +174,7 @@ static enum cm_status root_read(struct reader *reader, struct cm_error *err)
         }
         seen[sealed] = true;
         status = section_read(reader, sealed ? CM_CONFIG_SEALED : CM_CONFIG_SITE,
-                              yaml_document_get_node(&reader->document, pair->value), err);
+                              yaml_document_get_node(&reader->document.yaml, pair->value), err);
     }
     return status;
 }
@@ -261,20 +183,13 @@ enum cm_status cm_config_text_read(struct cm_configuration *configuration, const
                                    size_t bytes, const char *name, const char *folder,
                                    struct cm_error *err)
 {
-    struct reader reader = {.configuration = configuration, .name = name, .folder = folder};
-    enum cm_status status = events_check(&reader, text, bytes, err);
-    if (status != CM_OK) {
-        return status;
-    }
-    yaml_parser_t parser;
-    CM_ASSERT(yaml_parser_initialize(&parser) == 1);
-    yaml_parser_set_input_string(&parser, text, bytes);
-    if (!yaml_parser_load(&parser, &reader.document)) {
-        status = syntax_refuse(&reader, &parser, err);
-    } else {
+    struct reader reader = {.configuration = configuration,
+                            .folder = folder,
+                            .document = {.name = name, .error_id = "CM-CONFIG-FORM"}};
+    enum cm_status status = cm_document_open(&reader.document, text, bytes, DEPTH_MAX, err);
+    if (status == CM_OK) {
         status = root_read(&reader, err);
-        yaml_document_delete(&reader.document);
+        cm_document_close(&reader.document);
     }
-    yaml_parser_delete(&parser);
     return status;
 }
