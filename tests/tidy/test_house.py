@@ -5,7 +5,7 @@ import subprocess
 
 FOLDERS = ["runtime/base", "runtime/cli", "runtime/supervisor", "runtime/gateway", "runtime/keeper",
            "runtime/worker", "runtime/devtpm", "kernels", "loader/package", "loader/pack",
-           "loader/tpm", "loader/stream", "policies", "bench", "tests"]
+           "loader/tpm", "loader/stream", "policies", "policies/guard", "bench", "tests"]
 WORDS = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 PATHS = re.compile(r"(?<![\w.])/(work|farm|root|home)/")
 FUNCTION_LINES, FILE_LINES = 100, 900

@@ -1,0 +1,175 @@
+/* The automata against their reference, in a few seconds (`./run guard` is the long form), and what
+ * no reference shows: room that runs out, packs that lie, wiping. */
+#include <criterion/criterion.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/guard/cases.h"
+
+static struct cm_error err;
+static struct cm_guard_state state;
+static uint8_t out[1 << 16];
+static uint32_t used;
+
+static uint8_t *pack_bytes(const char *yaml, size_t *ret_size)
+{
+    struct cm_rules rules = {0};
+    uint8_t *bytes;
+    bool built_in;
+    cr_assert_eq(
+        cm_rules_read(&rules, "test", (const uint8_t *)yaml, strlen(yaml), &built_in, &err), CM_OK,
+        "%s", err.text);
+    cr_assert_eq(cm_rules_compile(&rules, &bytes, ret_size, &err), CM_OK, "%s", err.text);
+    cm_rules_free(&rules);
+    return bytes;
+}
+
+static struct cm_guard_pack *pack_of(const char *yaml)
+{
+    size_t size;
+    struct cm_guard_pack *pack;
+    uint8_t *bytes = pack_bytes(yaml, &size);
+    cr_assert_eq(cm_guard_pack_new(bytes, size, &pack, &err), CM_OK, "%s", err.text);
+    free(bytes);
+    return pack;
+}
+
+#define RULE(id, pattern, more)                                                                    \
+    "  - id: " id "\n    class: output\n    category: test\n    pattern: '" pattern "'\n" more     \
+    "    positive: [x]\n    negative: [y]\n"
+#define REDACT "    action: redact\n    replacement: '#'\n"
+#define REFUSE "    action: refuse\n"
+
+static bool feed(const struct cm_guard_pack *pack, const char *text)
+{
+    bool open = cm_guard_feed(pack, &state, (const uint8_t *)text, strlen(text), out, &used);
+    out[used] = '\0';
+    return open;
+}
+
+Test(guard_filter, all_short_texts_as_by_the_reference)
+{
+    static struct cases cases;
+    cr_assert(cases_exhaustive(&cases, 5), "%s", cases.failure);
+    cr_assert_gt(cases.runs, 150000);
+    cr_assert(cases.redacted > 5000 && cases.refused > 5000);
+}
+
+Test(guard_filter, random_texts_and_rules_as_by_the_reference)
+{
+    static struct cases cases;
+    cr_assert(cases_random(&cases, 20000, 3), "%s", cases.failure);
+    cr_assert(cases.redacted > 1000 && cases.refused > 1000 && cases.cut > 1000);
+}
+
+/* More candidates at once than there is room for: the reply ends before the first that found none.
+ */
+Test(guard_filter, too_many_candidates_end_the_reply)
+{
+    struct cm_guard_pack *pack =
+        pack_of("rules:\n" RULE("digits", "[0-9a]{80}(?![0-9])", "    validator: luhn\n" REDACT));
+    char wanted[64] = "before ";
+    memset(wanted + 7, '1', CM_GUARD_CANDIDATES_MAX);
+    cm_guard_begin(&state, CM_GUARD_OUTPUT);
+    used = 0;
+    cr_assert(feed(pack, "before "));
+    bool open = true;
+    for (int i = 0; i < 200 && open; i++) {
+        open = feed(pack, "1");
+    }
+    cr_assert_not(open);
+    cr_assert_str_eq((char *)out, wanted);
+    cr_assert_eq(state.verdicts[0].rule, CM_GUARD_RULE_OVERFLOW);
+    cr_assert_eq(state.verdicts[0].action, CM_VERDICT_REFUSE);
+    cr_assert_not(cm_guard_finish(pack, &state, CM_GUARD_TEXT_END, NULL, 0, out, &used));
+    cr_assert_str_eq((char *)out, wanted);
+    cm_guard_pack_free(pack);
+}
+
+/* Tails that swallow each other are one candidate: no overflow, however often a key begins. */
+Test(guard_filter, candidates_of_one_future_are_one)
+{
+    struct cm_guard_pack *pack = pack_of("rules:\n" RULE("key", "k-[a-z-]{4,}", REDACT));
+    cm_guard_begin(&state, CM_GUARD_OUTPUT);
+    used = 0;
+    for (int i = 0; i < 500; i++) {
+        cr_assert(feed(pack, "k-abc"));
+    }
+    cr_assert(cm_guard_finish(pack, &state, CM_GUARD_TEXT_END, NULL, 0, out, &used));
+    cr_assert_eq(used, 1);
+    cm_guard_pack_free(pack);
+}
+
+/* What was held is not in the state any more once the reply is over. */
+Test(guard_filter, an_ended_stream_holds_no_text)
+{
+    static const char secret[] = "sk-held-back-bytes";
+    struct cm_guard_pack *pack = pack_of("rules:\n" RULE("long", "sk-[a-z-]{60}", REDACT));
+    cm_guard_begin(&state, CM_GUARD_OUTPUT);
+    used = 0;
+    cr_assert(feed(pack, secret));
+    cr_assert(memmem(&state, sizeof(state), secret, 10) != NULL, "control");
+    cr_assert(cm_guard_finish(pack, &state, CM_GUARD_CUT, NULL, 0, out, &used));
+    cr_assert_eq(used, 0);
+    cr_assert_null(memmem(&state, sizeof(state), secret, 10));
+    cm_guard_pack_free(pack);
+}
+
+/* The stop string decides about what stands before it, and is not released. */
+Test(guard_filter, a_stop_string_decides)
+{
+    struct cm_guard_pack *pack = pack_of(
+        "rules:\n" RULE("mail", "(?<![a-z])[a-z]{1,9}@[a-z]{2}", "    firm_byte: '@'\n" REDACT));
+    static const struct {
+        const char *text, *stop, *wanted;
+    } rows[] = {{"see joe", "\n", "see joe"},
+                {"see joe", "@", "see "},
+                {"see joe@", "xy", "see #"},
+                {"see joe@x", "\n", "see joe@x"},
+                {"see joe@xy", "z", "see #"}};
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        cm_guard_begin(&state, CM_GUARD_OUTPUT);
+        used = 0;
+        cr_assert(feed(pack, rows[i].text));
+        cr_assert(cm_guard_finish(pack, &state, CM_GUARD_CUT, (const uint8_t *)rows[i].stop,
+                                  strlen(rows[i].stop), out, &used));
+        out[used] = '\0';
+        cr_assert_str_eq((char *)out, rows[i].wanted, "%s before %s", rows[i].text, rows[i].stop);
+    }
+    cm_guard_pack_free(pack);
+}
+
+/* A pack of one wrong byte is refused, or runs within its bounds: nothing else under sanitizers. */
+Test(guard_filter, damaged_packs_do_no_harm)
+{
+    size_t size;
+    uint8_t *good = pack_bytes(
+        "rules:\n" RULE("one", "ab[cd]{2,9}e", REDACT) RULE("two", "[xy]{3}z+", REFUSE), &size);
+    uint8_t *bad = malloc(size);
+    uint32_t refused = 0;
+    struct cm_guard_pack *pack;
+    for (size_t cut = 0; cut < size; cut++) {
+        cr_assert_eq(cm_guard_pack_new(good, cut, &pack, &err), CM_E_CONFIG, "cut at %zu", cut);
+    }
+    for (size_t at = 0; at < size; at++) {
+        memcpy(bad, good, size);
+        bad[at] ^= (uint8_t)(1 << (at % 8));
+        if (cm_guard_pack_new(bad, size, &pack, &err) != CM_OK) {
+            refused++;
+            continue;
+        }
+        cm_guard_begin(&state, CM_GUARD_OUTPUT);
+        used = 0;
+        for (int i = 0; i < 40; i++) {
+            used = 0;
+            (void)feed(pack, "abcdcdcdcdcdcdeabcdcde xyxzzz ab");
+        }
+        used = 0;
+        (void)!cm_guard_finish(pack, &state, CM_GUARD_TEXT_END, NULL, 0, out, &used);
+        cm_guard_pack_free(pack);
+    }
+    cr_assert_gt(refused, 100);
+    free(bad);
+    free(good);
+}
