@@ -12,6 +12,7 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#include "runtime/base/kill_point.h"
 #include "runtime/base/sealed.h"
 
 #ifndef MFD_EXEC /* Linux 6.3; older kernels refuse it, and make every memfd executable */
@@ -233,6 +234,7 @@ void cm_image_exec(const struct cm_image *image, char *const *arguments, char *c
     char *loaded[CM_IMAGE_ARGUMENTS_MAX + 8] = {
         arguments[0], "--inhibit-cache", "--preload", preload, "--argv0", arguments[0], path};
     size_t used = 0;
+    environment = CM_KILL_POINT_ENVIRONMENT(arguments[0], environment);
     for (size_t i = 1; arguments[i] != NULL; i++) {
         if (i == CM_IMAGE_ARGUMENTS_MAX) {
             errno = E2BIG;

@@ -9,6 +9,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "runtime/base/kill_point.h"
+
 #define MAGIC        0x434D5443544931ull
 #define RESPONSE_MAX 4096u
 #define HEADER       10u
@@ -75,6 +77,7 @@ static TSS2_RC transmit(TSS2_TCTI_CONTEXT *tcti, size_t size, const uint8_t *com
     }
     context->response_bytes = 0;
     command_note(context, command, size);
+    CM_KILL_POINT("before", "send", "tpm command");
     for (size_t done = 0; done < size;) {
         ssize_t put = write(context->fd, command + done, size - done);
         if (put < 0 && errno == EINTR) {
@@ -85,6 +88,7 @@ static TSS2_RC transmit(TSS2_TCTI_CONTEXT *tcti, size_t size, const uint8_t *com
         }
         done += (size_t)put;
     }
+    CM_KILL_POINT("after", "send", "tpm command");
     return TSS2_RC_SUCCESS;
 }
 

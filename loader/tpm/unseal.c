@@ -14,6 +14,7 @@
 #define ATTEMPTS       5
 #define RC_PCR_CHANGED 0x128u
 #define RC_POLICY_FAIL 0x99du
+#define RC_NUMBER      0xf40u /* of the handle, parameter or session: TPM 2.0 Part 2, 6.6.2 */
 #define EO_UNSIGNED_LE 0x0009u
 #define OBJECT_PLACES  3
 
@@ -35,14 +36,16 @@ static enum cm_status object_open(struct unsealing *u, uint32_t handle, const ch
 {
     TSS2_RC code =
         Esys_TR_FromTPMPublic(u->tpm->esys, handle, ESYS_TR_NONE, ESYS_TR_NONE, ESYS_TR_NONE, ret);
-    if (code != TSS2_RC_SUCCESS) {
+    /* Only the TPM's own "no such handle" says so; one that fails or goes says nothing of the node.
+     */
+    if ((code & ~RC_NUMBER) == TPM2_RC_HANDLE) {
         return cm_error_set(
             err, CM_E_POLICY, "CM-SEAL-NODE",
             "the TPM has no %s at 0x%x: it was cleared or is another one; enrol the "
             "node again with `casemate init`",
             what, handle);
     }
-    return CM_OK;
+    return cm_tpm_result(code, what, err);
 }
 
 /* Is this the TPM of the enrolment record? Names of the storage key and the counter say so. */

@@ -8,6 +8,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "runtime/base/kill_point.h"
+
 #define S  CM_ROLE_SUPERVISOR
 #define G  CM_ROLE_GATEWAY
 #define K  CM_ROLE_KEEPER
@@ -164,6 +166,7 @@ enum cm_status cm_channel_send(struct cm_channel *channel, enum cm_frame_type ty
         memcpy(CMSG_DATA(rights), fds, sizeof(int) * fd_count);
     }
     ssize_t sent;
+    CM_KILL_POINT("before", "send", cm_frames[type].name);
     do {
         sent = sendmsg(channel->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
     } while (sent < 0 && errno == EINTR);
@@ -175,6 +178,7 @@ enum cm_status cm_channel_send(struct cm_channel *channel, enum cm_frame_type ty
         return cm_error_errno(err, errno, "CM-FRAME-SEND", "cannot send frame %s",
                               cm_frames[type].name);
     }
+    CM_KILL_POINT("after", "send", cm_frames[type].name);
     channel->sent_once |= 1u << type;
     channel_advance(channel, type);
     return CM_OK;
@@ -222,6 +226,7 @@ enum cm_status cm_channel_receive(struct cm_channel *channel, struct cm_frame *f
                              .msg_control = control.bytes,
                              .msg_controllen = sizeof(control.bytes)};
     ssize_t size;
+    CM_KILL_POINT_NOW();
     do {
         size = recvmsg(channel->fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     } while (size < 0 && errno == EINTR);
@@ -249,6 +254,8 @@ enum cm_status cm_channel_receive(struct cm_channel *channel, struct cm_frame *f
         return cm_error_set(err, CM_E_INPUT, "CM-FRAME-PROTOCOL", "control frame refused: %s",
                             refusal);
     }
+    CM_KILL_POINT("before", "handle", cm_frames[header.type].name);
+    CM_KILL_POINT_AFTER("handle", cm_frames[header.type].name);
     frame->type = header.type;
     frame->bytes = header.bytes;
     channel->received_once |= 1u << header.type;

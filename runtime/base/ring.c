@@ -11,6 +11,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "runtime/base/kill_point.h"
+#include "runtime/base/wire.h"
+
 #define ALIGN 16u
 
 static uint64_t record_bytes(uint64_t payload)
@@ -27,6 +30,13 @@ static void cursor_store(uint8_t *at, uint64_t value)
 {
     atomic_store_explicit((_Atomic uint64_t *)(void *)at, value, memory_order_release);
 }
+
+#ifdef CASEMATE_KILL_POINTS
+static const char *record_name(uint32_t type)
+{
+    return type > 0 && type < CM_WIRE_TYPE_COUNT ? cm_wire_rows[type].name : "pad";
+}
+#endif
 
 static enum cm_status memfd_make(const char *name, uint64_t size, int *ret_fd, int *ret_read,
                                  struct cm_error *err)
@@ -161,6 +171,21 @@ static void record_write(struct cm_ring *ring, uint64_t at, const struct cm_reco
     }
 }
 
+void cm_ring_scrub(struct cm_ring *ring)
+{
+    uint64_t tail = cursor_load(ring->cursor);
+    if (ring->mine - tail > ring->capacity || tail - ring->wiped > ring->capacity) {
+        return; /* an impossible cursor: the next put says so */
+    }
+    while (ring->wiped != tail) {
+        uint64_t at = ring->wiped & (ring->capacity - 1);
+        uint64_t size =
+            tail - ring->wiped < ring->capacity - at ? tail - ring->wiped : ring->capacity - at;
+        memset(ring->data + CM_RING_CURSOR_BYTES + at, 0, size);
+        ring->wiped += size;
+    }
+}
+
 enum cm_status cm_ring_put(struct cm_ring *ring, uint32_t type, uint64_t request, const void *part1,
                            size_t bytes1, const void *part2, size_t bytes2, struct cm_error *err)
 {
@@ -171,6 +196,7 @@ enum cm_status cm_ring_put(struct cm_ring *ring, uint32_t type, uint64_t request
     if (used > ring->capacity) {
         return cm_error_set(err, CM_E_INPUT, "CM-RING-CURSOR", "consumer's cursor is impossible");
     }
+    cm_ring_scrub(ring);
     uint64_t size = record_bytes(bytes1 + bytes2);
     uint64_t to_end = ring->capacity - (ring->mine & (ring->capacity - 1));
     uint64_t pad = size > to_end ? to_end : 0;
@@ -183,15 +209,18 @@ enum cm_status cm_ring_put(struct cm_ring *ring, uint32_t type, uint64_t request
         record_write(ring, ring->mine, &filler, NULL, 0, NULL, 0);
     }
     struct cm_record record = {(uint32_t)(bytes1 + bytes2), type, request};
+    CM_KILL_POINT("before", "put", record_name(type));
     record_write(ring, ring->mine + pad, &record, part1, bytes1, part2, bytes2);
     ring->mine += pad + size;
     cursor_store(ring->data, ring->mine);
+    CM_KILL_POINT("after", "put", record_name(type));
     return CM_OK;
 }
 
 enum cm_status cm_ring_get(struct cm_ring *ring, struct cm_record *ret_record, void *payload,
                            size_t payload_size, struct cm_error *err)
 {
+    CM_KILL_POINT_NOW();
     for (;;) {
         uint64_t there = cursor_load(ring->data) - ring->mine;
         if (there == 0) {
@@ -214,9 +243,11 @@ enum cm_status cm_ring_get(struct cm_ring *ring, struct cm_record *ret_record, v
         if (record.type != CM_RECORD_PAD && record.bytes > 0) {
             memcpy(payload, from + sizeof(record), record.bytes);
         }
+        CM_KILL_POINT("before", "take", record_name(record.type));
         ring->mine += size;
         cursor_store(ring->cursor, ring->mine);
         if (record.type != CM_RECORD_PAD) {
+            CM_KILL_POINT_AFTER("take", record_name(record.type));
             *ret_record = record;
             return CM_OK;
         }

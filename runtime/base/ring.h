@@ -35,7 +35,8 @@ struct cm_ring {
     size_t data_bytes; /* mapped size */
     uint8_t *cursor;   /* mapped cursor memfd */
     uint64_t capacity;
-    uint64_t mine; /* this side's own cursor; shared memory only mirrors it */
+    uint64_t mine;  /* this side's own cursor; shared memory only mirrors it */
+    uint64_t wiped; /* producer: records before it are zeros again */
 };
 
 /* Supervisor: make both memfds of one ring, sized and sealed against resizing. Returned descriptors
@@ -67,5 +68,9 @@ CM_MUST_USE enum cm_status cm_ring_get(struct cm_ring *ring, struct cm_record *r
 
 /* Producer: bytes of records not yet consumed (0 = drained). */
 uint64_t cm_ring_pending(const struct cm_ring *ring);
+
+/* Producer: overwrite what was consumed with zeros. Each put does it too; called when idle, it
+ * bounds how long prompts and replies stay in shared memory. */
+void cm_ring_scrub(struct cm_ring *ring);
 
 #endif

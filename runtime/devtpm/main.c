@@ -16,6 +16,7 @@
 #include <libtpms/tpm_types.h>
 
 #include "runtime/base/frame.h"
+#include "runtime/base/kill_point.h"
 #include "runtime/base/log.h"
 #include "runtime/devtpm/state.h"
 
@@ -164,12 +165,14 @@ static bool frame_serve(struct cm_error *err)
     }
     size = (uint32_t)command[2] << 24 | (uint32_t)command[3] << 16 | (uint32_t)command[4] << 8 |
            command[5];
+    CM_KILL_POINT("before", "handle", "tpm command");
     if (size < TPM_HEADER || size > sizeof(command) ||
         !bytes_read(command + TPM_HEADER, size - TPM_HEADER) ||
         command_run(command, size, &response, &response_size, &capacity, err) != CM_OK) {
         return false;
     }
     explicit_bzero(command, sizeof(command));
+    CM_KILL_POINT("before", "send", "tpm response");
     for (uint32_t done = 0; done < response_size;) {
         ssize_t put = write(CM_FD_TPM, response + done, response_size - done);
         if (put <= 0 && errno != EINTR) {
@@ -178,6 +181,7 @@ static bool frame_serve(struct cm_error *err)
         done += put > 0 ? (uint32_t)put : 0;
     }
     explicit_bzero(response, response_size);
+    CM_KILL_POINT("after", "send", "tpm response");
     return true;
 }
 

@@ -285,6 +285,7 @@ CM_MUST_USE enum cm_status link_open(struct gateway *gateway, const int fds[CM_R
                                      struct cm_error *err);
 void link_close(struct gateway *gateway);
 void link_pump(struct gateway *gateway);
+void link_scrub(struct gateway *gateway);
 bool link_pending(const struct gateway *gateway);
 
 #endif

@@ -119,6 +119,14 @@ void link_pump(struct gateway *gateway)
     }
 }
 
+/* Prompts leave shared memory soon after the worker has read them. */
+void link_scrub(struct gateway *gateway)
+{
+    if (gateway->link.open && !gateway->link.broken) {
+        cm_ring_scrub(&gateway->link.requests);
+    }
+}
+
 static bool text_sound(const char *text, size_t bytes)
 {
     size_t size = strnlen(text, bytes);

@@ -78,6 +78,7 @@ static void on_tick(evutil_socket_t fd, short what, void *context)
     flights_tick(gateway, now);
     attestation_tick(gateway, now);
     link_pump(gateway);
+    link_scrub(gateway);
     control_drained(gateway);
     evconnlistener_enable(gateway->listener);
     if (now - gateway->beat_ms >= HEARTBEAT_MS) {

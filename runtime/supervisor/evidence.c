@@ -54,7 +54,7 @@ void on_evidence(struct service *service)
     struct cm_evidence_info info;
     memcpy(&info, service->frame.payload, sizeof(info));
     if (info.id != 0) {
-        service->client_quote_ms = 0;
+        service->client_quote = 0;
         frame_send(service, &service->children[CHILD_GATEWAY], CM_FRAME_EVIDENCE, &info,
                    sizeof(info), service->frame.fds, 1);
         return;
@@ -74,28 +74,44 @@ void on_quote_failed(struct service *service)
     cm_error_sanitise(&failed.error);
     cm_log_error(&service->log, "quote_failed", &failed.error);
     if (failed.id != 0) {
-        service->client_quote_ms = 0;
+        service->client_quote = 0;
         frame_send(service, &service->children[CHILD_GATEWAY], CM_FRAME_QUOTE_FAILED, &failed,
                    sizeof(failed), NULL, 0);
     }
 }
 
+static void quote_refuse(struct service *service, uint64_t id, const char *why)
+{
+    struct cm_quote_failed failed = {.id = id};
+    cm_error_set(&failed.error, CM_E_BUSY, "CM-SUP-KEEPER", "%s", why);
+    frame_send(service, &service->children[CHILD_GATEWAY], CM_FRAME_QUOTE_FAILED, &failed,
+               sizeof(failed), NULL, 0);
+}
+
+void evidence_keeper_lost(struct service *service)
+{
+    service->quote_pending = false;
+    if (service->client_quote != 0) {
+        quote_refuse(service, service->client_quote, "the keeper was lost while it made the quote");
+        service->client_quote = 0;
+    }
+}
+
 /* A client's nonce, on its way to the keeper. */
-void on_quote(struct service *service, struct child *gateway)
+void on_quote(struct service *service)
 {
     struct cm_quote_request request;
     struct child *keeper = &service->children[CHILD_KEEPER];
     uint64_t now = clock_ms();
     memcpy(&request, service->frame.payload, sizeof(request));
     request.kind = CM_QUOTE_SESSION; /* whatever the gateway says: it may be taken over */
-    bool waiting = service->client_quote_ms != 0 && now - service->client_quote_ms < ANSWER_WAIT_MS;
+    bool waiting = service->client_quote != 0 && now - service->client_quote_ms < ANSWER_WAIT_MS;
     if (request.id == 0 || keeper->state != CHILD_SERVING || waiting) {
-        struct cm_quote_failed failed = {.id = request.id};
-        cm_error_set(&failed.error, CM_E_BUSY, "CM-SUP-KEEPER",
+        quote_refuse(service, request.id,
                      waiting ? "another quote is being made" : "there is no keeper now");
-        frame_send(service, gateway, CM_FRAME_QUOTE_FAILED, &failed, sizeof(failed), NULL, 0);
         return;
     }
+    service->client_quote = request.id;
     service->client_quote_ms = now;
     frame_send(service, keeper, CM_FRAME_QUOTE, &request, sizeof(request), NULL, 0);
 }

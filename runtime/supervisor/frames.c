@@ -305,7 +305,7 @@ static void frame_handle(struct service *service, struct child *child)
         on_loaded(service);
         return;
     case CM_FRAME_QUOTE:
-        on_quote(service, child);
+        on_quote(service);
         return;
     case CM_FRAME_EVIDENCE:
         on_evidence(service);

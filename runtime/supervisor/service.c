@@ -142,8 +142,8 @@ static void child_ended(struct service *service, struct child *child)
     frames_receive(service, child); /* its last words */
     child_reap(service, child);
     if (child->role == CM_ROLE_KEEPER) {
-        service->tls_pending = service->key_pending = service->quote_pending = false;
-        service->client_quote_ms = 0;
+        service->tls_pending = service->key_pending = false;
+        evidence_keeper_lost(service);
     }
     if (service->phase == SERVICE_STOP) {
         return;
@@ -269,9 +269,12 @@ static void reconcile_drain(struct service *service, uint64_t now)
     if (child_idle(gateway)) {
         drain_send(service, worker, now);
     }
-    if ((child_idle(gateway) && child_idle(worker)) || now >= service->drain_until_ms) {
+    /* Without a gateway there is nobody whom the worker's replies could reach. */
+    bool alone = gateway->state == CHILD_ABSENT;
+    bool idle = child_idle(gateway) && child_idle(worker);
+    if (alone || idle || now >= service->drain_until_ms) {
         CM_LOG(&service->log, CM_LOG_INFO, "drained",
-               CM_LOG_I("whole", child_idle(gateway) && child_idle(worker)));
+               CM_LOG_I("whole", gateway->drained || (idle && !alone)));
         phase_stop(service);
     }
 }

@@ -113,9 +113,10 @@ struct service {
     /* pages on their way from the keeper */
     bool tls_pending, key_pending;
     uint64_t tls_asked_ms, key_asked_ms;
+    uint64_t client_quote; /* id of the one that the keeper works on for a client; 0: none */
     bool quote_pending;
     uint64_t quote_asked_ms, evidence_ms; /* 0: none yet */
-    uint64_t client_quote_ms;             /* one at a time, whatever the gateway asks; 0: none */
+    uint64_t client_quote_ms;             /* since when; one at a time, whatever the gateway asks */
     uint32_t tls_generation, key_generation;
     struct cm_tls_page tls; /* the last certificate */
     /* API keys */
@@ -196,9 +197,11 @@ void measure_send(struct service *service, struct child *keeper);
 /* evidence.c */
 bool evidence_fresh(const struct service *service, uint64_t now);
 void evidence_tick(struct service *service, uint64_t now);
-void on_quote(struct service *service, struct child *gateway);
+void on_quote(struct service *service);
 void on_evidence(struct service *service);
 void on_quote_failed(struct service *service);
+/* The keeper is gone, and with it what it was asked for. */
+void evidence_keeper_lost(struct service *service);
 
 /* files.c */
 CM_MUST_USE enum cm_status head_memfd_make(int package_fd, const char *package_path, int *ret_fd,

@@ -179,6 +179,7 @@ static void tick(struct cm_worker *worker)
     (void)!cm_channel_send(&worker->channel, CM_FRAME_HEARTBEAT, &heartbeat, sizeof(heartbeat),
                            NULL, 0, NULL);
     if (worker->rings_open) {
+        cm_ring_scrub(&worker->responses);
         record_put(worker, CM_WIRE_STATS, 0, &stats, sizeof(stats));
     }
 }

@@ -53,3 +53,11 @@ def test_programs_are_hardened(build):
         assert "GNU_RELRO" in header and "NOW" in dynamic, f"{program}: relocations stay writable"
         stack = next(line for line in header.splitlines() if "GNU_STACK" in line)
         assert "RWE" not in stack, f"{program}: executable stack"
+
+
+def test_no_program_can_be_killed_from_its_environment(build):
+    """Kill points are for build-faults alone; where that is built, its programs are the control."""
+    for program in ALLOWED:
+        assert b"KILL_POINT" not in (build / "bin" / program).read_bytes(), program
+    faults = build.parent / "build-faults" / "bin" / "casemate-worker"
+    assert not faults.exists() or b"CASEMATE_KILL_POINT" in faults.read_bytes()

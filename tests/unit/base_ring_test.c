@@ -131,3 +131,45 @@ Test(base_ring, unsealed_memory_and_odd_sizes_are_refused)
                  CM_E_CONFIG);
     close(plain);
 }
+
+static size_t bytes_that_are(const struct cm_ring *ring, uint8_t value)
+{
+    size_t count = 0;
+    for (size_t i = CM_RING_CURSOR_BYTES; i < ring->data_bytes; i++) {
+        count += ring->data[i] == value;
+    }
+    return count;
+}
+
+Test(base_ring, what_was_consumed_is_wiped_and_nothing_else)
+{
+    struct pair pair;
+    struct cm_error err;
+    struct cm_record record;
+    static uint8_t in[6000], out[16384];
+    memset(in, 0xa5, sizeof(in));
+    pair_open(&pair, CM_RING_CAPACITY_MIN);
+    for (int round = 0; round < 40; round++) { /* over several wraps */
+        cr_assert_eq(cm_ring_put(&pair.producer, 1, 1, in, sizeof(in), NULL, 0, &err), CM_OK);
+        cr_assert_eq(cm_ring_put(&pair.producer, 1, 2, in, sizeof(in), NULL, 0, &err), CM_OK);
+        cm_ring_scrub(&pair.producer);
+        cr_assert_eq(bytes_that_are(&pair.producer, 0xa5), 2 * sizeof(in), "round %d", round);
+        cr_assert_eq(cm_ring_get(&pair.consumer, &record, out, sizeof(out), &err), CM_OK);
+        cm_ring_scrub(&pair.producer);
+        cr_assert_eq(bytes_that_are(&pair.producer, 0xa5), sizeof(in));
+        cr_assert_eq(cm_ring_get(&pair.consumer, &record, out, sizeof(out), &err), CM_OK);
+        cr_assert_eq(memcmp(out, in, sizeof(in)), 0);
+    }
+    cm_ring_scrub(&pair.producer);
+    cr_assert_eq(bytes_that_are(&pair.producer, 0), pair.producer.capacity);
+    /* A consumer that lies can wipe no more than what it was given. */
+    cr_assert_eq(cm_ring_put(&pair.producer, 1, 3, in, sizeof(in), NULL, 0, &err), CM_OK);
+    const uint64_t lies[] = {0, UINT64_MAX, pair.producer.mine + 16,
+                             pair.producer.mine + (1 << 20)};
+    for (size_t i = 0; i < sizeof(lies) / sizeof(lies[0]); i++) {
+        memcpy(pair.consumer.cursor, &lies[i], sizeof(lies[i]));
+        cm_ring_scrub(&pair.producer);
+        cr_assert_eq(bytes_that_are(&pair.producer, 0xa5), sizeof(in), "lie %zu", i);
+    }
+    pair_close(&pair);
+}
