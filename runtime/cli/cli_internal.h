@@ -32,6 +32,7 @@ enum cm_status command_init(struct words *words, struct cm_error *err);
 enum cm_status command_serve(struct words *words, struct cm_error *err);
 enum cm_status command_keys(struct words *words, struct cm_error *err);
 enum cm_status command_check(struct words *words, struct cm_error *err);
+enum cm_status command_doctor(struct words *words, struct cm_error *err);
 enum cm_status command_status(struct words *words, struct cm_error *err);
 enum cm_status command_measure(struct words *words, struct cm_error *err);
 enum cm_status command_policy(struct words *words, struct cm_error *err);

@@ -45,6 +45,14 @@ static const struct command commands[] = {
      "  --keys          list every key of the configuration with range and default\n\n"
      "example: casemate check --config node/casemate.yaml\n",
      command_check},
+    {"doctor", "is this host fit: kernel, memory, control groups, TPM, CPU, clock",
+     "usage: casemate doctor [--json] [--root DIR]\n\n"
+     "  --json          for machines\n"
+     "  --root DIR      look at a copy of /proc, /sys and /dev instead\n\n"
+     "Each row passes, warns or fails, and says what to do. Changes nothing. Exit 0: nothing "
+     "fails.\n\n"
+     "example: casemate doctor\n",
+     command_doctor},
     {"measure", "predict what a start measures, for the owner to sign",
      "usage: casemate measure [--config FILE | --state DIR] [--out FILE] [--json]\n\n" WHERE
      "  --out FILE      write the log that `casemate-pack --measurement` takes\n"
