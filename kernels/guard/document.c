@@ -332,8 +332,3 @@ void cm_documents_read(struct cm_documents *documents, const uint8_t *text, size
     }
     documents->text = NULL;
 }
-
-void cm_documents_wipe(struct cm_documents *documents)
-{
-    explicit_bzero(documents, sizeof(*documents));
-}

@@ -56,7 +56,5 @@ struct cm_documents {
 /* All views of all documents of one message go to the sink. size < 2^32. */
 void cm_documents_read(struct cm_documents *documents, const uint8_t *text, size_t size,
                        cm_document_sink sink, void *context);
-/* Wipe what was read. */
-void cm_documents_wipe(struct cm_documents *documents);
 
 #endif

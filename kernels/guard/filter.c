@@ -14,12 +14,12 @@ _Static_assert(CM_GUARD_HOLD_MAX + CM_GUARD_TRIGGER_MAX + 1 + CM_GUARD_SLICE <= 
                "what is held, and the byte before it, stay in the ring while more is taken");
 _Static_assert(CM_GUARD_RULES_MAX < CM_GUARD_RULE_OVERFLOW, "a rule and a bit fit into a mark");
 
-enum { OUTPUT = 0, INPUT = 1 };
+enum { OUTPUT = 0 }; /* the machine of replies; all others read prompts */
 
 void cm_guard_begin(struct cm_guard_state *state, enum cm_guard_class stage)
 {
     memset(state, 0, sizeof(*state));
-    state->stage = stage == CM_GUARD_OUTPUT ? OUTPUT : INPUT;
+    state->stage = (uint8_t)__builtin_ctz((uint32_t)stage);
     state->limit = state->refused = NOWHERE;
 }
 
@@ -35,12 +35,21 @@ static void verdict_put(struct cm_guard_state *state, const struct cm_guard_verd
     if (verdict->start >= state->limit) {
         return; /* in what followed a cut */
     }
-    if (state->verdict_count < CM_GUARD_VERDICTS_MAX) {
-        struct cm_guard_verdict *put = &state->verdicts[state->verdict_count++];
-        *put = *verdict;
-        put->end = put->end < state->limit ? put->end : state->limit;
+    uint32_t at = state->verdict_count;
+    if (at < CM_GUARD_VERDICTS_MAX) {
+        state->verdict_count++;
     } else {
         state->verdicts_lost++;
+        for (at = 0; at < CM_GUARD_VERDICTS_MAX; at++) { /* what only reports gives way */
+            if (verdict->action == CM_VERDICT_REFUSE &&
+                state->verdicts[at].action != CM_VERDICT_REFUSE) {
+                break;
+            }
+        }
+    }
+    if (at < CM_GUARD_VERDICTS_MAX) {
+        state->verdicts[at] = *verdict;
+        state->verdicts[at].end = verdict->end < state->limit ? verdict->end : state->limit;
     }
 }
 
@@ -392,7 +401,7 @@ static bool slice_take(const struct cm_guard_pack *pack, struct cm_guard_state *
     for (size_t i = 0; i < size && open; i++) {
         byte_take(pack, state, bytes[i]);
         /* Stop at the very byte that decides, so that verdicts too depend on the bytes alone. */
-        open = state->refused == NOWHERE || state->stage == INPUT ||
+        open = state->refused == NOWHERE || state->stage != OUTPUT ||
                frontier(pack, state) <= state->refused;
     }
     if (state->stage == OUTPUT) {
@@ -457,7 +466,7 @@ bool cm_guard_finish(const struct cm_guard_pack *pack, struct cm_guard_state *st
     candidates_settle(pack, state);
     uint64_t to = end == CM_GUARD_CUT ? candidates_hold(pack, state, true) : state->count;
     state->candidate_count = 0;
-    bool whole = state->stage == INPUT || drain(pack, state, to, ret_out, ret_used);
+    bool whole = state->stage != OUTPUT || drain(pack, state, to, ret_out, ret_used);
     if (whole) {
         spans_say(state, NOWHERE);
     }

@@ -30,6 +30,7 @@ struct cm_guard_rule {
     uint8_t classes;   /* enum cm_guard_class bits */
     uint8_t action;    /* enum cm_verdict_action */
     uint8_t validator; /* enum cm_guard_validator */
+    uint8_t where;     /* enum cm_guard_where bits */
     bool has_right;
     uint8_t firm_byte;   /* a candidate that holds it is firm; 0: none */
     uint16_t firm_bytes; /* or one that is as long */
@@ -66,7 +67,7 @@ struct cm_guard_pack {
     uint8_t *maps;   /* [][256] byte → column */
     uint16_t *cells; /* next state */
     uint8_t *flags;
-    struct cm_guard_machine machines[2]; /* output, input */
+    struct cm_guard_machine machines[CM_GUARD_MACHINES]; /* by bit of enum cm_guard_class */
     uint8_t *memory;
 };
 

@@ -75,7 +75,7 @@ static void rule_read(struct parse *parse, struct cm_guard_rule *rule)
     uint8_t has_right = cm_cursor_u8(cursor);
     rule->has_right = has_right != 0;
     rule->firm_byte = cm_cursor_u8(cursor);
-    uint8_t reserved = cm_cursor_u8(cursor);
+    rule->where = cm_cursor_u8(cursor);
     rule->firm_bytes = cm_cursor_u16(cursor);
     rule->states = cm_cursor_u16(cursor);
     rule->columns = cm_cursor_u16(cursor);
@@ -91,9 +91,10 @@ static void rule_read(struct parse *parse, struct cm_guard_rule *rule)
     if (!text_good(rule->id, sizeof(rule->id)) ||
         !text_good(rule->category, sizeof(rule->category)) ||
         rule->replacement_bytes > CM_GUARD_REPLACEMENT_MAX || rule->classes == 0 ||
-        rule->classes > (CM_GUARD_OUTPUT | CM_GUARD_INPUT) || rule->action < CM_VERDICT_REPORT ||
+        rule->classes >= 1u << CM_GUARD_MACHINES || rule->where == 0 ||
+        rule->where > CM_GUARD_ANYWHERE || rule->action < CM_VERDICT_REPORT ||
         rule->action > CM_VERDICT_REFUSE || rule->validator > CM_GUARD_VALID_ENTROPY ||
-        rule->argument > 800 || has_right > 1 || reserved != 0 || reserved_too != 0 ||
+        rule->argument > 800 || has_right > 1 || reserved_too != 0 ||
         rule->hold_bytes > CM_GUARD_HOLD_MAX || rule->least_bytes == 0 ||
         rule->replacement_bytes > 3 * (uint64_t)rule->least_bytes) {
         refuse(parse, "a rule is out of its bounds");
@@ -205,7 +206,7 @@ static void tables_read(struct parse *parse)
     for (uint32_t i = 0; parse->refusal == NULL && i < pack->rule_count; i++) {
         rule_check(parse, &pack->rules[i]);
     }
-    for (uint32_t i = 0; parse->refusal == NULL && i < 2; i++) {
+    for (uint32_t i = 0; parse->refusal == NULL && i < CM_GUARD_MACHINES; i++) {
         machine_read(parse, &pack->machines[i]);
     }
     if (!cm_cursor_ok(&parse->cursor) || cm_cursor_left(&parse->cursor) != 0) {
@@ -244,7 +245,7 @@ enum cm_status cm_guard_pack_new(const uint8_t *bytes, size_t size, struct cm_gu
     }
     /* Nothing but the rules is larger here than in the pack, and each piece is aligned. */
     if (pack != NULL && parse.refusal == NULL) {
-        parse.size = size + pack->rule_count * sizeof(struct cm_guard_rule) + 16 * 16;
+        parse.size = size + pack->rule_count * sizeof(struct cm_guard_rule) + 16 * 32;
         pack->memory = calloc(1, parse.size);
     }
     if (pack == NULL || (parse.refusal == NULL && pack->memory == NULL)) {

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "kernels/guard/unicode.h"
+#include "runtime/base/guard_pack.h"
 
 #define REPLACEMENT 0xFFFDu
 #define SINK_BYTES  512u /* new bytes of a view that make it sink */
@@ -82,25 +83,11 @@ static void point_put(struct cm_view_ring *ring, uint32_t point, uint32_t start,
 
 /* ------------------------------------------------------------------ words and squeezed */
 
-/* By lower-case ASCII character. Digits that look like letters are those letters, m looks like r
- * and n (the r stands here), and what is no letter or digit is a space, or none. */
-/* clang-format off */
-static const char word_bytes[] = "                " "                "
-                                 "                " "ol23456789      "
-                                 "                " "                "
-                                 " abcdefghijklrno" "pqrstuvwxyz     ";
-static const char squeezed_bytes[] = "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0" "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
-                                     "\0i\0\0s\0\0\0\0\0\0t\0\0\0\0" "oi2eas6t89\0\0\0\0\0\0"
-                                     "a\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0" "\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"
-                                     "\0abcdefghijkirno" "pqrstuvwxyz\0i\0\0\0";
-/* clang-format on */
-_Static_assert(sizeof(word_bytes) == 129 && sizeof(squeezed_bytes) == 129, "all of ASCII");
-
 static inline void ascii_words(struct cm_views *views, uint32_t c, uint32_t start, uint32_t end)
 {
     struct cm_view_ring *words = &views->rings[CM_VIEW_WORDS];
     struct cm_view_ring *squeezed = &views->rings[CM_VIEW_SQUEEZED];
-    uint32_t word = (uint8_t)word_bytes[c], bare = (uint8_t)squeezed_bytes[c];
+    uint32_t word = (uint8_t)cm_guard_word_bytes[c], bare = (uint8_t)cm_guard_squeezed_bytes[c];
     uint32_t last = words->bytes[(uint32_t)(words->end - 1) & (CM_VIEW_RING - 1)];
     byte_set(words, word, start, end);
     words->end += !(word == ' ' && last == ' ');
@@ -392,7 +379,7 @@ static void ascii_take(struct cm_views *views, const uint8_t *bytes, size_t size
     for (size_t i = 0; i < size; i++) {
         uint32_t start = base + (uint32_t)i, c = bytes[i];
         c += (c - 'A' < 26) * 32u;
-        uint32_t word = (uint8_t)word_bytes[c], bare = (uint8_t)squeezed_bytes[c];
+        uint32_t word = (uint8_t)cm_guard_word_bytes[c], bare = (uint8_t)cm_guard_squeezed_bytes[c];
         run_put(&folded, c, start, true);
         run_put(&words, word, start, word != ' ' || last != ' ');
         run_put(&squeezed, bare, start, bare != 0);

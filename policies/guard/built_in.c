@@ -7,6 +7,7 @@
             "_end:\n.popsection\n");                                                               \
     extern const uint8_t cm_rules_##name[], cm_rules_##name##_end[]
 
+EMBED(injection, "policies/guard/injection.yaml");
 EMBED(personal, "policies/guard/personal.yaml");
 EMBED(secrets, "policies/guard/secrets.yaml");
 
@@ -16,6 +17,7 @@ enum cm_status cm_rules_built_in(struct cm_rules *rules, struct cm_error *err)
         const char *name;
         const uint8_t *text, *end;
     } files[] = {
+        {"built-in injection.yaml", cm_rules_injection, cm_rules_injection_end},
         {"built-in personal.yaml", cm_rules_personal, cm_rules_personal_end},
         {"built-in secrets.yaml", cm_rules_secrets, cm_rules_secrets_end},
     };

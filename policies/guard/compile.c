@@ -20,7 +20,7 @@ struct pack {
     uint32_t *map_of;          /* [count] index of a rule's byte map */
     const uint8_t **maps;      /* [map_count] */
     uint32_t map_count, cell_count, flag_count, hold_bytes;
-    struct machine machines[2];
+    struct machine machines[CM_GUARD_MACHINES];
     uint8_t *bytes;
     size_t size;
     struct cm_writer writer;
@@ -64,6 +64,9 @@ static enum cm_status rule_compile(struct pack *pack, uint32_t index, struct cm_
     positions_free(&positions);
     if (status == CM_OK) {
         status = rule_limits(rule, &to->automaton, err);
+    }
+    if (status == CM_OK) {
+        status = phrase_prove(rule, &to->automaton, err);
     }
     return status;
 }
@@ -144,7 +147,7 @@ static void rule_write(struct pack *pack, uint32_t index, uint32_t cells, uint32
     cm_writer_u8(w, rule->validator);
     cm_writer_u8(w, compiled->has_right);
     cm_writer_u8(w, rule->firm_byte);
-    cm_writer_u8(w, 0);
+    cm_writer_u8(w, rule->where);
     cm_writer_u16(w, (uint16_t)rule->firm_bytes);
     cm_writer_u16(w, (uint16_t)compiled->automaton.states);
     cm_writer_u16(w, (uint16_t)compiled->automaton.columns);
@@ -267,8 +270,10 @@ static enum cm_status pack_write(struct pack *pack, struct cm_error *err)
         RULE = CM_RULE_ID_BYTES + CM_CATEGORY_BYTES + CM_GUARD_REPLACEMENT_MAX + 104
     };
     pack->size = HEAD + (size_t)RULE * pack->rules->count + 256 * (size_t)pack->map_count +
-                 2 * (size_t)pack->cell_count + pack->flag_count +
-                 machine_bytes(pack, &pack->machines[0]) + machine_bytes(pack, &pack->machines[1]);
+                 2 * (size_t)pack->cell_count + pack->flag_count;
+    for (uint32_t i = 0; i < CM_GUARD_MACHINES; i++) {
+        pack->size += machine_bytes(pack, &pack->machines[i]);
+    }
     if (pack->size > CM_GUARD_PACK_BYTES_MAX) {
         return cm_error_set(err, CM_E_CONFIG, "CM-RULES-SIZE",
                             "%u rules compile to %zu bytes; %u are allowed", pack->rules->count,
@@ -290,8 +295,9 @@ static enum cm_status pack_write(struct pack *pack, struct cm_error *err)
     cm_writer_u32(w, pack->hold_bytes);
     cm_writer_u32(w, 0);
     rules_write(pack);
-    machine_write(pack, &pack->machines[0]);
-    machine_write(pack, &pack->machines[1]);
+    for (uint32_t i = 0; i < CM_GUARD_MACHINES; i++) {
+        machine_write(pack, &pack->machines[i]);
+    }
     CM_ASSERT(!w->failed && w->offset == pack->size);
     return CM_OK;
 }
@@ -317,10 +323,9 @@ static enum cm_status pack_make(struct pack *pack, struct cm_error *err)
     if (status == CM_OK) {
         status = replacements_check(pack, err);
     }
-    for (uint32_t i = 0; status == CM_OK && i < 2; i++) {
+    for (uint32_t i = 0; status == CM_OK && i < CM_GUARD_MACHINES; i++) {
         struct machine machine;
-        status = machine_make(pack->rules, pack->compiled,
-                              i == 0 ? CM_GUARD_OUTPUT : CM_GUARD_INPUT, &machine, err);
+        status = machine_make(pack->rules, pack->compiled, (uint8_t)(1u << i), &machine, err);
         if (status == CM_OK) {
             pack->machines[i] = machine;
         }
@@ -350,8 +355,9 @@ out:
     for (uint32_t i = 0; pack.compiled != NULL && i < rules->count; i++) {
         automaton_free(&pack.compiled[i].automaton);
     }
-    machine_free(&pack.machines[0]);
-    machine_free(&pack.machines[1]);
+    for (uint32_t i = 0; i < CM_GUARD_MACHINES; i++) {
+        machine_free(&pack.machines[i]);
+    }
     free(pack.compiled);
     free(pack.map_of);
     free(pack.maps);

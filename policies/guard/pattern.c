@@ -26,6 +26,7 @@ struct parser {
     const uint8_t *text;
     size_t size, at;
     bool fold;           /* (?i) */
+    uint8_t view;        /* of cm_rule: how literals are spelled */
     const char *refusal; /* NULL: none yet */
     uint32_t depth, node_count;
     struct node *nodes; /* [NODES_MAX] */
@@ -226,11 +227,40 @@ static uint32_t group_read(struct parser *p)
     return node;
 }
 
+static uint32_t byte_node(struct parser *p, uint32_t byte)
+{
+    uint32_t node = node_new(p, SET, NO_NODE, NO_NODE);
+    if (node != NO_NODE) {
+        set_add(p->nodes[node].set, byte);
+    }
+    return node;
+}
+
+/* A literal of a view, written in plain lower-case words, as the view shows it. */
+static uint32_t spelled_read(struct parser *p, uint8_t c)
+{
+    bool word = (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == ' ';
+    if (!word) {
+        return refuse(p, "words are written in a-z, 0-9 and spaces");
+    }
+    uint8_t first =
+        (uint8_t)(p->view == CM_GUARD_WORDS ? cm_guard_word_bytes[c] : cm_guard_squeezed_bytes[c]);
+    uint32_t node = first != 0 ? byte_node(p, first) : node_new(p, EMPTY, NO_NODE, NO_NODE);
+    return c == 'm' ? node_new(p, CAT, node, byte_node(p, 'n')) : node;
+}
+
 static uint32_t atom_read(struct parser *p)
 {
     uint8_t c = p->text[p->at++];
     if (c == '(') {
         return group_read(p);
+    }
+    bool literal = strchr("[.\\^$*+?{}", c) == NULL || c == 0;
+    if (literal && (p->view == CM_GUARD_WORDS || p->view == CM_GUARD_SQUEEZED)) {
+        return spelled_read(p, c);
+    }
+    if (literal && p->view == CM_GUARD_FOLDED && c >= 'A' && c <= 'Z') {
+        return refuse(p, "folded text has no capitals");
     }
     uint32_t node = node_new(p, SET, NO_NODE, NO_NODE);
     if (node == NO_NODE) {
@@ -596,7 +626,7 @@ static void body_build(struct parser *p, uint32_t root, struct parser *until, ui
 enum cm_status positions_make(const struct cm_rule *rule, struct positions *ret,
                               struct cm_error *err)
 {
-    struct parser p = {.text = rule->pattern.bytes, .size = rule->pattern.size};
+    struct parser p = {.text = rule->pattern.bytes, .size = rule->pattern.size, .view = rule->view};
     struct parser until = {.text = rule->until.bytes, .size = rule->until.size};
     uint32_t until_root = NO_NODE;
     enum cm_status status = CM_OK;

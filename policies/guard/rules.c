@@ -22,6 +22,17 @@ static const struct choice classes[] = {{"output", CM_GUARD_OUTPUT},
                                         {"input", CM_GUARD_INPUT},
                                         {"both", CM_GUARD_OUTPUT | CM_GUARD_INPUT},
                                         {NULL, 0}};
+static const struct choice views[] = {{"raw", 0},
+                                      {"folded", CM_GUARD_FOLDED},
+                                      {"words", CM_GUARD_WORDS},
+                                      {"squeezed", CM_GUARD_SQUEEZED},
+                                      {NULL, 0}};
+static const struct choice places[] = {{"anywhere", CM_GUARD_ANYWHERE},
+                                       {"text", CM_GUARD_IN_TEXT},
+                                       {"hidden", CM_GUARD_IN_HIDDEN},
+                                       {"encoded", CM_GUARD_IN_ENCODED},
+                                       {"unseen", CM_GUARD_IN_HIDDEN | CM_GUARD_IN_ENCODED},
+                                       {NULL, 0}};
 static const struct choice actions[] = {{"report", CM_VERDICT_REPORT},
                                         {"redact", CM_VERDICT_REDACT},
                                         {"refuse", CM_VERDICT_REFUSE},
@@ -52,6 +63,8 @@ static const struct row rows[] = {
     {"category", NAME, true, CM_CATEGORY_BYTES - 1, AT(category), 0, NULL,
      "1 to 31 of a-z, 0-9, '-' and '/'"},
     {"action", CHOICE, true, 0, AT(action), 0, actions, "report, redact or refuse"},
+    {"view", CHOICE, false, 0, AT(view), 0, views, "raw, folded, words or squeezed"},
+    {"where", CHOICE, false, 0, AT(where), 0, places, "anywhere, text, hidden, encoded or unseen"},
     {"pattern", TEXT, true, CM_RULES_PATTERN_BYTES, AT(pattern), 0, NULL, "1 to 2048 bytes"},
     {"until", TEXT, false, CM_RULES_PATTERN_BYTES, AT(until), 0, NULL, "1 to 2048 bytes"},
     {"validator", CHOICE, false, 0, AT(validator), 0, validators, "luhn, iban or entropy"},
@@ -218,6 +231,12 @@ static const char *rule_refusal(const struct cm_rule *rule)
     if (rule->action == CM_VERDICT_REDACT && (rule->classes & CM_GUARD_OUTPUT) == 0) {
         return "a prompt is refused or reported, never redacted";
     }
+    if ((rule->view != 0 || rule->where != 0) && rule->classes != CM_GUARD_INPUT) {
+        return "'view' and 'where' go with the class input, and with it alone";
+    }
+    if (rule->view != 0 && (rule->validator != CM_GUARD_VALID_ALWAYS || rule->until.size > 0)) {
+        return "'validator' and 'until' are asked of raw bytes, not of a view";
+    }
     if ((rule->action == CM_VERDICT_REDACT) != (rule->replacement.size > 0)) {
         return "'replacement' goes with the action redact, and with it alone";
     }
@@ -244,6 +263,8 @@ static enum cm_status rule_finish(struct reader *reader, const yaml_node_t *node
     if (rule_refusal(rule) != NULL) {
         return refuse(reader, node, rule->id, rule_refusal(rule), err);
     }
+    rule->where = rule->where != 0 ? rule->where : CM_GUARD_ANYWHERE;
+    rule->classes = rule->view != 0 ? rule->view : rule->classes;
     for (uint32_t i = 0; i + 1 < reader->rules->count; i++) {
         if (strcmp(reader->rules->rules[i].id, rule->id) == 0) {
             return refuse(reader, node, rule->id, "another rule has this id", err);

@@ -30,6 +30,8 @@ struct cm_rule {
     uint8_t classes;   /* enum cm_guard_class bits */
     uint8_t action;    /* enum cm_verdict_action */
     uint8_t validator; /* enum cm_guard_validator */
+    uint8_t view;      /* of input: its enum cm_guard_class; 0: raw bytes */
+    uint8_t where;     /* of input: enum cm_guard_where bits */
     uint32_t argument; /* entropy: hundredths of a bit a byte */
     uint32_t firm_bytes;
     uint8_t firm_byte;

@@ -43,6 +43,12 @@ CM_MUST_USE enum cm_status automaton_make(const struct cm_rule *rule,
                                           struct cm_error *err);
 void automaton_free(struct automaton *automaton);
 
+/* phrase.c: no phrase of three words refuses a prompt. Every match of a rule that refuses, and
+ * reads the view words, lies between spaces and has four words; of folded, it has four signs that
+ * are no letter, digit or space; of squeezed, twelve bytes. Fails: CONFIG CM-RULES-PHRASE. */
+CM_MUST_USE enum cm_status phrase_prove(const struct cm_rule *rule,
+                                        const struct automaton *automaton, struct cm_error *err);
+
 struct compiled {
     struct automaton automaton;
     bool has_right;

@@ -169,6 +169,7 @@ static void rule_add(struct cm_rules *rules, const char *pattern, const char *un
     snprintf(rule->category, sizeof(rule->category), "test");
     snprintf(rule->file, sizeof(rule->file), "test");
     rule->classes = CM_GUARD_OUTPUT;
+    rule->where = CM_GUARD_ANYWHERE;
     rule->action = action;
     rule->validator = validator;
     rule->argument = argument;
@@ -462,6 +463,22 @@ static bool text_try(struct cases *cases, const struct set *set, const uint8_t *
     return true;
 }
 
+/* The reference knows replies alone. */
+static void rules_of_replies(struct cm_rules *rules)
+{
+    for (uint32_t i = 0; i < rules->count;) {
+        if ((rules->rules[i].classes & CM_GUARD_OUTPUT) != 0) {
+            i++;
+            continue;
+        }
+        struct cm_rules one = {.count = 1, .rules = malloc(sizeof(struct cm_rule))};
+        one.rules[0] = rules->rules[i];
+        cm_rules_free(&one);
+        memmove(&rules->rules[i], &rules->rules[i + 1],
+                (--rules->count - i) * sizeof(rules->rules[0]));
+    }
+}
+
 bool cases_random(struct cases *cases, uint64_t runs, uint64_t seed)
 {
     static uint8_t text[REFERENCE_TEXT_MAX];
@@ -469,7 +486,9 @@ bool cases_random(struct cases *cases, uint64_t runs, uint64_t seed)
     struct cm_error err;
     bool good = true;
     cases->random = seed * 2 + 1;
-    if (cm_rules_built_in(&built_in.rules, &err) != CM_OK || !set_close_up(&built_in)) {
+    bool read = cm_rules_built_in(&built_in.rules, &err) == CM_OK;
+    rules_of_replies(&built_in.rules);
+    if (!read || !set_close_up(&built_in)) {
         snprintf(cases->failure, sizeof(cases->failure), "built-in rules: %s", err.text);
         return false;
     }
