@@ -115,10 +115,10 @@ static enum cm_status record_check(const struct cm_enrolment *e, struct cm_error
         attributes != CM_TPM_AK_ATTRIBUTES) {
         return refuse(err, "attestation key is not of the template");
     }
-    enum cm_status status = cm_tpm_counter_name(e->counter_handle, name, err);
+    enum cm_status status = cm_tpm_counter_name(e->counter_handle, e->node, name, err);
     if (status == CM_OK && memcmp(name, e->counter_name, sizeof(name)) != 0) {
-        return refuse(err,
-                      "its counter is none that only goes up: another program has that NV index");
+        return refuse(err, "its counter is not the node's own, or could go back: another program "
+                           "has its NV index");
     }
     if (status == CM_OK) {
         status = cm_enrolment_digest(e, digest, err);

@@ -73,9 +73,12 @@ void cm_tpm_authority_public(const uint8_t point[static CM_PUBLIC_KEY_BYTES], st
 CM_MUST_USE enum cm_status cm_tpm_name(const uint8_t *public_bytes, size_t size,
                                        uint8_t ret_name[static CM_TPM_NAME_BYTES],
                                        struct cm_error *err);
-/* nameAlg ‖ SHA-256 of the public area of the counter at an index, once it was stepped. An index
- * with other attributes, that could go back, has another name. */
+/* nameAlg ‖ SHA-256 of the public area of a node's counter, once it was stepped. An index with
+ * other attributes, that could go back, has another name. The node's digest stands in the area as a
+ * policy that nothing asks for, so that each node's counter has a name of its own: a state that is
+ * signed for one node's counter is then for no other's. */
 CM_MUST_USE enum cm_status cm_tpm_counter_name(uint32_t handle,
+                                               const uint8_t node[static CM_DIGEST_BYTES],
                                                uint8_t ret_name[static CM_TPM_NAME_BYTES],
                                                struct cm_error *err);
 /* SHA-256 over up to four parts; part NULL ends. */

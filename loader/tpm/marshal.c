@@ -176,15 +176,15 @@ bool cm_tpm_signature_good(const uint8_t point[static CM_PUBLIC_KEY_BYTES],
     return ok;
 }
 
-enum cm_status cm_tpm_counter_name(uint32_t handle, uint8_t ret_name[static CM_TPM_NAME_BYTES],
-                                   struct cm_error *err)
+enum cm_status cm_tpm_counter_name(uint32_t handle, const uint8_t node[static CM_DIGEST_BYTES],
+                                   uint8_t ret_name[static CM_TPM_NAME_BYTES], struct cm_error *err)
 {
-    uint8_t area[32];
+    uint8_t area[64];
     struct cm_be be = {area, sizeof(area), 0, false};
     cm_be_u32(&be, handle);
     cm_be_u16(&be, CM_TPM_ALG_SHA256);
     cm_be_u32(&be, CM_TPM_COUNTER_ATTRIBUTES | CM_TPM_NV_WRITTEN);
-    cm_be_sized(&be, "", 0);
+    cm_be_sized(&be, node, CM_DIGEST_BYTES);
     cm_be_u16(&be, 8);
     ret_name[0] = 0;
     ret_name[1] = CM_TPM_ALG_SHA256;

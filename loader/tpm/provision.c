@@ -74,17 +74,20 @@ static enum cm_status ak_make(struct cm_tpm *tpm, ESYS_TR srk, ESYS_TR *ret, str
     return status;
 }
 
-/* Find or define the counter; a new one is stepped once, so that its name is final. */
-static enum cm_status counter_make(struct cm_tpm *tpm, ESYS_TR *ret, struct cm_error *err)
+/* Find or define the node's counter; a new one is stepped once, so that its name is final. */
+static enum cm_status counter_make(struct cm_tpm *tpm, const uint8_t node[static CM_DIGEST_BYTES],
+                                   ESYS_TR *ret, struct cm_error *err)
 {
     const TPM2B_AUTH no_auth = {.size = 0};
-    const TPM2B_NV_PUBLIC public = {.nvPublic = {.nvIndex = CM_COUNTER_HANDLE,
-                                                 .nameAlg = TPM2_ALG_SHA256,
-                                                 .attributes = CM_TPM_COUNTER_ATTRIBUTES,
-                                                 .dataSize = 8}};
+    TPM2B_NV_PUBLIC public = {.nvPublic = {.nvIndex = CM_COUNTER_HANDLE,
+                                           .nameAlg = TPM2_ALG_SHA256,
+                                           .attributes = CM_TPM_COUNTER_ATTRIBUTES,
+                                           .dataSize = 8}};
     if (persistent_open(tpm, CM_COUNTER_HANDLE, ret)) {
         return CM_OK;
     }
+    public.nvPublic.authPolicy.size = CM_DIGEST_BYTES; /* see cm_tpm_counter_name */
+    memcpy(public.nvPublic.authPolicy.buffer, node, CM_DIGEST_BYTES);
     enum cm_status status =
         cm_tpm_result(Esys_NV_DefineSpace(tpm->esys, ESYS_TR_RH_OWNER, ESYS_TR_PASSWORD,
                                           ESYS_TR_NONE, ESYS_TR_NONE, &no_auth, &public, ret),
@@ -275,7 +278,7 @@ enum cm_status cm_tpm_provision(struct cm_tpm *tpm, const char *node_name, bool 
         status = public_take(tpm, ak, e.ak_public, &e.ak_public_bytes, err);
     }
     if (status == CM_OK) {
-        status = counter_make(tpm, &counter, err);
+        status = counter_make(tpm, e.node, &counter, err);
     }
     /* Known anew, so that the name has its WRITTEN bit. */
     if (status == CM_OK) {

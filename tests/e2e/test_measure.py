@@ -132,6 +132,35 @@ def test_a_stepped_counter_revokes_the_older_states(programs, model, tmp_path):
     assert served(node)
 
 
+def test_revoking_one_node_leaves_the_others_states(programs, model, tmp_path):
+    """One package, one list, two nodes whose counters stand at different values."""
+    first, second = (nodes.Node(programs, tmp_path / name, tmp_path / "owner") for name in "ab")
+    first.make(model, "tiny")
+    second.make(model, "tiny")
+    records = [f for node in (first, second) for f in ("--node", node.state / "enrolment.bin")]
+    both = tmp_path / "both.cmpkg"
+    first.run("casemate-pack", "pack", model, "--out", both, "--owner", first.owner, *records,
+              "--measurement", first.measure(), "--name", "tiny")
+
+    def copy_to(node):
+        shutil.copy(both, node.package)
+        shutil.copy(f"{both}.policy", f"{node.package}.policy")
+
+    for node in (first, second):
+        copy_to(node)
+        assert served(node)
+    first.run("casemate", "revoke", "--state", first.state)
+    refused(first, "CM-SEAL-COUNTER")
+    first.run("casemate-pack", "policy-revoke", both, "--owner", first.owner, "--node",
+              first.state / "enrolment.bin", "--measurement", first.measure())
+    for node in (first, second):
+        copy_to(node)
+        assert served(node)
+    # What is signed for the one node's greater counter does not reach the other.
+    second.run("casemate", "revoke", "--state", second.state)
+    refused(second, "CM-SEAL-COUNTER")
+
+
 def test_explain_says_beforehand_what_the_start_will_say(programs, model, tmp_path):
     node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
     node.make(model, "tiny")

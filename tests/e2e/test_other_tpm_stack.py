@@ -173,15 +173,23 @@ def test_it_is_released_in_the_signed_state_and_refused_in_others(node):
     assert Reader(node.tpm, node.folder / "claim", node).unseal(signed)[0] == "policyauthorize"
 
 
+def refused(node, cause: str) -> None:
+    node.start(wait=False)
+    assert node.service.wait(20) == 5 and cause in node.tail()
+    node.service = None
+
+
 def test_a_revoked_state_is_refused_by_the_tpm(node):
     assert Reader(node.tpm, node.folder / "right", node).unseal()[0] == ""
     node.tpm.tool("nvincrement", "-C", "o", COUNTER)
     assert Reader(node.tpm, node.folder / "stepped", node).unseal()[0] == "policynv"
     # Deleted and defined again it does not go back: the old state stays revoked.
     node.tpm.tool("nvundefine", "-C", "o", COUNTER)
-    node.tpm.tool("nvdefine", "-C", "o", "-s", "8", "-a",
-                  "nt=counter|ownerwrite|authread|ownerread|no_da", COUNTER)
+    (node.folder / "policy").write_bytes((node.state / "enrolment.bin").read_bytes()[80:112])
+    node.tpm.tool("nvdefine", "-C", "o", "-s", "8", "-a", "nt=counter|ownerwrite|authread|ownerread|no_da",
+                  "-L", node.folder / "policy", COUNTER)
     node.tpm.tool("nvincrement", "-C", "o", COUNTER)
+    refused(node, "CM-SEAL-COUNTER")  # the same name as before, and a greater value
     assert Reader(node.tpm, node.folder / "again", node).unseal()[0] == "policynv"
 
 

@@ -61,7 +61,7 @@ static void enrolment_make(uint32_t ak_attributes)
     e->ak_public_bytes = public_make(s.ak, ak_attributes, false, e->ak_public);
     cr_assert_eq(cm_tpm_name(e->ek_public, e->ek_public_bytes, name, &err), CM_OK);
     memcpy(e->node, name + 2, CM_DIGEST_BYTES);
-    cr_assert_eq(cm_tpm_counter_name(e->counter_handle, e->counter_name, &err), CM_OK);
+    cr_assert_eq(cm_tpm_counter_name(e->counter_handle, e->node, e->counter_name, &err), CM_OK);
     cr_assert_eq(cm_enrolment_digest(e, digest, &err), CM_OK);
     p256_sign(s.ak, digest, e->signature);
     EVP_PKEY_free(srk);

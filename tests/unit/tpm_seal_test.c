@@ -142,6 +142,29 @@ Test(tpm_seal, another_tpm_is_refused)
     scene_done(&scene);
 }
 
+/* Counters of two nodes stand at different values: what is signed for the one must not reach the
+ * other, or a state that was revoked there lives on under the greater number. */
+Test(tpm_seal, a_state_signed_for_one_node_serves_no_other)
+{
+    static struct scene other;
+    struct cm_error err;
+    uint64_t counter;
+    scene_make(&scene, state_new());
+    scene_make(&other, state_new());
+    struct cm_policy_state *state = &scene.list.states[0];
+    cr_assert_eq(cm_tpm_counter_step(scene.tpm, &counter, &err), CM_OK);
+    state->counter_max = counter + 100;
+    memcpy(state->counter_name, other.enrolment.counter_name, 34);
+    state_sign(&scene, state);
+    refused(&scene, "CM-SEAL-POLICY");
+    memcpy(state->counter_name, scene.enrolment.counter_name, 34);
+    refused(&scene, "CM-SEAL-SIGNATURE"); /* the name is signed, and the TPM checks it too */
+    state_sign(&scene, state);
+    cr_assert_eq(unseal(&scene, &err), CM_OK, "%s", err.text);
+    scene_done(&other);
+    scene_done(&scene);
+}
+
 /* TPM_PT_LOCKOUT_COUNTER: failed tries that count towards the lock-out. */
 static uint32_t lockout_count(struct scene *s)
 {
