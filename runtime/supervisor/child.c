@@ -107,6 +107,7 @@ void child_kill(struct service *service, struct child *child, enum cm_role_end e
     cm_log_error(&service->log, "role_killed", why);
     syscall(SYS_pidfd_send_signal, child->pidfd, SIGKILL, NULL, 0);
     child->state = CHILD_KILLED;
+    child->killed_ms = clock_ms();
 }
 
 /* One whole line to our stderr. A reader that stands still costs lines, never the service. */

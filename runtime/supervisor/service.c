@@ -365,6 +365,7 @@ static void tick(struct service *service, uint64_t now)
         status_write(service, now);
     }
     evidence_tick(service, now);
+    notify_tick(service, now);
     for (size_t i = 0; i < CHILD_COUNT; i++) {
         child_watch(service, &service->children[i], now);
     }
@@ -459,6 +460,7 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     memset(service, 0, sizeof(*service));
     service->configuration = configuration;
     service->log = (struct cm_log){STDERR_FILENO, "supervisor", CM_LOG_INFO};
+    notify_open(&service->notify, &service->log);
     service->programs_fd = programs_fd;
     service->listener_fd = service->package_fd = service->tpm_fd = service->head_fd = -1;
     service->devtpm_end_fd = service->devtpm_state_fd = service->signal_fd = -1;
@@ -505,6 +507,7 @@ enum cm_status service_run(struct service *service, struct cm_error *err)
     service->over = true;
     state_reason_set(service, "stopped");
     status_write(service, clock_ms());
+    notify_tick(service, clock_ms());
     if (service->end.status != CM_OK) {
         *err = service->end;
     }
@@ -522,6 +525,7 @@ void service_close(struct service *service)
             close(fds[i]);
         }
     }
+    notify_close(&service->notify);
     rings_close(&service->rings);
     cm_image_store_close(&service->store);
 }

@@ -3,6 +3,7 @@
  * spawn.c    one child from fork to exec    rings.c    ring memory and its two views
  * child.c    channel, log, death, back-off  files.c    package head, key table, certificate
  * frames.c   what children say              status.c   status.json
+ * ends.c     how a role ended               notify.c   the service manager
  * service.c  what has to happen next; the loop */
 #ifndef CASEMATE_RUNTIME_SUPERVISOR_INTERNAL_H
 #define CASEMATE_RUNTIME_SUPERVISOR_INTERNAL_H
@@ -62,7 +63,8 @@ struct child {
     uint64_t started_ms, ready_ms, heard_ms; /* heard: any frame */
     uint64_t due_ms;                         /* absent: not before this */
     uint64_t stop_ms;                        /* killed when this is over; 0: never */
-    bool closed;                             /* it has closed its channel */
+    uint64_t killed_ms;
+    bool closed; /* it has closed its channel */
     bool stop_sent, drain_sent, drained, error_set;
     struct cm_error error; /* why it went, or is about to */
     enum cm_role_end kill; /* KILLED: what for */
@@ -91,6 +93,15 @@ struct ring_set {
     int request_data, request_data_read, request_cursor, request_cursor_read;
     int response_data, response_data_read, response_cursor, response_cursor_read;
     int request_event, response_event;
+};
+
+/* The service manager's socket, and what it has been told. */
+struct notify {
+    int fd; /* -1: there is no manager */
+    bool ready, stopping;
+    uint64_t watchdog_ms; /* 0: none is wanted */
+    uint64_t petted_ms, extended_ms;
+    char status[320];
 };
 
 enum service_phase { SERVICE_RUN, SERVICE_DRAIN, SERVICE_STOP };
@@ -131,6 +142,7 @@ struct service {
     uint64_t state_sent_ms, status_written_ms, progress_logged_ms;
     struct cm_loaded loaded;
     bool announced;
+    struct notify notify;
     struct end_record ends[END_RECORDS]; /* a ring: end_count % END_RECORDS is the next */
     uint64_t end_count;
     /* the end */
@@ -215,6 +227,11 @@ void run_file_write(struct service *service, const char *name, const void *bytes
 
 /* status.c */
 void status_write(struct service *service, uint64_t now_ms);
+
+/* notify.c: sd_notify(3) */
+void notify_open(struct notify *notify, const struct cm_log *log);
+void notify_tick(struct service *service, uint64_t now_ms);
+void notify_close(struct notify *notify);
 
 /* service.c */
 void service_fail(struct service *service, const struct cm_error *why);
