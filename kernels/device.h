@@ -1,16 +1,18 @@
 /* The device: the only way to compute. Opaque types, plain C, no CUDA type in sight.
  *
  * Order of use, one thread at a time:
- *   open → describe → reserve → segment_submit × n → load_finish → model_bind
+ *   open → describe → reserve → segment_submit × n → load_finish → model_bind → guard_bind
  *        → ( slot_open → step_submit → step_wait … → slot_close ) × n → scrub → close
  *
  * `reserve` allocates everything; nothing is allocated afterwards. A device decrypts into its own
  * arena; nothing in the arena can be used before load_finish has seen every segment pass, and any
- * failure wipes it. Adapters and guard rules (adapter_bind, guard_bind) join with their own issues.
+ * failure wipes it. Adapters (adapter_bind) join with their own issue. Without guard_bind nothing
+ * is filtered.
  *
  * A slot is one sequence's state that survives preemption: random counter, penalties, stop
- * automaton, held-back bytes. KV pages belong to the caller's scheduler, which names them in every
- * step; the device only reads and writes where it is told. Numbers: kernels/NUMERICS.md. */
+ * and guard automata, held-back bytes. KV pages belong to the caller's scheduler, which names them
+ * in every step; the device only reads and writes where it is told. Numbers: kernels/NUMERICS.md.
+ */
 #ifndef CASEMATE_KERNELS_DEVICE_H
 #define CASEMATE_KERNELS_DEVICE_H
 
@@ -24,7 +26,8 @@
 
 #define CM_KV_PAGE_POSITIONS 32u
 #define CM_STEP_ENTRIES_MAX  64u
-#define CM_STEP_BYTES_MAX    4096u /* released bytes of one entry in one step */
+#define CM_STEP_BYTES_MAX    6144u /* released bytes of one entry in one step */
+#define CM_STEP_VERDICTS_MAX 8u
 #define CM_DEVICE_TAG_BYTES  16u
 
 struct cm_device;
@@ -99,6 +102,14 @@ CM_MUST_USE enum cm_status cm_device_load_finish(struct cm_device *device, struc
 CM_MUST_USE enum cm_status cm_device_model_bind(struct cm_device *device,
                                                 const struct cm_model *model, struct cm_error *err);
 
+/* Bind a rule pack (policies/guard/FORMAT.md): from now on every slot's reply passes its output
+ * rules. Once, before the first slot_open; the bytes are copied. Fails: CONFIG CM-RULES-PACK. */
+CM_MUST_USE enum cm_status cm_device_guard_bind(struct cm_device *device, const uint8_t *pack,
+                                                size_t bytes, struct cm_error *err);
+/* Fill rule and category of a verdict on rule `rule` of the pack. */
+void cm_device_guard_name(const struct cm_device *device, uint32_t rule,
+                          struct cm_wire_verdict *verdict);
+
 struct cm_slot_params {
     struct cm_sampling sampling;
     uint32_t max_tokens; /* >= 1: finish LENGTH when reached */
@@ -129,14 +140,23 @@ struct cm_step_entry {
     bool sample; /* draw a token after the last one */
 };
 
+struct cm_step_verdict {
+    uint32_t rule;          /* for guard_name */
+    uint32_t action;        /* enum cm_verdict_action */
+    uint64_t offset, bytes; /* of the span, in the unfiltered reply */
+};
+
 struct cm_step_result {
     uint32_t slot;
     bool sampled;
     uint32_t token;        /* drawn; the next step's input */
-    enum cm_finish finish; /* NONE: goes on; STOP, LENGTH: over, all held bytes released */
+    enum cm_finish finish; /* NONE: goes on; STOP, LENGTH, FILTER: over, nothing is held any more */
     uint32_t completion_tokens;
-    uint32_t bytes; /* released UTF-8, whole characters, never part of a stop string */
-    uint8_t text[CM_STEP_BYTES_MAX];
+    uint32_t verdict_count, verdicts_lost; /* what rules have found since the last step */
+    struct cm_step_verdict verdicts[CM_STEP_VERDICTS_MAX];
+    uint32_t bytes; /* released UTF-8, whole characters, never part of a stop string, nothing that a
+                       rule forbids or still may */
+    uint8_t text[CM_STEP_BYTES_MAX]; /* last: bytes behind `bytes` are not set */
 };
 
 /* Start a step over `count` entries (<= CM_STEP_ENTRIES_MAX, tokens <= step_tokens_max, each slot

@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 
 #include "kernels/device.h"
+#include "kernels/guard/guard.h"
 
 #define CM_ATTENTION_CHUNK 256u
 #define CM_ATTENTION_ROWS  48u /* query rows (tokens × group) that share loads of K and V */
@@ -195,15 +196,26 @@ struct cm_slot {
     uint8_t stops[CM_STOPS_MAX][CM_STOP_BYTES_MAX];
     uint32_t drawn; /* completion tokens so far */
     uint32_t held_bytes;
-    uint8_t held[CM_SLOT_HELD_MAX];
+    uint8_t held[CM_SLOT_HELD_MAX]; /* may become a stop string */
+    uint32_t rest_bytes;
+    uint8_t rest[3]; /* the beginning of a character */
+    struct cm_guard_state guard;
     uint16_t *generated; /* [vocabulary] times drawn */
     uint8_t *seen;       /* [vocabulary] in prompt or reply */
 };
 
-/* Add a token's bytes; released UTF-8 goes to ret_text (room CM_STEP_BYTES_MAX). True: a stop
- * string was completed. `last`: release all that is held. */
-bool cm_slot_release(struct cm_slot *slot, const uint8_t *bytes, uint32_t size, bool last,
-                     uint8_t *ret_text, uint32_t *ret_bytes);
+enum cm_slot_end {
+    CM_SLOT_GOES_ON = 0,
+    CM_SLOT_TEXT_END, /* the model ended its text */
+    CM_SLOT_CUT,      /* max_tokens */
+};
+
+/* Add a token's bytes; released UTF-8 goes to ret_text (room CM_STEP_BYTES_MAX). guard NULL: none.
+ * STOP: a stop string was completed; FILTER: a refuse rule ended the reply; else NONE. At an end,
+ * and after these two, nothing is held any more. */
+enum cm_finish cm_slot_release(const struct cm_guard_pack *guard, struct cm_slot *slot,
+                               const uint8_t *bytes, uint32_t size, enum cm_slot_end end,
+                               uint8_t *ret_text, uint32_t *ret_bytes);
 
 struct cm_candidate {
     float weight; /* unnormalised probability */
@@ -280,7 +292,8 @@ struct cm_device {
     struct cm_bound_layer *layers;
     struct cm_matrix embedding, head;
     const float *out_norm;
-    uint8_t *tables; /* copies of the token tables */
+    uint8_t *tables;             /* copies of the token tables */
+    struct cm_guard_pack *guard; /* NULL: nothing is filtered */
     /* the step in flight */
     struct cm_step_entry entries[CM_STEP_ENTRIES_MAX];
     struct cm_step_result *results; /* [CM_STEP_ENTRIES_MAX] */

@@ -62,6 +62,7 @@ void cm_device_close(struct cm_device *device)
     free(device->segment_seen);
     free(device->layers);
     free(device->tables);
+    cm_guard_pack_free(device->guard);
     free(device);
 }
 
@@ -389,6 +390,30 @@ enum cm_status cm_device_load_finish(struct cm_device *device, struct cm_error *
     return CM_OK;
 }
 
+/* ------------------------------------------------------------------ the guard */
+
+enum cm_status cm_device_guard_bind(struct cm_device *device, const uint8_t *pack, size_t bytes,
+                                    struct cm_error *err)
+{
+    if (device->poisoned || !device->bound || device->guard != NULL) {
+        return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "guard_bind out of order");
+    }
+    return cm_guard_pack_new(pack, bytes, &device->guard, err);
+}
+
+void cm_device_guard_name(const struct cm_device *device, uint32_t rule,
+                          struct cm_wire_verdict *verdict)
+{
+    if (device->guard != NULL && rule < device->guard->rule_count) {
+        const struct cm_guard_rule *facts = &device->guard->rules[rule];
+        memcpy(verdict->rule, facts->id, sizeof(verdict->rule));
+        memcpy(verdict->category, facts->category, sizeof(verdict->category));
+    } else { /* CM_GUARD_RULE_OVERFLOW: more candidates at once than a slot has room for */
+        snprintf(verdict->rule, sizeof(verdict->rule), "overflow");
+        snprintf(verdict->category, sizeof(verdict->category), "guard");
+    }
+}
+
 /* ------------------------------------------------------------------ slots */
 
 static bool sampling_ok(const struct cm_sampling *s)
@@ -425,6 +450,7 @@ enum cm_status cm_device_slot_open(struct cm_device *device, const struct cm_slo
     slot->max_tokens = params->max_tokens;
     slot->min_tokens = params->min_tokens;
     slot->ignore_eos = params->ignore_eos;
+    cm_guard_begin(&slot->guard, CM_GUARD_OUTPUT);
     slot->stop_count = params->stop_count;
     for (uint32_t i = 0; i < params->stop_count; i++) {
         slot->stop_bytes[i] = params->stop_bytes[i];
@@ -495,7 +521,8 @@ static enum cm_status step_take(struct cm_device *device, const struct cm_step_e
                 (struct cm_step_token){e, entries[e].tokens[i], entries[e].position + i};
         }
         device->entries[e] = entries[e];
-        device->results[e] = (struct cm_step_result){.slot = entries[e].slot};
+        memset(&device->results[e], 0, offsetof(struct cm_step_result, text));
+        device->results[e].slot = entries[e].slot;
     }
     device->entry_count = count;
     return CM_OK;
@@ -530,7 +557,11 @@ enum cm_status cm_device_step_wait(struct cm_device *device, struct cm_step_resu
         return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "no step of %u entries is in flight",
                             count);
     }
-    memcpy(results, device->results, count * sizeof(*results));
+    for (uint32_t i = 0; i < count; i++) {
+        struct cm_step_result *from = &device->results[i];
+        memcpy(&results[i], from, offsetof(struct cm_step_result, text) + from->bytes);
+        explicit_bzero(from->text, from->bytes);
+    }
     device->step_pending = false;
     return CM_OK;
 }

@@ -344,6 +344,19 @@ static void probe_run(struct run *run)
     }
 }
 
+static void verdicts_take(struct cm_guard_state *guard, struct cm_step_result *result)
+{
+    _Static_assert(CM_GUARD_VERDICTS_MAX <= CM_STEP_VERDICTS_MAX, "a step tells all of them");
+    for (uint32_t i = 0; i < guard->verdict_count; i++) {
+        const struct cm_guard_verdict *from = &guard->verdicts[i];
+        result->verdicts[i] = (struct cm_step_verdict){from->rule, from->action, from->start,
+                                                       from->end - from->start};
+    }
+    result->verdict_count = guard->verdict_count;
+    result->verdicts_lost = guard->verdicts_lost;
+    guard->verdict_count = guard->verdicts_lost = 0;
+}
+
 static void entry_finish(struct run *run, const struct cm_step_entry *entry, float *logits,
                          struct cm_step_result *result)
 {
@@ -365,11 +378,18 @@ static void entry_finish(struct run *run, const struct cm_step_entry *entry, flo
     const uint8_t *bytes = model->token_bytes + model->token_offsets[token];
     uint32_t size = shown ? model->token_offsets[token + 1] - model->token_offsets[token] : 0;
     bool full = slot->drawn >= slot->max_tokens;
-    bool stopped = cm_slot_release(slot, bytes, size, end || full, result->text, &result->bytes);
+    enum cm_finish finish =
+        cm_slot_release(run->device->guard, slot, bytes, size,
+                        end ? CM_SLOT_TEXT_END : (full ? CM_SLOT_CUT : CM_SLOT_GOES_ON),
+                        result->text, &result->bytes);
+    verdicts_take(&slot->guard, result);
     result->sampled = true;
     result->token = token;
     result->completion_tokens = slot->drawn;
-    result->finish = end || stopped ? CM_FINISH_STOP : (full ? CM_FINISH_LENGTH : CM_FINISH_NONE);
+    if (finish == CM_FINISH_NONE) {
+        finish = end ? CM_FINISH_STOP : (full ? CM_FINISH_LENGTH : CM_FINISH_NONE);
+    }
+    result->finish = finish;
 }
 
 /* Logits and tokens of the entries that want one. */

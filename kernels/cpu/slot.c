@@ -1,4 +1,5 @@
-/* What a slot releases: whole UTF-8 characters, and nothing that may still become a stop string. */
+/* What a slot releases. One way, three stages: stop strings (nothing that may still become one goes
+ * on) → the guard (nothing that may still be forbidden goes on) → whole UTF-8 characters. */
 #include "kernels/cpu/cpu_internal.h"
 
 #include <string.h>
@@ -34,11 +35,12 @@ static enum sequence sequence_read(const uint8_t *at, uint32_t left, uint32_t *r
     return WHOLE;
 }
 
-/* Start of the stop string that is complete first, the longest of those that end together;
- * held_bytes if there is none. By the end and not by the start: so the cut does not depend on how
- * the text came in tokens. */
-static uint32_t stop_find(const struct cm_slot *slot)
+/* Start of the stop string that is complete first, the longest of those that end together, and its
+ * bytes; held_bytes and 0 if there is none. By the end and not by the start: so the cut does not
+ * depend on how the text came in tokens. */
+static uint32_t stop_find(const struct cm_slot *slot, uint32_t *ret_bytes)
 {
+    *ret_bytes = 0;
     for (uint32_t end = 1; end <= slot->held_bytes; end++) {
         uint32_t longest = 0;
         for (uint32_t s = 0; s < slot->stop_count; s++) {
@@ -49,6 +51,7 @@ static uint32_t stop_find(const struct cm_slot *slot)
             }
         }
         if (longest > 0) {
+            *ret_bytes = longest;
             return end - longest;
         }
     }
@@ -69,47 +72,75 @@ static uint32_t stop_begins(const struct cm_slot *slot)
     return slot->held_bytes;
 }
 
-/* Move held bytes before `limit` out as UTF-8; each malformed part becomes one U+FFFD. Returns
- * bytes consumed: less than limit where a character may still be completed and this is not the end.
- */
-static uint32_t text_move(const struct cm_slot *slot, uint32_t limit, bool last, uint8_t *ret_text,
+/* Bytes out as UTF-8; each malformed part becomes one U+FFFD. Returns bytes consumed: less than
+ * `size` where a character may still be completed and this is not the end. */
+static uint32_t text_move(const uint8_t *bytes, uint32_t size, bool last, uint8_t *ret_text,
                           uint32_t *ret_bytes)
 {
     uint32_t at = 0, used = 0;
-    while (at < limit) {
-        uint32_t size;
-        enum sequence found = sequence_read(slot->held + at, limit - at, &size);
+    while (at < size) {
+        uint32_t part;
+        enum sequence found = sequence_read(bytes + at, size - at, &part);
         if (found == UNFINISHED && !last) {
             break;
         }
-        const void *from = found == WHOLE ? (const void *)(slot->held + at) : "\xef\xbf\xbd";
-        uint32_t bytes = found == WHOLE ? size : 3;
-        memcpy(ret_text + used, from, bytes);
-        used += bytes;
-        at += size;
+        const void *from = found == WHOLE ? (const void *)(bytes + at) : "\xef\xbf\xbd";
+        uint32_t moved = found == WHOLE ? part : 3;
+        memcpy(ret_text + used, from, moved);
+        used += moved;
+        at += part;
     }
     *ret_bytes = used;
     return at;
 }
 
-bool cm_slot_release(struct cm_slot *slot, const uint8_t *bytes, uint32_t size, bool last,
-                     uint8_t *ret_text, uint32_t *ret_bytes)
+#define CHARACTER_REST 3u /* bytes of a character that is not whole yet */
+#define RAW_MAX        (CHARACTER_REST + CM_GUARD_OUT_BYTES(CM_SLOT_HELD_MAX + CM_GUARD_HELD_MAX))
+
+_Static_assert(3 * (CHARACTER_REST + CM_SLOT_HELD_MAX + CM_GUARD_HELD_MAX) <= CM_STEP_BYTES_MAX,
+               "all that is held fits into one release: three bytes for each at most");
+
+/* What passed the stop strings, through the guard. False: a refuse rule ends the reply. */
+static bool guard_pass(const struct cm_guard_pack *guard, struct cm_slot *slot, uint32_t limit,
+                       enum cm_slot_end end, uint32_t stop_bytes, uint8_t *raw, uint32_t *used)
 {
-    _Static_assert(CM_SLOT_HELD_MAX * 3 <= CM_STEP_BYTES_MAX,
-                   "all held bytes fit into one release");
+    if (guard == NULL) {
+        memcpy(raw + *used, slot->held, limit);
+        *used += limit;
+        return true;
+    }
+    return cm_guard_feed(guard, &slot->guard, slot->held, limit, raw, used) &&
+           (end == CM_SLOT_GOES_ON ||
+            cm_guard_finish(guard, &slot->guard,
+                            end == CM_SLOT_TEXT_END ? CM_GUARD_TEXT_END : CM_GUARD_CUT,
+                            slot->held + limit, stop_bytes, raw, used));
+}
+
+enum cm_finish cm_slot_release(const struct cm_guard_pack *guard, struct cm_slot *slot,
+                               const uint8_t *bytes, uint32_t size, enum cm_slot_end end,
+                               uint8_t *ret_text, uint32_t *ret_bytes)
+{
+    uint8_t raw[RAW_MAX];
+    uint32_t used = slot->rest_bytes, stop_bytes;
     CM_ASSERT(size <= CM_SLOT_HELD_MAX - slot->held_bytes);
     if (size > 0) {
         memcpy(slot->held + slot->held_bytes, bytes, size);
         slot->held_bytes += size;
     }
-    uint32_t stop = stop_find(slot);
-    bool stopped = stop < slot->held_bytes;
-    uint32_t limit = stopped ? stop : (last ? slot->held_bytes : stop_begins(slot));
-    uint32_t moved = text_move(slot, limit, last || stopped, ret_text, ret_bytes);
-    if (last || stopped) {
-        moved = slot->held_bytes;
+    uint32_t limit = stop_find(slot, &stop_bytes);
+    if (stop_bytes > 0) {
+        end = CM_SLOT_CUT;
+    } else if (end == CM_SLOT_GOES_ON) {
+        limit = stop_begins(slot);
     }
-    memmove(slot->held, slot->held + moved, slot->held_bytes - moved);
-    slot->held_bytes -= moved;
-    return stopped;
+    memcpy(raw, slot->rest, used);
+    bool open = guard_pass(guard, slot, limit, end, stop_bytes, raw, &used);
+    bool last = end != CM_SLOT_GOES_ON || !open;
+    uint32_t moved = text_move(raw, used, last, ret_text, ret_bytes);
+    slot->rest_bytes = used - moved;
+    memcpy(slot->rest, raw + moved, slot->rest_bytes);
+    memmove(slot->held, slot->held + limit, slot->held_bytes - limit);
+    slot->held_bytes = last ? 0 : slot->held_bytes - limit;
+    explicit_bzero(raw, used);
+    return !open ? CM_FINISH_FILTER : stop_bytes > 0 ? CM_FINISH_STOP : CM_FINISH_NONE;
 }

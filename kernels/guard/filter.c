@@ -8,9 +8,8 @@
 #define NOWHERE   UINT64_MAX
 
 _Static_assert((CM_GUARD_RING & MASK) == 0, "positions are taken modulo a power of two");
-_Static_assert(CM_GUARD_HOLD_MAX + CM_GUARD_TRIGGER_MAX + 1 + CM_GUARD_SLICE <= CM_GUARD_RING &&
-                   CM_GUARD_HOLD_MAX + CM_GUARD_TRIGGER_MAX + 1 + CM_STOP_BYTES_MAX <=
-                       CM_GUARD_RING,
+_Static_assert(CM_GUARD_HELD_MAX + 1 + CM_GUARD_SLICE <= CM_GUARD_RING &&
+                   CM_GUARD_HELD_MAX + 1 + CM_STOP_BYTES_MAX <= CM_GUARD_RING,
                "what is held, and the byte before it, stay in the ring while more is taken");
 _Static_assert(CM_GUARD_RULES_MAX < CM_GUARD_RULE_OVERFLOW, "a rule and a bit fit into a mark");
 
@@ -415,7 +414,7 @@ static bool slice_take(const struct cm_guard_pack *pack, struct cm_guard_state *
 static bool overlong(const struct cm_guard_state *state)
 {
     return state->stage == OUTPUT && state->limit == NOWHERE &&
-           cm_guard_held(state) > CM_GUARD_HOLD_MAX + CM_GUARD_TRIGGER_MAX;
+           cm_guard_held(state) > CM_GUARD_HELD_MAX;
 }
 
 bool cm_guard_feed(const struct cm_guard_pack *pack, struct cm_guard_state *state,

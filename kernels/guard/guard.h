@@ -120,6 +120,7 @@ enum cm_guard_end {
     CM_GUARD_CUT,      /* the text was cut: what a firm candidate holds is dropped */
 };
 
+#define CM_GUARD_HELD_MAX (CM_GUARD_HOLD_MAX + CM_GUARD_TRIGGER_MAX) /* between two calls */
 /* Bytes that `taken` bytes may release, over all the calls that took them. */
 #define CM_GUARD_OUT_BYTES(taken) (3u * (taken))
 

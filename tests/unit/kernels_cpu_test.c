@@ -7,11 +7,14 @@
 #include <string.h>
 
 #include "kernels/cpu/cpu_internal.h"
+#include "policies/guard/rules.h"
 
 static float uniform(void)
 {
     return (float)rand() / (float)RAND_MAX * 2.0f - 1.0f;
 }
+
+static struct cm_error err;
 
 /* ------------------------------------------------------------------ numbers */
 
@@ -187,8 +190,9 @@ static const char *release(const char *text, size_t size, size_t piece, const ch
     *ret_stopped = false;
     for (size_t at = 0; at < size && !*ret_stopped; at += piece) {
         uint32_t take = (uint32_t)(size - at < piece ? size - at : piece), bytes;
-        *ret_stopped = cm_slot_release(&slot, (const uint8_t *)text + at, take, at + take == size,
-                                       (uint8_t *)out + used, &bytes);
+        *ret_stopped = cm_slot_release(NULL, &slot, (const uint8_t *)text + at, take,
+                                       at + take == size ? CM_SLOT_TEXT_END : CM_SLOT_GOES_ON,
+                                       (uint8_t *)out + used, &bytes) == CM_FINISH_STOP;
         used += bytes;
     }
     out[used] = '\0';
@@ -222,9 +226,9 @@ Test(kernels_cpu, utf8_is_never_split_and_malformed_bytes_are_replaced)
     struct cm_slot slot = {.open = true};
     uint8_t out[CM_STEP_BYTES_MAX];
     uint32_t bytes;
-    cm_slot_release(&slot, (const uint8_t *)"\xe6\x9d", 2, false, out, &bytes);
+    cm_slot_release(NULL, &slot, (const uint8_t *)"\xe6\x9d", 2, CM_SLOT_GOES_ON, out, &bytes);
     cr_assert_eq(bytes, 0u);
-    cm_slot_release(&slot, (const uint8_t *)"\xb1", 1, false, out, &bytes);
+    cm_slot_release(NULL, &slot, (const uint8_t *)"\xb1", 1, CM_SLOT_GOES_ON, out, &bytes);
     cr_assert_eq(bytes, 3u);
 }
 
@@ -275,8 +279,9 @@ Test(kernels_cpu, of_two_stops_the_first_complete_wins)
             }
             for (uint32_t at = 0; at < size && !stopped; at += piece) {
                 uint32_t take = size - at < piece ? size - at : piece;
-                stopped = cm_slot_release(&slot, (const uint8_t *)rows[r][2] + at, take,
-                                          at + take == size, out + used, &bytes);
+                stopped = cm_slot_release(NULL, &slot, (const uint8_t *)rows[r][2] + at, take,
+                                          at + take == size ? CM_SLOT_TEXT_END : CM_SLOT_GOES_ON,
+                                          out + used, &bytes) == CM_FINISH_STOP;
                 used += bytes;
             }
             cr_assert(stopped);
@@ -286,9 +291,108 @@ Test(kernels_cpu, of_two_stops_the_first_complete_wins)
     }
 }
 
-/* ------------------------------------------------------------------ the device's refusals */
+/* ------------------------------------------------------------------ a slot with a guard */
 
-static struct cm_error err;
+static struct cm_guard_pack *guard_of(const char *yaml)
+{
+    struct cm_rules rules = {0};
+    uint8_t *bytes;
+    size_t size;
+    bool built_in;
+    struct cm_guard_pack *pack;
+    cr_assert_eq(
+        cm_rules_read(&rules, "test", (const uint8_t *)yaml, strlen(yaml), &built_in, &err), CM_OK,
+        "%s", err.text);
+    cr_assert_eq(cm_rules_compile(&rules, &bytes, &size, &err), CM_OK, "%s", err.text);
+    cr_assert_eq(cm_guard_pack_new(bytes, size, &pack, &err), CM_OK, "%s", err.text);
+    cm_rules_free(&rules);
+    free(bytes);
+    return pack;
+}
+
+/* Stop strings first, then the guard, then characters; however the bytes come. */
+Test(kernels_cpu, a_slot_releases_what_stops_and_rules_leave)
+{
+    static const struct {
+        const char *text, *stop;
+        enum cm_slot_end end;
+        const char *released;
+        enum cm_finish finish;
+    } rows[] = {
+        {"my key k-1234 here", NULL, CM_SLOT_TEXT_END, "my key [k] here", CM_FINISH_NONE},
+        {"my key k-123", NULL, CM_SLOT_TEXT_END, "my key k-123", CM_FINISH_NONE},
+        {"my key k-123", NULL, CM_SLOT_CUT, "my key ", CM_FINISH_NONE},
+        {"my key k-1234", NULL, CM_SLOT_CUT, "my key [k]", CM_FINISH_NONE},
+        {"my key k-12END34", "END", CM_SLOT_TEXT_END, "my key k-12", CM_FINISH_STOP},
+        {"my key k-1234567", "34", CM_SLOT_TEXT_END, "my key [k]", CM_FINISH_STOP},
+        {"my key k-1234567", "12", CM_SLOT_TEXT_END, "my key ", CM_FINISH_STOP},
+        {"é東k-1234東\xe6\x9d", NULL, CM_SLOT_TEXT_END, "é東[k]東\xef\xbf\xbd", CM_FINISH_NONE},
+        {"\xe6k-1234\x9d\xb1", NULL, CM_SLOT_TEXT_END, "\xef\xbf\xbd[k]\xef\xbf\xbd\xef\xbf\xbd",
+         CM_FINISH_NONE},
+        {"one\xe6 bomb two", NULL, CM_SLOT_TEXT_END, "one\xef\xbf\xbd ", CM_FINISH_FILTER},
+        {"k-1234bomb", NULL, CM_SLOT_TEXT_END, "[k]", CM_FINISH_FILTER},
+        {"a bomSTOPb", "STOP", CM_SLOT_TEXT_END, "a bom", CM_FINISH_STOP},
+    };
+    struct cm_guard_pack *guard = guard_of(
+        "rules:\n  - id: key\n    class: output\n    category: test\n    pattern: 'k-[0-9]{4,}'\n"
+        "    action: redact\n    replacement: '[k]'\n    positive: [a]\n    negative: [b]\n"
+        "  - id: bomb\n    class: output\n    category: test\n    pattern: 'bomb'\n"
+        "    action: refuse\n    positive: [a]\n    negative: [b]\n");
+    static struct cm_slot slot;
+    static uint8_t out[2 * CM_STEP_BYTES_MAX];
+    for (size_t r = 0; r < sizeof(rows) / sizeof(rows[0]); r++) {
+        for (uint32_t piece = 1; piece <= strlen(rows[r].text); piece++) {
+            uint32_t used = 0, bytes, size = (uint32_t)strlen(rows[r].text);
+            enum cm_finish finish = CM_FINISH_NONE;
+            memset(&slot, 0, sizeof(slot));
+            cm_guard_begin(&slot.guard, CM_GUARD_OUTPUT);
+            slot.stop_count = rows[r].stop != NULL;
+            slot.stop_bytes[0] = rows[r].stop != NULL ? (uint32_t)strlen(rows[r].stop) : 0;
+            memcpy(slot.stops[0], rows[r].stop != NULL ? rows[r].stop : "", slot.stop_bytes[0]);
+            for (uint32_t at = 0; at < size && finish == CM_FINISH_NONE; at += piece) {
+                uint32_t take = size - at < piece ? size - at : piece;
+                finish = cm_slot_release(guard, &slot, (const uint8_t *)rows[r].text + at, take,
+                                         at + take == size ? rows[r].end : CM_SLOT_GOES_ON,
+                                         out + used, &bytes);
+                used += bytes;
+            }
+            out[used] = '\0';
+            cr_expect_str_eq((char *)out, rows[r].released, "row %zu, pieces of %u: %s", r, piece,
+                             out);
+            cr_expect_eq(finish, rows[r].finish, "row %zu, pieces of %u", r, piece);
+        }
+    }
+    cm_guard_pack_free(guard);
+}
+
+/* The most that can come out of one release fits: everything held, everything malformed. */
+Test(kernels_cpu, the_longest_release_fits)
+{
+    struct cm_guard_pack *guard = guard_of(
+        "rules:\n  - id: key\n    class: output\n    category: test\n    pattern: "
+        "'(?<!\\xff)\\xff{639}k'\n"
+        "    action: redact\n    replacement: '[k]'\n    positive: [a]\n    negative: [b]\n");
+    static struct cm_slot slot;
+    static uint8_t out[CM_STEP_BYTES_MAX];
+    uint8_t bad[1024];
+    uint32_t bytes;
+    memset(bad, 0xff, sizeof(bad));
+    memset(&slot, 0, sizeof(slot));
+    cm_guard_begin(&slot.guard, CM_GUARD_OUTPUT);
+    slot.stop_count = 1;
+    slot.stop_bytes[0] = CM_STOP_BYTES_MAX;
+    memset(slot.stops[0], 0xff, CM_STOP_BYTES_MAX);
+    slot.stops[0][CM_STOP_BYTES_MAX - 1] = 'z';
+    cr_assert_eq(cm_slot_release(guard, &slot, bad, 638 + 255, CM_SLOT_GOES_ON, out, &bytes),
+                 CM_FINISH_NONE);
+    cr_assert_eq(bytes, 0);
+    cr_assert_eq(cm_slot_release(guard, &slot, bad, 1024, CM_SLOT_TEXT_END, out, &bytes),
+                 CM_FINISH_NONE);
+    cr_assert_eq(bytes, 3 * (638 + 255 + 1024));
+    cm_guard_pack_free(guard);
+}
+
+/* ------------------------------------------------------------------ the device's refusals */
 
 static enum cm_status copy_open(void *context, uint64_t index, const uint8_t *ciphertext,
                                 size_t bytes, uint8_t *plaintext, struct cm_error *failure)
