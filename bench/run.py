@@ -1,152 +1,239 @@
 #!/usr/bin/env python3
-"""Twin arms in one run: our engine beside llama.cpp, and the service from start to stop.
+"""Twin arms in one run: our engine beside llama.cpp, the machine's own limits, and the service.
 
-`./run bench` runs this. Rounds are interleaved (ours, peer, ours, peer …) after a warm-up; figures are
-median [least … greatest]. JSON goes to bench/results/, a table to standard output."""
+`./run bench` runs this. Each part loads its arms once and asks them in turn (ours, peer, ours, …) after a
+warm-up. Figures are medians [least … greatest] over the undisturbed rounds: an arm's two threads compute
+or spin all the time, so a round with less than 1.9 CPU seconds a second shared its cores with others.
+JSON and an SVG go to bench/results/, the table to standard output."""
 import argparse
 import json
 import os
 import pathlib
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
+import arms  # noqa: E402
 import node as nodes  # noqa: E402
 import package_reader  # noqa: E402
+import report  # noqa: E402
+import seeded  # noqa: E402
 
 PASSPHRASE = "bench passphrase"
-PEER = r"""
-import ctypes, json, sys, time
-import llama_cpp as l
-model = l.llama_load_model_from_file(sys.argv[1].encode(), l.llama_model_default_params())
-params = l.llama_context_default_params()
-params.n_ctx, params.n_batch, params.n_ubatch = 1024, 512, 512
-params.n_threads = params.n_threads_batch = int(sys.argv[2])
-context = l.llama_new_context_with_model(model, params)
-def decode(tokens):
-    array = (l.llama_token * len(tokens))(*tokens)
-    assert l.llama_decode(context, l.llama_batch_get_one(array, len(tokens))) == 0
-prompt = [100 + (i * 7919) % 49000 for i in range(512)]
-l.llama_memory_clear(l.llama_get_memory(context), True)
-start = time.perf_counter(); decode(prompt); prefill = time.perf_counter() - start
-l.llama_memory_clear(l.llama_get_memory(context), True)
-decode(prompt[:16]); start = time.perf_counter()
-for i in range(128): decode([prompt[16 + i]])
-print(json.dumps({"prefill_512_tokens_per_s": 512 / prefill,
-                  "decode_tokens_per_s": 128 / (time.perf_counter() - start)}))
-"""
 
 
-def spread(values):
-    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+class Bench:
+    def __init__(self, options):
+        self.options = options
+        self.harness = options.build / "harness"
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="casemate-bench-"))
+        self.threads = options.threads
+        self.notes: list[str] = []
+
+    def seal(self, model: pathlib.Path, name: str) -> tuple[pathlib.Path, pathlib.Path]:
+        """A sealed package and its key, for arms without roles."""
+        pack, folder = self.options.build / "bin" / "casemate-pack", self.options.cache / name
+        package, key = folder / "m.cmpkg", folder / "key"
+        if not key.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "pass").write_text(PASSPHRASE)
+            for words in (["keygen", "--owner", folder / "owner"],
+                          ["pack", model, "--out", package, "--owner", folder / "owner", "--recovery",
+                           folder / "r", "--passphrase-file", folder / "pass"]):
+                subprocess.run([pack, *words], check=True, capture_output=True)
+            key.write_bytes(package_reader.recovery_key((folder / "r").read_bytes(), PASSPHRASE))
+        return package, key
+
+    def ours(self, name: str, model: pathlib.Path, path: str = "") -> arms.Arm:
+        environment = {"CASEMATE_THREADS": str(self.threads), **({"CASEMATE_CPU": path} if path else {})}
+        return arms.Arm(self.harness / "bench_ours", *self.seal(model, name), **environment)
+
+    def probe(self) -> arms.Arm:
+        return arms.Arm(self.harness / "bench_probe", self.threads, greets=False)
+
+    def peer(self, model: pathlib.Path) -> arms.Arm | None:
+        """The faster of the peer's builds that runs: both decode a few tokens first."""
+        best, rate = None, 0.0
+        for name in ("native", "named") if self.options.peers else ():
+            program = self.options.peers / name / "peer"
+            arm = None
+            try:
+                arm = arms.Arm(program, model, self.threads)
+                arm.ask("prefill 64")
+                found = max(arm.rate("decode 16 16")["rate"] for _ in range(3))
+            except (RuntimeError, BrokenPipeError):
+                note = f"llama.cpp, build '{name}', does not run here: it ends by a signal"
+                self.notes += [note] if note not in self.notes else []
+                continue
+            if found > rate:
+                best, rate, arm = arm, found, best
+            if arm is not None:
+                arm.close()
+        return best
+
+    def repacked(self, model: pathlib.Path) -> pathlib.Path:
+        """The same weights in the 4-bit format that the peer repacks for its fastest kernels."""
+        path = self.options.cache / "q4_0.gguf"
+        if not path.exists():
+            subprocess.run([self.options.peers / "named" / "peer", "quantise", model, path],
+                           check=True, capture_output=True)
+        return path
+
+    # ------------------------------------------------------------- the parts
+
+    def engine(self) -> dict:
+        """SmolLM2, short context: every path of ours, the peer in two formats, eight streams."""
+        model, rounds, asked = self.options.model, arms.Rounds(), []
+        for path in ("", "avx512vnni", "avx2"):
+            try:
+                arm = self.ours("smollm2", model, path)
+            except RuntimeError:
+                self.notes.append(f"this CPU has no {path}")
+                continue
+            name = f"ours {path}".strip()
+            asked += [(f"{name}: decode", arm, "decode 16 128"), (f"{name}: prefill 512", arm, "prefill 512")]
+            asked += [("ours: 8 streams", arm, "streams 8 64")] if path == "" else []
+        device, weights = asked[0][1].greeting["name"], asked[0][1].greeting["weight_bytes"]
+        for name, file in (("llama.cpp", model), ("llama.cpp Q4_0", self.repacked(model))) \
+                if self.options.peers else ():
+            arm = self.peer(file)
+            asked += [(f"{name}: decode", arm, "decode 16 64"), (f"{name}: prefill 512", arm, "prefill 512")]
+        self.rounds(rounds, asked, weights)
+        return {"device": device, "weight_bytes": weights, "figures": rounds.figures(self.threads)}
+
+    def rounds(self, rounds: arms.Rounds, asked: list, weights: int) -> None:
+        probe = self.probe()
+        for number in range(self.options.rounds + 1):
+            answers = [("stream", probe.ask(f"read {weights}")), ("int8 peak", probe.ask("int8"))]
+            answers += [(name, arm.rate(line)) for name, arm, line in asked]
+            for name, answer in answers if number > 0 else ():
+                rounds.add(name, answer)
+        for arm in {arm for _, arm, _ in asked} | {probe}:
+            arm.close()
+
+    def long(self) -> dict:
+        """Decode behind 4,096 positions, and how a step grows with them."""
+        rounds, ours = arms.Rounds(), self.ours("smollm2", self.options.model)
+        asked = [(f"ours: decode at {at}", ours, f"decode {at} 32") for at in (64, 1024, 2048, 4096)]
+        peer = self.peer(self.options.model)
+        asked += [("llama.cpp: decode at 4096", peer, "decode 4096 16")] if peer else []
+        self.rounds(rounds, asked, ours.greeting["weight_bytes"])
+        return {"device": ours.greeting["name"], "kv_bytes_per_position": ours.greeting["kv_bytes_per_position"],
+                "figures": rounds.figures(self.threads)}
+
+    def growth(self) -> dict:
+        """The 1B shape, seeded: speed alone."""
+        model, rounds = self.options.cache / "seeded-1b.gguf", arms.Rounds()
+        if not model.exists():
+            seeded.write(str(model))
+        ours, peer = self.ours("seeded-1b", model), self.peer(model)
+        asked = [("ours: decode", ours, "decode 16 24"), ("ours: prefill 128", ours, "prefill 128")]
+        asked += [("llama.cpp: decode", peer, "decode 16 12"),
+                  ("llama.cpp: prefill 128", peer, "prefill 128")] if peer else []
+        self.rounds(rounds, asked, ours.greeting["weight_bytes"])
+        return {"weight_bytes": ours.greeting["weight_bytes"], "figures": rounds.figures(self.threads)}
+
+    def stolen(self) -> dict:
+        """A process that computes all the time on one of our cores."""
+        rounds, ours, peer = arms.Rounds(), self.ours("smollm2", self.options.model), None
+        if not self.options.quick:
+            peer = self.peer(self.options.model)
+        last = max(os.sched_getaffinity(0))
+        for _ in range(self.options.rounds):
+            rounds.add("ours: alone", ours.rate("decode 16 256"))
+            if peer:
+                rounds.add("llama.cpp: alone", peer.rate("decode 16 32"))
+            thief = subprocess.Popen([sys.executable, "-c", "while True: pass"],
+                                     preexec_fn=lambda: os.sched_setaffinity(0, {last}))
+            time.sleep(0.2)
+            rounds.add("ours: one core half stolen", {**ours.rate("decode 16 256"), "cpus": 9})
+            if peer:
+                rounds.add("llama.cpp: one core half stolen", {**peer.rate("decode 16 8"), "cpus": 9})
+            thief.kill()
+            thief.wait()
+        return {"figures": rounds.figures(self.threads)}
+
+    def load(self) -> dict:
+        """Sealed beside plain, one pipeline, warm and cold."""
+        package, key = self.seal(self.options.model, "smollm2")
+        found = {}
+        for words in ([], ["cold"]):
+            done = subprocess.run([self.harness / "load", package, key, self.folder / "plain",
+                                   str(4 * self.options.rounds), *words], check=True,
+                                  capture_output=True, text=True)
+            found[words[0] if words else "warm"] = json.loads(done.stdout)
+        return found
+
+    def service(self) -> dict:
+        """A whole node, from start to stop, through TLS and the openai client."""
+        node = nodes.Node(self.options.build / "bin", self.folder / "node", self.folder / "owner")
+        node.make(self.options.model, "bench")
+        starts, first, rates, resident = [], [], [], {}
+        for _ in range(min(self.options.rounds, 3)):
+            begun = time.monotonic()
+            node.start()
+            starts.append(1000 * (time.monotonic() - begun))
+            client = node.client(node.key("bench"))
+            time.sleep(0.6)
+            for measured in (False, True):
+                sent, at, tokens = time.monotonic(), 0.0, 0
+                for chunk in client.chat.completions.create(
+                        model="bench", stream=True, max_tokens=128, temperature=0,
+                        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+                        messages=[{"role": "user", "content": "Count from one to one hundred."}]):
+                    if chunk.choices and chunk.choices[0].delta.content:
+                        at = at or time.monotonic()
+                    tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+                if measured:
+                    first.append(1000 * (at - sent))
+                    rates.append((tokens - 1) / (time.monotonic() - at))
+            time.sleep(1.1)
+            resident = {role: facts["resident_bytes"] / 1e6
+                        for role, facts in node.status()["roles"].items()}
+            node.stop()
+        return {"start_to_ready_ms": arms.spread(starts), "first_token_ms": arms.spread(first),
+                "decode_tokens_per_s": arms.spread(rates), "resident_mb": resident}
 
 
-def machine():
-    info = pathlib.Path("/proc/cpuinfo").read_text()
-    flags = next(line for line in info.splitlines() if line.startswith("flags")).split()
-    name = next(line for line in info.splitlines() if line.startswith("model name"))
-    return {"cpu": name.split(":")[1].strip(), "cores": os.cpu_count(),
-            "features": [f for f in ("avx2", "avx512_vnni", "avx512_bf16", "amx_int8", "vaes",
-                                     "sha_ni") if f in flags],
-            "kernel": platform.release(),
-            "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
-                                     capture_output=True, text=True).stdout.strip()}
-
-
-def engines(build, folder, model, peer_python, rounds, threads):
-    ours, peers = [], []
-    for number in range(rounds + 1):
-        done = subprocess.run([build / "harness" / "engine", "bench", folder / "m.cmpkg",
-                               folder / "key"], capture_output=True, text=True, check=True,
-                              env={"CASEMATE_THREADS": str(threads)})
-        ours.append(json.loads(done.stdout))
-        if peer_python:
-            done = subprocess.run([peer_python, "-c", PEER, model, str(threads)],
-                                  capture_output=True, text=True, check=True)
-            peers.append(json.loads(done.stdout.splitlines()[-1]))
-    keys = ("prefill_512_tokens_per_s", "decode_tokens_per_s")
-    load = ("load_ms", "read_ms", "verify_ms", "decrypt_ms")
-    return ({k: spread([r[k] for r in ours[1:]]) for k in keys + load},
-            {k: spread([r[k] for r in peers[1:]]) for k in keys} if peers else None,
-            ours[0]["device"])
-
-
-def service(node, rounds):
-    starts, first, rates, resident = [], [], [], {}
-    for _ in range(rounds):
-        begun = time.monotonic()
-        node.start()
-        starts.append(1000 * (time.monotonic() - begun))
-        key = node.key("bench")
-        time.sleep(0.6)
-        client = node.client(key)
-        for measured in (False, True):
-            sent, at, tokens = time.monotonic(), 0.0, 0
-            for chunk in client.chat.completions.create(
-                    model="bench", stream=True, max_tokens=128, temperature=0,
-                    stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
-                    messages=[{"role": "user", "content": "Count from one to one hundred."}]):
-                if chunk.choices and chunk.choices[0].delta.content:
-                    at = at or time.monotonic()
-                tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-            if measured:
-                first.append(1000 * (at - sent))
-                rates.append((tokens - 1) / (time.monotonic() - at))
-        time.sleep(1.1)
-        resident = {role: facts["resident_bytes"] / 1e6
-                    for role, facts in node.status()["roles"].items()}
-        node.stop()
-    return {"start_to_ready_ms": spread(starts), "first_token_ms": spread(first),
-            "decode_tokens_per_s": spread(rates), "resident_mb": resident}
-
-
-def row(name, value, unit=""):
-    print(f"| {name} | {value['median']:.1f} [{value['least']:.1f} … {value['greatest']:.1f}] {unit} |")
+PARTS = ("engine", "long", "growth", "stolen", "load", "service")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build")
     parser.add_argument("--model", type=pathlib.Path, required=True)
-    parser.add_argument("--peer-python", help="python with llama-cpp-python; empty: ours alone")
+    parser.add_argument("--cache", type=pathlib.Path, default=ROOT / ".cache" / "bench")
+    parser.add_argument("--peers", type=pathlib.Path, help="folder of bench/peers.sh; none: ours alone")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="2 rounds, without the 1B shape")
+    parser.add_argument("--join", type=pathlib.Path, help="add to this JSON, made by the same commit")
     options = parser.parse_args()
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="casemate-bench-"))
-    (folder / "pass").write_text(PASSPHRASE)
-    node = nodes.Node(options.build / "bin", folder / "node", folder / "owner")
-    node.make(options.model, "bench", "--recovery", folder / "r", "--passphrase-file",
-              folder / "pass")
-    (folder / "m.cmpkg").symlink_to(node.package)
-    key = package_reader.recovery_key((folder / "r").read_bytes(), PASSPHRASE)
-    (folder / "key").write_bytes(key)
-    ours, peer, device = engines(options.build, folder, options.model, options.peer_python,
-                                 options.rounds, options.threads)
-    result = {"machine": machine(), "device": device, "model": options.model.name, "ours": ours,
-              "llama_cpp": peer, "service": service(node, min(options.rounds, 3))}
-    print(f"\n{result['machine']}\n\n| what | median [least … greatest] |\n|---|---|")
-    for name, unit in (("decode_tokens_per_s", "tok/s"), ("prefill_512_tokens_per_s", "tok/s")):
-        row(f"ours: {name}", ours[name], unit)
-        if peer:
-            row(f"llama.cpp: {name}", peer[name], unit)
-            print(f"| ratio | {ours[name]['median'] / peer[name]['median']:.2f} |")
-    for name in ("load_ms", "read_ms", "verify_ms", "decrypt_ms"):
-        row(name, ours[name], "ms" if name == "load_ms" else "ms, summed over threads")
-    for name, unit in (("start_to_ready_ms", "ms"), ("first_token_ms", "ms"),
-                       ("decode_tokens_per_s", "tok/s")):
-        row(f"service: {name}", result["service"][name], unit)
-    for role, megabytes in result["service"]["resident_mb"].items():
-        print(f"| resident: {role} | {megabytes:.1f} MB |")
+    parts = [part for part in options.parts.split(",") if not (options.quick and part == "growth")]
+    options.rounds = 2 if options.quick else options.rounds
+    options.cache.mkdir(parents=True, exist_ok=True)
+    result = {"machine": arms.machine(ROOT), "model": options.model.name, "threads": options.threads,
+              "notes": [], "parts": {}}
+    if options.join and options.join.exists():
+        result = json.loads(options.join.read_text())
+    for part in parts:
+        bench = Bench(options)
+        begun, load = time.monotonic(), os.getloadavg()[0]
+        result["parts"][part] = getattr(bench, part)()
+        result["parts"][part]["took_s"] = round(time.monotonic() - begun, 1)
+        result["parts"][part]["load_before"] = load
+        result["notes"] += [note for note in bench.notes if note not in result["notes"]]
     out = ROOT / "bench" / "results"
-    out.mkdir(exist_ok=True)
-    path = out / f"{time.strftime('%Y-%m-%d')}-{result['machine']['commit']}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{path.relative_to(ROOT)}")
+    path = options.join or out / f"{time.strftime('%Y-%m-%d')}-{result['machine']['commit']}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    rows = report.rows(result)
+    path.with_suffix(".svg").write_text(report.picture(result, rows))
+    print(report.table(result, rows))
     return 0
 
 
