@@ -34,6 +34,19 @@ static uint32_t seen(const struct work *w, uint32_t row)
     return w->a->position + row / w->a->group + 1;
 }
 
+/* The first of them. */
+static uint32_t begin(const struct work *w, uint32_t row)
+{
+    uint32_t window = w->a->window, end = seen(w, row);
+    return window != 0 && end > window ? end - window : 0;
+}
+
+/* The first page of a chunk that some row sees. */
+static uint32_t page_first(const struct work *w, uint32_t first)
+{
+    return begin(w, 0) > first ? begin(w, 0) / PAGE * PAGE : first;
+}
+
 static const float *query_of(const struct work *w, uint32_t row)
 {
     const struct cm_attention *a = w->a;
@@ -200,7 +213,7 @@ static const uint16_t *next_of(const struct work *w, uint32_t t, uint32_t first,
 static void chunk_scores(const struct work *w, uint32_t first, uint32_t last)
 {
     const struct cm_attention *a = w->a;
-    for (uint32_t t = first; t < last; t += PAGE) {
+    for (uint32_t t = page_first(w, first); t < last; t += PAGE) {
         const bool direct = w->rows <= LANES_SCORE_ROWS;
         struct source from = {direct, page_of(a, t, a->k_offset), next_of(w, t, first, last, false),
                               w->page};
@@ -214,7 +227,7 @@ static void chunk_scores(const struct work *w, uint32_t first, uint32_t last)
         from.direct = false;
         for (uint32_t row = 0; row < w->rows; row += LANES_SCORE_ROWS) {
             uint32_t count = least(LANES_SCORE_ROWS, w->rows - row);
-            if (seen(w, row + count - 1) > t) {
+            if (seen(w, row + count - 1) > t && begin(w, row) < t + PAGE) {
                 rows_scores(w, row, count, from, to);
             }
         }
@@ -226,17 +239,25 @@ static void chunk_weights(const struct work *w, uint32_t first)
 {
     for (uint32_t row = 0; row < w->rows; row++) {
         uint32_t end = seen(w, row), count = end > first ? least(end - first, CHUNK) : 0;
+        uint32_t hidden = begin(w, row) > first ? least(begin(w, row) - first, CHUNK) : 0;
+        const uint32_t start = hidden / LANES * LANES;
         float *scores = w->scores + (size_t)row * CHUNK;
         lanes most = lanes_set(-INFINITY), sum = lanes_set(0.0f);
-        for (uint32_t i = 0; i < count; i += LANES) {
-            lanes s = lanes_first(lanes_load(scores + i), count - i, -INFINITY);
-            most = lanes_max(most, s);
+        for (uint32_t i = start; i < count; i += LANES) {
+            lanes s = lanes_load(scores + i);
+            if (w->a->cap > 0.0f) {
+                s = lanes_cap(s, w->a->cap);
+                lanes_store(scores + i, s);
+            }
+            s = lanes_first(s, count - i, -INFINITY);
+            most = lanes_max(most, i < hidden ? lanes_after(s, hidden - i, -INFINITY) : s);
         }
         w->tops[row] = lanes_greatest(most);
         most = lanes_set(-w->tops[row]);
-        for (uint32_t i = 0; i < count; i += LANES) {
+        for (uint32_t i = start; i < count; i += LANES) {
             lanes e = lanes_exp(lanes_add(lanes_load(scores + i), most));
             e = lanes_first(e, count - i, 0.0f);
+            e = i < hidden ? lanes_after(e, hidden - i, 0.0f) : e;
             sum = lanes_add(sum, e);
             lanes_store(scores + i, e);
         }
@@ -244,16 +265,29 @@ static void chunk_weights(const struct work *w, uint32_t first)
     }
 }
 
-/* Values of one page for rows [row, row + count): what all of them see together, then the rest. */
+static uint32_t within(uint32_t position, uint32_t page)
+{
+    return position > page ? least(position - page, PAGE) : 0;
+}
+
+/* Values of one page for rows [row, row + count): what all of them see together in one pass, what
+ * only some see before and after it. */
 INLINE void block_values(const struct work *w, uint32_t row, uint32_t count, uint32_t column,
                          uint32_t vectors, struct source from, const float *weights, uint32_t page)
 {
-    uint32_t common = seen(w, row) > page ? least(seen(w, row) - page, PAGE) : 0;
-    rows_values(w, row, count, column, vectors, from, weights, 0, common);
+    uint32_t end = within(seen(w, row), page), start = within(begin(w, row + count - 1), page);
+    start = least(start, end);
     for (uint32_t r = row; r < row + count; r++) {
-        uint32_t own = seen(w, r) > page ? least(seen(w, r) - page, PAGE) : 0;
-        if (own > common) {
-            rows_values(w, r, 1, column, vectors, from, weights, common, own);
+        uint32_t own = within(begin(w, r), page);
+        if (own < start) {
+            rows_values(w, r, 1, column, vectors, from, weights, own, start);
+        }
+    }
+    rows_values(w, row, count, column, vectors, from, weights, start, end);
+    for (uint32_t r = row; r < row + count; r++) {
+        uint32_t own = within(begin(w, r), page), last = within(seen(w, r), page);
+        if (last > end) {
+            rows_values(w, r, 1, column, vectors, from, weights, own > end ? own : end, last);
         }
     }
 }
@@ -283,7 +317,7 @@ static void chunk_values(const struct work *w, uint32_t first, uint32_t last)
 {
     const struct cm_attention *a = w->a;
     memset(w->part, 0, (size_t)w->rows * w->padded * sizeof(float));
-    for (uint32_t t = first; t < last; t += PAGE) {
+    for (uint32_t t = page_first(w, first); t < last; t += PAGE) {
         struct source from = {false, page_of(a, t, a->v_offset), next_of(w, t, first, last, true),
                               w->page};
         if (w->rows <= LANES_VALUE_ROWS) {
@@ -354,16 +388,17 @@ void LANES_NAME(attend)(const struct cm_attention *a)
 {
     struct work w;
     work_lay(&w, a);
-    for (uint32_t first = 0; first < seen(&w, w.rows - 1); first += CHUNK) {
+    for (uint32_t first = begin(&w, 0) / CHUNK * CHUNK; first < seen(&w, w.rows - 1);
+         first += CHUNK) {
         chunk_run(&w, first);
         for (uint32_t row = 0; row < w.rows; row++) {
             const float *part = w.part + (size_t)row * w.padded;
             float *whole = w.whole + (size_t)row * w.padded;
-            if (first == 0) {
+            if (first == begin(&w, row) / CHUNK * CHUNK) {
                 memcpy(whole, part, w.padded * sizeof(float));
                 w.most[row] = w.tops[row];
                 w.total[row] = w.sums[row];
-            } else if (seen(&w, row) > first) {
+            } else if (seen(&w, row) > first && first > begin(&w, row)) {
                 merge(&w.most[row], &w.total[row], whole, w.tops[row], w.sums[row], part, w.padded);
             }
         }
@@ -379,6 +414,9 @@ void LANES_NAME(attend_chunk)(const struct cm_attention *a, uint32_t chunk, floa
 {
     struct work w;
     work_lay(&w, a);
+    if (begin(&w, 0) >= (chunk + 1) * CHUNK) {
+        return; /* the window hides it */
+    }
     chunk_run(&w, chunk * CHUNK);
     for (uint32_t row = 0; row < w.rows; row++) {
         float *to = partial + row * (w.padded + LANES);
@@ -392,9 +430,11 @@ void LANES_NAME(attend_merge)(const struct cm_attention *a, uint32_t chunks, flo
 {
     const uint32_t padded = cm_padded(a->head_width, LANES);
     const size_t row_floats = padded + LANES, chunk_floats = a->group * row_floats;
+    const struct work w = {.a = a};
+    const uint32_t first = begin(&w, 0) / CHUNK;
     for (uint32_t row = 0; row < a->group; row++) {
-        float *whole = partials + row * row_floats;
-        for (uint32_t c = 1; c < chunks; c++) {
+        float *whole = partials + first * chunk_floats + row * row_floats;
+        for (uint32_t c = 1; c < chunks - first; c++) {
             const float *next = whole + c * chunk_floats;
             merge(&whole[0], &whole[1], whole + LANES, next[0], next[1], next + LANES, padded);
         }

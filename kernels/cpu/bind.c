@@ -82,7 +82,7 @@ static enum cm_status vector_bind(const struct cm_device *device, const struct c
         return status;
     }
     if (tensor->kind != CM_TENSOR_F32) {
-        return refuse(tensor, "a norm must be F32", err);
+        return refuse(tensor, "a norm or a bias must be F32", err);
     }
     const float *vector = (const float *)(const void *)(device->payload + tensor->offset);
     for (uint32_t i = 0; i < rows; i++) {
@@ -92,6 +92,45 @@ static enum cm_status vector_bind(const struct cm_device *device, const struct c
     }
     *ret_vector = vector;
     return CM_OK;
+}
+
+/* Vectors that only some decoders have; what a decoder does not have must not be there. */
+static enum cm_status extras_bind(const struct cm_device *device, const struct cm_model *m,
+                                  const struct cm_layer *layer, struct cm_bound_layer *ret,
+                                  struct cm_error *err)
+{
+    const struct cm_decoder *d = &m->decoder;
+    const struct {
+        uint32_t role;
+        bool wanted;
+        uint32_t rows;
+        const float **vector;
+    } rows[] = {
+        {CM_LAYER_QKV_BIAS, d->qkv_bias, (m->heads + 2 * m->kv_heads) * m->head_width,
+         &ret->qkv_bias},
+        {CM_LAYER_Q_NORM, d->qk_norm, m->head_width, &ret->q_norm},
+        {CM_LAYER_K_NORM, d->qk_norm, m->head_width, &ret->k_norm},
+        {CM_LAYER_POST_ATTENTION_NORM, d->post_norms, m->width, &ret->post_attention_norm},
+        {CM_LAYER_POST_FFN_NORM, d->post_norms, m->width, &ret->post_ffn_norm},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        const struct cm_tensor *tensor = &layer->tensors[rows[i].role];
+        if (!rows[i].wanted && tensor->kind != CM_TENSOR_NONE) {
+            return refuse(tensor, "this decoder has no such tensor", err);
+        }
+        enum cm_status status =
+            rows[i].wanted ? vector_bind(device, tensor, rows[i].rows, rows[i].vector, err) : CM_OK;
+        if (status != CM_OK) {
+            return status;
+        }
+    }
+    return CM_OK;
+}
+
+/* Does layer `index` see a window only? */
+static bool windowed(const struct cm_decoder *d, uint32_t index)
+{
+    return d->window != 0 && (d->window_period == 0 || (index + 1) % d->window_period != 0);
 }
 
 static enum cm_status layer_bind(const struct cm_device *device, const struct cm_model *m,
@@ -105,6 +144,9 @@ static enum cm_status layer_bind(const struct cm_device *device, const struct cm
         vector_bind(device, &t[CM_LAYER_ATTENTION_NORM], m->width, &ret->attention_norm, err);
     if (status == CM_OK) {
         status = vector_bind(device, &t[CM_LAYER_FFN_NORM], m->width, &ret->ffn_norm, err);
+    }
+    if (status == CM_OK) {
+        status = extras_bind(device, m, layer, ret, err);
     }
     if (status == CM_OK) {
         status = matrix_bind(device, &t[CM_LAYER_QKV], qkv, m->width, &ret->qkv, err);
@@ -159,20 +201,49 @@ static enum cm_status tokens_bind(struct cm_device *device, const struct cm_mode
 }
 
 /* Cosines and sines in binary64, rounded once; each thread takes its share of the positions. */
+struct rope_table {
+    const struct cm_device *device;
+    double base, scale;
+    float *cosine, *sine;
+};
+
 static void rope_fill(void *context, struct cm_worker *worker)
 {
-    struct cm_device *device = context;
+    const struct rope_table *table = context;
+    const struct cm_device *device = table->device;
     const uint32_t thread = worker->index, threads = cm_pool_threads(worker->pool);
     const struct cm_model *m = &device->model;
     const uint32_t half = m->rope_width / 2;
     const uint64_t positions = device->limits.context_max;
     for (uint32_t i = 0; i < half; i++) {
-        const double turn = pow((double)m->rope_base, -2.0 * i / m->rope_width);
+        const double turn = table->scale * pow(table->base, -2.0 * i / m->rope_width);
         for (uint64_t t = positions * thread / threads; t < positions * (thread + 1) / threads;
              t++) {
-            device->cosine[t * half + i] = (float)cos((double)t * turn);
-            device->sine[t * half + i] = (float)sin((double)t * turn);
+            table->cosine[t * half + i] = (float)cos((double)t * turn);
+            table->sine[t * half + i] = (float)sin((double)t * turn);
         }
+    }
+}
+
+/* Windows and RoPE tables of all layers. */
+static void positions_bind(struct cm_device *device)
+{
+    const struct cm_model *m = &device->model;
+    const struct cm_decoder *d = &m->decoder;
+    const bool two = device->window_cosine != NULL;
+    struct rope_table tables[2] = {
+        {device, (double)m->rope_base, d->rope_scale > 0.0f ? (double)d->rope_scale : 1.0,
+         device->cosine, device->sine},
+        {device, (double)(d->window_rope_base > 0.0f ? d->window_rope_base : m->rope_base), 1.0,
+         device->window_cosine, device->window_sine}};
+    for (uint32_t i = 0; i < (two ? 2u : 1u); i++) {
+        cm_pool_run(device->pool, rope_fill, &tables[i]);
+    }
+    for (uint32_t i = 0; i < m->layers; i++) {
+        const bool window = windowed(d, i);
+        device->layers[i].window = window ? d->window : 0;
+        device->layers[i].cosine = window && two ? device->window_cosine : device->cosine;
+        device->layers[i].sine = window && two ? device->window_sine : device->sine;
     }
 }
 
@@ -186,7 +257,10 @@ enum cm_status cm_device_model_bind(struct cm_device *device, const struct cm_mo
     if (model->vocabulary != planned->vocabulary || model->width != planned->width ||
         model->layers != planned->layers || model->heads != planned->heads ||
         model->kv_heads != planned->kv_heads || model->head_width != planned->head_width ||
-        model->ffn_width != planned->ffn_width || model->rope_width != planned->rope_width) {
+        model->ffn_width != planned->ffn_width || model->rope_width != planned->rope_width ||
+        model->decoder.post_norms != planned->decoder.post_norms ||
+        model->decoder.window_rope_base != planned->decoder.window_rope_base ||
+        model->decoder.rope_scale != planned->decoder.rope_scale) {
         return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "another model was reserved for");
     }
     device->layers = calloc(model->layers, sizeof(*device->layers));
@@ -213,7 +287,7 @@ enum cm_status cm_device_model_bind(struct cm_device *device, const struct cm_mo
         status = tokens_bind(device, model, err);
     }
     if (status == CM_OK) {
-        cm_pool_run(device->pool, rope_fill, device);
+        positions_bind(device);
         device->bound = true;
     }
     return status;

@@ -10,9 +10,10 @@
 #define CM_ATTENTION_CHUNK 256u
 #define CM_ATTENTION_ROWS  48u /* query rows (tokens × group) that share loads of K and V */
 #define CM_THREADS_MAX     64u
-#define CM_PANEL           16u  /* tokens whose activations lie together */
-#define CM_BLOCK_TOKENS    128u /* tokens of one work item of a matrix product */
-#define CM_TAKES           4u   /* pieces in which a thread takes its own share of a phase */
+#define CM_GELU_SCALE      0x1.988454p+0f /* 2 sqrt(2 / pi) */
+#define CM_PANEL           16u            /* tokens whose activations lie together */
+#define CM_BLOCK_TOKENS    128u           /* tokens of one work item of a matrix product */
+#define CM_TAKES           4u /* pieces in which a thread takes its own share of a phase */
 
 /* Padded rows of a matrix, columns of a vector. */
 static inline uint32_t cm_padded(uint32_t value, uint32_t to)
@@ -67,7 +68,8 @@ void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uin
 
 /* ---------------------------------------------------------------- vectors and attention */
 
-/* One KV head. Token i of `tokens` stands at position + i and sees positions 0 .. position + i. */
+/* One KV head. Token i of `tokens` stands at position + i and sees positions 0 .. position + i, or
+ * the last `window` of them. */
 struct cm_attention {
     const float *query; /* [tokens][query_stride]: [group][head_width] each */
     size_t query_stride;
@@ -81,7 +83,9 @@ struct cm_attention {
     size_t k_offset; /* in a page: K of this layer and head, [head_width][32 positions] fp16 */
     size_t v_offset; /* V, [32 positions][head_width] fp16 */
     float scale;
-    float *out; /* [tokens][out_stride]: [group][head_width] each */
+    float cap;       /* of scores; 0: none */
+    uint32_t window; /* 0: none */
+    float *out;      /* [tokens][out_stride]: [group][head_width] each */
     size_t out_stride;
     float *scratch; /* cm_attention_floats(tokens * group, head_width) */
 };
@@ -107,10 +111,11 @@ struct cm_path {
     void (*quantise)(const float *x, const struct cm_activations *act, uint32_t token,
                      uint32_t block_first, uint32_t count);
     void (*norm)(const float *x, const float *weight, uint32_t size, float epsilon, float *ret);
-    /* SiLU(gate) × up; they alternate by 16. size: a multiple of 16, of ret. */
-    void (*gate)(const float *gate_up, uint32_t size, float *ret);
+    /* activation(gate) × up; they alternate by 16. size: a multiple of 16, of ret. */
+    void (*gate)(const float *gate_up, uint32_t size, uint32_t activation, float *ret);
     void (*rope)(float *x, const float *cosine, const float *sine, uint32_t rope_width);
     void (*add)(float *x, const float *y, uint32_t size); /* a multiple of 16 */
+    void (*cap)(float *x, uint32_t size, float cap);      /* a multiple of 16 */
     void (*key_put)(const float *key, uint32_t head_width, uint16_t *page, uint32_t position);
     void (*value_put)(const float *value, uint32_t head_width, uint16_t *page, uint32_t position);
     void (*attend)(const struct cm_attention *attention);
@@ -127,9 +132,10 @@ struct cm_path {
                               uint32_t block_first, uint32_t count);                               \
     void cm_##path##_norm(const float *x, const float *weight, uint32_t size, float epsilon,       \
                           float *ret);                                                             \
-    void cm_##path##_gate(const float *gate_up, uint32_t size, float *ret);                        \
+    void cm_##path##_gate(const float *gate_up, uint32_t size, uint32_t activation, float *ret);   \
     void cm_##path##_rope(float *x, const float *cosine, const float *sine, uint32_t rope_width);  \
     void cm_##path##_add(float *x, const float *y, uint32_t size);                                 \
+    void cm_##path##_cap(float *x, uint32_t size, float cap);                                      \
     void cm_##path##_key_put(const float *key, uint32_t head_width, uint16_t *page,                \
                              uint32_t position);                                                   \
     void cm_##path##_value_put(const float *value, uint32_t head_width, uint16_t *page,            \
@@ -153,6 +159,7 @@ const struct cm_path *cm_path_choose(const char *name);
 float cm_half_float(uint16_t half);
 uint16_t cm_half_of(float x);
 float cm_expf(float x);
+float cm_capf(float x, float cap); /* cap * tanh(x / cap) */
 void cm_plain_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                    struct cm_span span, float *y, size_t stride);
 void cm_plain_attend(const struct cm_attention *attention);
@@ -232,6 +239,10 @@ void cm_philox(uint64_t seed, uint64_t counter, uint32_t ret[4]);
 
 struct cm_bound_layer {
     const float *attention_norm, *ffn_norm;
+    const float *qkv_bias, *q_norm, *k_norm;          /* NULL: the decoder has none */
+    const float *post_attention_norm, *post_ffn_norm; /* the same */
+    uint32_t window;                                  /* 0: none */
+    const float *cosine, *sine;                       /* [context_max][rope_width / 2] */
     struct cm_matrix qkv, attention_out, gate_up, down;
 };
 
@@ -247,6 +258,7 @@ struct cm_scratch {            /* of one step; pointers into the arena */
     float *x;                  /* [step_tokens][width] residual */
     float *query;              /* [step_tokens][heads * head_width] */
     float *attention;          /* [step_tokens][heads * head_width] */
+    float *result;             /* [step_tokens][width] before its norm; decoders with post_norms */
     float *partials;           /* [CM_SPLITS * threads][chunks of a context] of cm_partial_floats */
     struct cm_activations act; /* [step_tokens][widest input] */
     struct cm_activations hidden; /* [step_tokens][ffn_width] */
@@ -288,7 +300,8 @@ struct cm_device {
     size_t page_bytes;
     struct cm_slot *slots;
     struct cm_scratch scratch;
-    float *cosine, *sine; /* [context_max][rope_width / 2] */
+    float *cosine, *sine;               /* [context_max][rope_width / 2] */
+    float *window_cosine, *window_sine; /* of layers with a window; NULL: the same */
     struct cm_bound_layer *layers;
     struct cm_matrix embedding, head;
     const float *out_norm;

@@ -130,6 +130,9 @@ static void scratch_lay(struct cm_device *device, struct layout *layout,
                         cm_partial_floats(group, m->head_width) * 4, 64);
     s->act = activations_lay(layout, tokens, inputs);
     s->hidden = activations_lay(layout, tokens, m->ffn_width);
+    if (m->decoder.post_norms) {
+        s->result = piece(layout, (uint64_t)tokens * m->width, 4, 64);
+    }
     s->logits = piece(layout, (uint64_t)r->slots * cm_padded(m->vocabulary, CM_ROWS_PAD), 4, 64);
     s->threads = piece(layout, threads, sizeof(*s->threads), 64);
     for (uint32_t i = 0; i < threads; i++) {
@@ -159,8 +162,13 @@ static void arena_lay(struct cm_device *device, struct layout *layout,
     (void)piece(layout, 1, 8192, 64);
     device->kv = piece(layout, r->kv_pages, page_bytes_of(m), 4096);
     scratch_lay(device, layout, r, tokens);
-    device->cosine = piece(layout, (uint64_t)r->context_max * m->rope_width / 2 + 16, 4, 64);
-    device->sine = piece(layout, (uint64_t)r->context_max * m->rope_width / 2 + 16, 4, 64);
+    const uint64_t turns = (uint64_t)r->context_max * m->rope_width / 2 + 16;
+    device->cosine = piece(layout, turns, 4, 64);
+    device->sine = piece(layout, turns, 4, 64);
+    if (m->decoder.window_rope_base > 0.0f || m->decoder.rope_scale > 0.0f) {
+        device->window_cosine = piece(layout, turns, 4, 64);
+        device->window_sine = piece(layout, turns, 4, 64);
+    }
     device->slots = piece(layout, r->slots, sizeof(struct cm_slot), 64);
     for (uint32_t i = 0; i < r->slots; i++) {
         uint16_t *generated = piece(layout, m->vocabulary, 2, 64);

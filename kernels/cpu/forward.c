@@ -27,11 +27,15 @@ static uint32_t least(uint32_t a, uint32_t b)
 static void embed(struct run *run)
 {
     uint32_t first, last, width = run->model->width;
+    const float scale = run->model->decoder.embedding_scale;
     cm_pool_phase(run->worker, run->device->token_count);
     while (cm_pool_take(run->worker, &first, &last)) {
         for (uint32_t t = first; t < last; t++) {
-            cm_matrix_row(&run->device->embedding, run->device->tokens[t].token,
-                          run->scratch->x + (size_t)t * width, width);
+            float *x = run->scratch->x + (size_t)t * width;
+            cm_matrix_row(&run->device->embedding, run->device->tokens[t].token, x, width);
+            for (uint32_t i = 0; scale > 0.0f && i < width; i++) {
+                x[i] = x[i] * scale;
+            }
         }
     }
     cm_pool_barrier(run->worker);
@@ -116,6 +120,25 @@ static size_t kv_offset(const struct cm_model *model, uint32_t layer, uint32_t k
     return (((size_t)layer * 2 + kind) * model->kv_heads + head) * kv_head_bytes(model);
 }
 
+/* Bias, norm of a query or a key, RoPE: what this decoder has of them. */
+static void head_turn(struct run *run, uint32_t position, uint32_t head, float *x)
+{
+    const struct cm_model *model = run->model;
+    const struct cm_bound_layer *layer = run->layer;
+    const float *norm = head < model->heads ? layer->q_norm : layer->k_norm;
+    const float *bias = layer->qkv_bias;
+    for (uint32_t i = 0; bias != NULL && i < model->head_width; i++) {
+        x[i] = x[i] + bias[(size_t)head * model->head_width + i];
+    }
+    if (head < model->heads + model->kv_heads) {
+        size_t at = (size_t)position * model->rope_width / 2;
+        if (norm != NULL) {
+            run->path->norm(x, norm, model->head_width, model->norm_epsilon, x);
+        }
+        run->path->rope(x, layer->cosine + at, layer->sine + at, model->rope_width);
+    }
+}
+
 /* One head of one token, as the product left it: a query is turned and kept, K and V go to their
  * page. Heads are numbered as the rows of QKV lie: queries, keys, values. */
 static void head_put(struct run *run, uint32_t t, uint32_t head, float *x)
@@ -123,10 +146,7 @@ static void head_put(struct run *run, uint32_t t, uint32_t head, float *x)
     const struct cm_model *model = run->model;
     const struct cm_step_token *token = &run->device->tokens[t];
     const uint32_t keys = model->heads, values = model->heads + model->kv_heads;
-    if (head < values) {
-        size_t at = (size_t)token->position * model->rope_width / 2;
-        run->path->rope(x, run->device->cosine + at, run->device->sine + at, model->rope_width);
-    }
+    head_turn(run, token->position, head, x);
     if (head < keys) {
         memcpy(run->scratch->query + ((size_t)t * model->heads + head) * model->head_width, x,
                model->head_width * sizeof(float));
@@ -164,6 +184,40 @@ static void residual_finish(struct run *run, struct cm_span span, float *y, size
     }
 }
 
+/* The same into a buffer of its own: it is normed whole before it is added. */
+static void result_finish(struct run *run, struct cm_span span, float *y, size_t stride)
+{
+    uint32_t row = span.tile_first * CM_TILE_ROWS, width = run->model->width;
+    for (uint32_t t = span.token_first; t < span.token_last; t++) {
+        memcpy(run->scratch->result + (size_t)t * width + row, y + (t - span.token_first) * stride,
+               least((uint32_t)stride, width - row) * sizeof(float));
+    }
+}
+
+static void result_add(struct run *run, const float *weight)
+{
+    uint32_t first, last, width = run->model->width;
+    cm_pool_phase(run->worker, run->device->token_count);
+    while (cm_pool_take(run->worker, &first, &last)) {
+        for (uint32_t t = first; t < last; t++) {
+            run->path->norm(run->scratch->result + (size_t)t * width, weight, width,
+                            run->model->norm_epsilon, run->own->row);
+            run->path->add(run->scratch->x + (size_t)t * width, run->own->row, width);
+        }
+    }
+    cm_pool_barrier(run->worker);
+}
+
+/* A product that goes into the residual, through the norm if there is one. */
+static void multiply_add(struct run *run, const struct cm_matrix *matrix,
+                         const struct cm_activations *act, const float *norm)
+{
+    multiply(run, matrix, act, 2, norm != NULL ? result_finish : residual_finish);
+    if (norm != NULL) {
+        result_add(run, norm);
+    }
+}
+
 /* Four tiles hold gate and up of 32 columns: one block of the next product's activations. */
 static void gate_finish(struct run *run, struct cm_span span, float *y, size_t stride)
 {
@@ -173,7 +227,7 @@ static void gate_finish(struct run *run, struct cm_span span, float *y, size_t s
     hidden.tokens = run->device->token_count;
     for (uint32_t t = span.token_first; t < span.token_last; t++) {
         run->path->gate(y + (t - span.token_first) * stride, blocks * CM_TILE_COLUMNS,
-                        run->own->row);
+                        run->model->decoder.activation, run->own->row);
         run->path->quantise(run->own->row, &hidden, t, block, blocks);
     }
 }
@@ -215,6 +269,7 @@ static struct cm_attention attention_of(struct run *run, const struct cm_attenti
                                         uint32_t head)
 {
     const struct cm_model *model = run->model;
+    const struct cm_decoder *decoder = &model->decoder;
     uint32_t group = model->heads / model->kv_heads;
     size_t stride = (size_t)model->heads * model->head_width;
     size_t at = item->token * stride + (size_t)head * group * model->head_width;
@@ -229,7 +284,11 @@ static struct cm_attention attention_of(struct run *run, const struct cm_attenti
                                  .page_bytes = run->device->page_bytes,
                                  .k_offset = kv_offset(model, run->index, 0, head),
                                  .v_offset = kv_offset(model, run->index, 1, head),
-                                 .scale = 1.0f / sqrtf((float)model->head_width),
+                                 .scale = decoder->attention_scale > 0.0f
+                                              ? decoder->attention_scale
+                                              : 1.0f / sqrtf((float)model->head_width),
+                                 .cap = decoder->attention_cap,
+                                 .window = run->layer->window,
                                  .out = run->scratch->attention + at,
                                  .out_stride = stride,
                                  .scratch = run->own->attention};
@@ -296,14 +355,14 @@ static void layer_run(struct run *run)
     }
     struct rows out = {scratch->attention, attention, NULL, tokens, attention, NULL};
     act = activate(run, &out);
-    multiply(run, &layer->attention_out, &act, 2, residual_finish);
+    multiply_add(run, &layer->attention_out, &act, layer->post_attention_norm);
     x.weight = layer->ffn_norm;
     act = activate(run, &x);
     multiply(run, &layer->gate_up, &act, 4, gate_finish);
     act = scratch->hidden;
     act.columns = model->ffn_width;
     act.tokens = tokens;
-    multiply(run, &layer->down, &act, 2, residual_finish);
+    multiply_add(run, &layer->down, &act, layer->post_ffn_norm);
 }
 
 static size_t padded_rows(const struct cm_matrix *matrix)
@@ -315,6 +374,7 @@ static size_t padded_rows(const struct cm_matrix *matrix)
 static void head_run(struct run *run, const uint32_t *pick, uint32_t count)
 {
     const struct cm_matrix *head = &run->device->head;
+    const float cap = run->model->decoder.logits_cap;
     const uint32_t unit = 4;
     uint32_t first, last;
     struct rows rows = {run->scratch->x, run->model->width, pick,
@@ -323,9 +383,12 @@ static void head_run(struct run *run, const uint32_t *pick, uint32_t count)
     cm_pool_phase(run->worker, (head->row_tiles + unit - 1) / unit);
     while (cm_pool_take(run->worker, &first, &last)) {
         struct cm_span span = {0, count, first * unit, least(last * unit, head->row_tiles)};
-        run->path->gemm(head, &act, span,
-                        run->scratch->logits + (size_t)span.tile_first * CM_TILE_ROWS,
-                        padded_rows(head));
+        float *logits = run->scratch->logits + (size_t)span.tile_first * CM_TILE_ROWS;
+        run->path->gemm(head, &act, span, logits, padded_rows(head));
+        for (uint32_t t = 0; cap > 0.0f && t < count; t++) {
+            run->path->cap(logits + t * padded_rows(head),
+                           (span.tile_last - span.tile_first) * CM_TILE_ROWS, cap);
+        }
     }
     cm_pool_barrier(run->worker);
 }

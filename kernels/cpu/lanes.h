@@ -80,6 +80,12 @@ static inline lanes lanes_first(lanes a, uint32_t count, float rest)
     __mmask16 mask = (__mmask16)(count >= LANES ? 0xffffu : (1u << count) - 1u);
     return _mm512_mask_mov_ps(_mm512_set1_ps(rest), mask, a);
 }
+/* The first `count` lanes `rest`, the others of a. */
+static inline lanes lanes_after(lanes a, uint32_t count, float rest)
+{
+    __mmask16 mask = (__mmask16)(count >= LANES ? 0xffffu : (1u << count) - 1u);
+    return _mm512_mask_mov_ps(a, mask, _mm512_set1_ps(rest));
+}
 static inline lanes lanes_half_load(const uint16_t *at)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)at));
@@ -190,6 +196,15 @@ static inline lanes lanes_first(lanes a, uint32_t count, float rest)
     return (lanes){_mm256_blendv_ps(other, a.low, _mm256_castsi256_ps(low)),
                    _mm256_blendv_ps(other, a.high, _mm256_castsi256_ps(high))};
 }
+static inline lanes lanes_after(lanes a, uint32_t count, float rest)
+{
+    const __m256i index = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256 other = _mm256_set1_ps(rest);
+    __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)count), index);
+    __m256i high = _mm256_cmpgt_epi32(_mm256_set1_epi32((int32_t)count - 8), index);
+    return (lanes){_mm256_blendv_ps(a.low, other, _mm256_castsi256_ps(low)),
+                   _mm256_blendv_ps(a.high, other, _mm256_castsi256_ps(high))};
+}
 static inline lanes lanes_half_load(const uint16_t *at)
 {
     return (lanes){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)at)),
@@ -275,6 +290,14 @@ static inline lanes lanes_exp(lanes x)
     p = lanes_fma(p, r, lanes_set(1.0f));
     p = lanes_fma(p, r, lanes_set(1.0f));
     return lanes_mul(p, lanes_power(n));
+}
+
+/* As cm_capf. */
+static inline lanes lanes_cap(lanes x, float cap)
+{
+    lanes e = lanes_exp(lanes_mul(lanes_div(x, lanes_set(cap)), lanes_set(2.0f)));
+    lanes part = lanes_div(lanes_set(-2.0f), lanes_add(lanes_set(1.0f), e));
+    return lanes_mul(lanes_set(cap), lanes_add(lanes_set(1.0f), part));
 }
 
 #endif

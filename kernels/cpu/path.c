@@ -37,10 +37,10 @@ static bool amx_available(void)
     {                                                                                              \
         .name = #path, .available = path##_available, .gemm = cm_##path##_gemm,                    \
         .quantise = cm_##body##_quantise, .norm = cm_##body##_norm, .gate = cm_##body##_gate,      \
-        .rope = cm_##body##_rope, .add = cm_##body##_add, .key_put = cm_##body##_key_put,          \
-        .value_put = cm_##body##_value_put, .attend = cm_##body##_attend,                          \
-        .attend_chunk = cm_##body##_attend_chunk, .attend_merge = cm_##body##_attend_merge,        \
-        .greatest = cm_##body##_greatest,                                                          \
+        .rope = cm_##body##_rope, .add = cm_##body##_add, .cap = cm_##body##_cap,                  \
+        .key_put = cm_##body##_key_put, .value_put = cm_##body##_value_put,                        \
+        .attend = cm_##body##_attend, .attend_chunk = cm_##body##_attend_chunk,                    \
+        .attend_merge = cm_##body##_attend_merge, .greatest = cm_##body##_greatest,                \
     }
 
 static const struct cm_path paths[] = {PATH(amx, avx512vnni), PATH(avx512vnni, avx512vnni),

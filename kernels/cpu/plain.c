@@ -36,6 +36,11 @@ float cm_expf(float x)
     return p * power;
 }
 
+float cm_capf(float x, float cap)
+{
+    return cap * (1.0f + -2.0f / (1.0f + cm_expf(x / cap * 2.0f)));
+}
+
 /* ------------------------------------------------------------------ matrices */
 
 /* The stored quant of row r, column k of a tile. */
@@ -139,20 +144,22 @@ static float score_of(const struct cm_attention *a, const float *query, uint32_t
     for (uint32_t i = 0; i < a->head_width; i++) {
         dot = fmaf(query[i], cm_half_float(key[(size_t)i * CM_KV_PAGE_POSITIONS]), dot);
     }
-    return dot * a->scale;
+    float score = dot * a->scale;
+    return a->cap > 0.0f ? cm_capf(score, a->cap) : score;
 }
 
 /* One chunk for one query head: greatest score, sum of weights, weighted values. */
 static float chunk_of(const struct cm_attention *a, const float *query, uint32_t first,
-                      uint32_t last, float *ret_sum, float *out)
+                      uint32_t begin, uint32_t last, float *ret_sum, float *out)
 {
     float scores[CM_ATTENTION_CHUNK], lane[16] = {0}, greatest = -INFINITY;
-    for (uint32_t t = first; t < last; t++) {
+    begin = begin > first ? begin : first;
+    for (uint32_t t = begin; t < last; t++) {
         scores[t - first] = score_of(a, query, t);
         greatest = scores[t - first] > greatest ? scores[t - first] : greatest;
     }
     memset(out, 0, a->head_width * sizeof(*out));
-    for (uint32_t t = first; t < last; t++) {
+    for (uint32_t t = begin; t < last; t++) {
         float e = cm_expf(scores[t - first] - greatest);
         const uint16_t *value =
             page_of(a, t, a->v_offset) + (size_t)(t % CM_KV_PAGE_POSITIONS) * a->head_width;
@@ -169,11 +176,13 @@ static void row_attend(const struct cm_attention *a, const float *query, uint32_
                        float *out)
 {
     float part[1024], total = 0.0f, greatest = -INFINITY;
-    for (uint32_t first = 0; first < positions; first += CM_ATTENTION_CHUNK) {
+    uint32_t begin = a->window != 0 && positions > a->window ? positions - a->window : 0;
+    const uint32_t start = begin / CM_ATTENTION_CHUNK * CM_ATTENTION_CHUNK;
+    for (uint32_t first = start; first < positions; first += CM_ATTENTION_CHUNK) {
         uint32_t last =
             positions - first < CM_ATTENTION_CHUNK ? positions : first + CM_ATTENTION_CHUNK;
-        float sum, most = chunk_of(a, query, first, last, &sum, first == 0 ? out : part);
-        if (first == 0) {
+        float sum, most = chunk_of(a, query, first, begin, last, &sum, first == start ? out : part);
+        if (first == start) {
             greatest = most;
             total = sum;
             continue;

@@ -44,13 +44,24 @@ void LANES_NAME(norm)(const float *x, const float *weight, uint32_t size, float 
     }
 }
 
-void LANES_NAME(gate)(const float *gate_up, uint32_t size, float *ret)
+/* What x is divided by 1 + exp(-…) of: x, or nearly x + 0.044715 x^3 (Hendrycks and Gimpel 2016).
+ */
+static inline lanes gate_turn(uint32_t activation, lanes x)
+{
+    if (activation == CM_ACTIVATION_SILU) {
+        return x;
+    }
+    lanes t = lanes_fma(lanes_mul(x, x), lanes_set(0.044715f), lanes_set(1.0f));
+    return lanes_mul(lanes_mul(x, t), lanes_set(CM_GELU_SCALE));
+}
+
+void LANES_NAME(gate)(const float *gate_up, uint32_t size, uint32_t activation, float *ret)
 {
     const lanes one = lanes_set(1.0f), minus = lanes_set(-0.0f);
     for (uint32_t i = 0; i < size; i += LANES) {
         lanes gate = lanes_load(gate_up + 2 * i);
         lanes up = lanes_load(gate_up + 2 * i + LANES);
-        lanes e = lanes_exp(lanes_flip(gate, minus));
+        lanes e = lanes_exp(lanes_flip(gate_turn(activation, gate), minus));
         lanes_store(ret + i, lanes_mul(lanes_div(gate, lanes_add(one, e)), up));
     }
 }
@@ -75,6 +86,13 @@ void LANES_NAME(add)(float *x, const float *y, uint32_t size)
 {
     for (uint32_t i = 0; i < size; i += LANES) {
         lanes_store(x + i, lanes_add(lanes_load(x + i), lanes_load(y + i)));
+    }
+}
+
+void LANES_NAME(cap)(float *x, uint32_t size, float cap)
+{
+    for (uint32_t i = 0; i < size; i += LANES) {
+        lanes_store(x + i, lanes_cap(lanes_load(x + i), cap));
     }
 }
 

@@ -75,11 +75,6 @@ static struct cm_decoder decoder_make(const struct cm_manifest_decoder *d)
 enum cm_status cm_worker_model_make(const struct cm_manifest *m, struct cm_worker_model *ret_model,
                                     struct cm_error *err)
 {
-    static const struct cm_manifest_decoder llama;
-    if (memcmp(&m->decoder, &llama, sizeof(llama)) != 0) {
-        return cm_error_set(err, CM_E_PACKAGE, "CM-WRK-DECODER",
-                            "manifest: this host's devices run decoders of the llama family only");
-    }
     struct cm_worker_model made = {.layers = calloc(m->layers, sizeof(*made.layers)),
                                    .token_control = calloc(m->vocabulary, 1)};
     if (made.layers == NULL || made.token_control == NULL) {

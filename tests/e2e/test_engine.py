@@ -10,10 +10,12 @@ import numpy
 import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS / "engine")]
+sys.path[:0] = [str(TESTS), str(TESTS / "engine"), str(TESTS / "tokenizer")]
 import corpus  # noqa: E402
+import oracles  # noqa: E402
 import package_reader  # noqa: E402
 import reference  # noqa: E402
+import tiny_family  # noqa: E402
 import tiny_model  # noqa: E402
 
 # llama.cpp's own divergence from the same float64 pass on the same positions (`./run golden`).
@@ -30,6 +32,8 @@ def seal(build, model, folder):
     key = package_reader.recovery_key((folder / "r").read_bytes(), "correct horse battery")
     (folder / "key").write_bytes(key)
     return folder
+TRANSFORMERS = numpy.load(TESTS / "golden" / "engine" / "families.npz")
+FAMILIES = list(tiny_family.FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,24 @@ def tiny(build, tmp_path_factory):
     return seal(build, folder / "tiny.gguf", folder)
 
 
+@pytest.fixture(scope="module")
+def gemma(build, gemma_gguf, tmp_path_factory):
+    return seal(build, gemma_gguf, tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="module")
+def family(build, tmp_path_factory):
+    """A function: name → folder with the sealed tiny model of that family."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = seal(build, tiny_family.write_gguf(folder / "tiny.gguf", name), folder)
+        return made[name]
+    return of
+
+
 def engine(build, folder, *words, tokens, **environment):
     done = subprocess.run([build / "harness" / "engine", words[0], folder / "m.cmpkg",
                            folder / "key", *map(str, words[1:])],
@@ -54,7 +76,7 @@ def engine(build, folder, *words, tokens, **environment):
 
 
 def test_divergence_from_float64_is_below_the_peers(build, real, smollm_gguf, capsys):
-    model = reference.Llama(smollm_gguf)
+    model = reference.Decoder(smollm_gguf)
     divergence, agree, positions, digest = 0.0, 0, 0, hashlib.sha256()
     for tokens in corpus.passages(smollm_gguf):
         digest.update(numpy.array(tokens, "<u4").tobytes())
@@ -73,13 +95,54 @@ def test_divergence_from_float64_is_below_the_peers(build, real, smollm_gguf, ca
 
 def test_a_model_of_other_shapes(build, tiny):
     tokens = [int(t) for t in numpy.random.default_rng(3).integers(3, 270, 300)]
-    wanted = reference.Llama(tiny / "tiny.gguf").logits(tokens)
+    wanted = reference.Decoder(tiny / "tiny.gguf").logits(tokens)
     found = numpy.frombuffer(engine(build, tiny, "logits", tokens=tokens), "<f4")
     part, same = reference.compare(wanted, found.reshape(wanted.shape))
     assert part / len(tokens) <= 0.002 and same / len(tokens) >= 0.9
 
 
-@pytest.mark.parametrize("which", ["real", "tiny"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_reference_is_what_transformers_computes(build, family, name):
+    wanted = TRANSFORMERS[name]
+    tokens = tiny_family.tokens(name)
+    found = reference.Decoder(family(name) / "tiny.gguf").logits(tokens, len(tokens) - len(wanted))
+    assert numpy.abs(found - wanted).max() < 1e-4, name  # transformers' RoPE is float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_on_each_path(build, family, name):
+    tokens = tiny_family.tokens(name) * 2
+    wanted = reference.Decoder(family(name) / "tiny.gguf").logits(tokens)
+    runs = {engine(build, family(name), "logits", tokens=tokens, CASEMATE_CPU=path,
+                   CASEMATE_THREADS=count) for path in available_paths() for count in "12"}
+    assert len(runs) == 1
+    found = numpy.frombuffer(runs.pop(), "<f4").reshape(wanted.shape)
+    part, same = reference.compare(wanted, found)
+    # Logits of seeded weights are flat: the best two lie close together.
+    assert part / len(tokens) <= 0.002 and same / len(tokens) >= 0.85, (part / len(tokens), same)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_familys_tokens_do_not_depend_on_chunks(build, family, name):
+    tokens = tiny_family.tokens(name)
+    runs = {engine(build, family(name), "greedy", 300, chunk, tokens=tokens)
+            for chunk in (1, 7, 48)}
+    assert len(runs) == 1 and len(runs.pop().split()) == 300
+
+
+def test_gemma_beside_float64(build, gemma, gemma_gguf, capsys):
+    """Positions on both sides of the window of 512."""
+    text = (TESTS / "engine" / "texts" / "prose.txt").read_text()
+    tokens = [2] + oracles.sentencepiece_of(gemma_gguf).encode(text)[:599]
+    wanted = reference.Decoder(gemma_gguf).logits(tokens, 440)
+    found = engine(build, gemma, "logits", 440, tokens=tokens)
+    part, same = reference.compare(wanted, numpy.frombuffer(found, "<f4").reshape(wanted.shape))
+    with capsys.disabled():
+        print(f"\ngemma: mean KL {part / 160:.5f}, top-1 {same / 160:.2%}, 160 positions")
+    assert part / 160 <= 0.0044 and same / 160 >= 0.95
+
+
+@pytest.mark.parametrize("which", ["real", "tiny", "gemma"])
 def test_paths_and_threads_are_bit_equal(build, request, which):
     folder = request.getfixturevalue(which)
     tokens = [int(t) for t in numpy.random.default_rng(4).integers(3, 270, 70)]

@@ -1,5 +1,6 @@
 /* The engine for tests, without roles: a package, its key, token ids in; logits or tokens out.
- * engine logits PACKAGE KEYFILE          stdin: u32 count, tokens; stdout: count × vocabulary f32
+ * engine logits PACKAGE KEYFILE [FIRST]  stdin: u32 count, tokens; stdout: from position FIRST on,
+ *                                        vocabulary f32 each
  * engine greedy PACKAGE KEYFILE N CHUNK  stdin the same; stdout: N tokens, one a line
  * CASEMATE_CPU and CASEMATE_THREADS force path and threads. */
 #include <stdio.h>
@@ -47,16 +48,22 @@ static uint32_t tokens_read(uint32_t **ret_tokens)
     return count;
 }
 
-static void logits_run(struct engine *e)
+/* Logits from position `first` on; what is before it is stepped without a look. */
+static void logits_run(struct engine *e, uint32_t first)
 {
     uint32_t *tokens, slot = engine_slot(e), count = tokens_read(&tokens);
     uint32_t vocabulary = e->manifest.vocabulary;
-    e->device->probe = calloc((size_t)CHUNK * vocabulary, sizeof(float));
-    for (uint32_t at = 0; at < count; at += CHUNK) {
-        uint32_t take = count - at < CHUNK ? count - at : CHUNK;
+    float *probe = calloc((size_t)CHUNK * vocabulary, sizeof(float));
+    for (uint32_t at = 0, take; at < count; at += take) {
+        uint32_t end = at < first && first < count ? first : count;
+        take = end - at < CHUNK ? end - at : CHUNK;
+        e->device->probe = at < first ? NULL : probe;
         step(e, slot, at, tokens + at, take, false);
-        fwrite(e->device->probe, sizeof(float), (size_t)take * vocabulary, stdout);
+        if (at >= first) {
+            fwrite(probe, sizeof(float), (size_t)take * vocabulary, stdout);
+        }
     }
+    e->device->probe = probe;
 }
 
 static void greedy_run(struct engine *e, uint32_t want, uint32_t chunk)
@@ -77,7 +84,7 @@ int main(int count, char **words)
 {
     static struct engine engine;
     const struct engine_limits limits = {1, CONTEXT, CONTEXT / CM_KV_PAGE_POSITIONS, CHUNK};
-    bool logits = count == 4 && strcmp(words[1], "logits") == 0;
+    bool logits = count >= 4 && strcmp(words[1], "logits") == 0;
     bool greedy = count == 6 && strcmp(words[1], "greedy") == 0;
     if (!logits && !greedy) {
         fprintf(stderr, "usage: engine logits PACKAGE KEYFILE | greedy PACKAGE KEYFILE N CHUNK\n");
@@ -85,7 +92,7 @@ int main(int count, char **words)
     }
     engine_open(&engine, words[2], words[3], &limits);
     if (logits) {
-        logits_run(&engine);
+        logits_run(&engine, count > 4 ? (uint32_t)atoi(words[4]) : 0);
     } else {
         greedy_run(&engine, (uint32_t)atoi(words[4]), (uint32_t)atoi(words[5]));
     }

@@ -1,69 +1,130 @@
 """A float64 pass of the dequantised weights, teacher-forced: what the engine is measured against.
 
-Reads the GGUF file through the gguf package; shares nothing with the packer or the engine."""
+One decoder by parameters, read from a GGUF file through the gguf package; shares nothing with the
+packer or the engine. tests/golden/engine/transformers.json holds it to what `transformers` computes."""
 import gguf
 import numpy
 
 
-class Llama:
+def gelu(x):
+    return 0.5 * x * (1 + numpy.tanh(numpy.sqrt(2 / numpy.pi) * (x + 0.044715 * x ** 3)))
+
+
+def silu(x):
+    return x / (1 + numpy.exp(-x))
+
+
+class Decoder:
     def __init__(self, path):
         reader = gguf.GGUFReader(path)
         self.tensors = {t.name: t for t in reader.tensors}
+        self.fields = reader.fields
+        self.family = bytes(self.fields["general.architecture"].parts[-1]).decode()
+        self.layers = int(self.number("block_count"))
+        self.heads = int(self.number("attention.head_count"))
+        self.kv_heads = int(self.number("attention.head_count_kv"))
+        self.width = int(self.number("embedding_length"))
+        self.ffn = int(self.number("feed_forward_length"))
+        self.size = int(self.number("attention.key_length", self.width // self.heads))
+        self.turned = int(self.number("rope.dimension_count", self.size))
+        self.rope_base = float(self.number("rope.freq_base", 10000))
+        self.epsilon = float(self.number("attention.layer_norm_rms_epsilon"))
+        self.window = int(self.number("attention.sliding_window", 0))
+        self.attention_cap = float(self.number("attn_logit_softcapping", 0))
+        self.logits_cap = float(self.number("final_logit_softcapping", 0))
+        gemma = self.family.startswith("gemma")
+        self.period = {"gemma2": 2, "gemma3": 6}.get(self.family, 0)
+        self.local_base = 10000.0 if self.family == "gemma3" else self.rope_base
+        self.activation = gelu if gemma else silu
+        self.embedding_scale = numpy.sqrt(self.width) if gemma else 1.0
+        self.adjacent = self.family == "llama"  # RoPE pairs
 
-        def number(key):
-            field = reader.fields["llama." + key]
-            return field.parts[field.data[0]][0]
-        self.layers = int(number("block_count"))
-        self.heads = int(number("attention.head_count"))
-        self.kv_heads = int(number("attention.head_count_kv"))
-        self.rope_base = float(number("rope.freq_base"))
-        self.epsilon = float(number("attention.layer_norm_rms_epsilon"))
+    def number(self, key, default=None):
+        field = self.fields.get(f"{self.family}.{key}")
+        return default if field is None else field.parts[field.data[0]][0]
 
-    def weight(self, name):
+    def has(self, name):
+        return name in self.tensors
+
+    def weight(self, name, rows=slice(None)):
         tensor = self.tensors[name]
-        return gguf.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float64)
+        return gguf.dequantize(tensor.data[rows], tensor.tensor_type).astype(numpy.float64)
 
     def norm(self, x, name):
         scale = 1 / numpy.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
         return x * scale * self.weight(name)
 
-    def rope(self, x):
-        count, _, width = x.shape
-        turn = numpy.arange(count)[:, None] * self.rope_base ** (-numpy.arange(0, width, 2) / width)
+    def rope(self, x, base):
+        count, half = x.shape[0], self.turned // 2
+        turn = numpy.arange(count)[:, None] * base ** (-numpy.arange(half) / half)
         cosine, sine = numpy.cos(turn)[:, None, :], numpy.sin(turn)[:, None, :]
-        out = numpy.empty_like(x)
-        out[..., 0::2] = x[..., 0::2] * cosine - x[..., 1::2] * sine
-        out[..., 1::2] = x[..., 0::2] * sine + x[..., 1::2] * cosine
+        first, second = ((slice(0, self.turned, 2), slice(1, self.turned, 2)) if self.adjacent else
+                         (slice(0, half), slice(half, self.turned)))
+        out = x.copy()
+        out[..., first] = x[..., first] * cosine - x[..., second] * sine
+        out[..., second] = x[..., first] * sine + x[..., second] * cosine
         return out
 
-    def attention(self, x, block):
-        count, width = x.shape
-        size = width // self.heads
-        q = self.rope((x @ self.weight(block + "attn_q.weight").T).reshape(count, self.heads, size))
-        k = self.rope((x @ self.weight(block + "attn_k.weight").T).reshape(count, -1, size))
-        v = (x @ self.weight(block + "attn_v.weight").T).reshape(count, -1, size)
-        future = numpy.triu(numpy.ones((count, count), bool), 1)
-        out = numpy.empty((count, self.heads, size))
+    def product(self, x, name):
+        y = x @ self.weight(name + ".weight").T
+        return y + self.weight(name + ".bias").reshape(-1) if self.has(name + ".bias") else y
+
+    def heads_of(self, x, block):
+        """Q, K, V as [position, head, size]."""
+        if self.has(block + "attn_qkv.weight"):
+            edges = [self.heads * self.size, (self.heads + self.kv_heads) * self.size]
+            parts = numpy.split(self.product(x, block + "attn_qkv"), edges, axis=-1)
+        else:
+            parts = [self.product(x, f"{block}attn_{part}") for part in "qkv"]
+        q, k, v = (part.reshape(len(x), -1, self.size) for part in parts)
+        if self.has(block + "attn_q_norm.weight"):
+            q, k = (self.norm(q, block + "attn_q_norm.weight"),
+                    self.norm(k, block + "attn_k_norm.weight"))
+        return q, k, v
+
+    def attention(self, x, layer):
+        block = f"blk.{layer}."
+        count = len(x)
+        windowed = self.window and (not self.period or (layer + 1) % self.period)
+        base = self.local_base if windowed else self.rope_base
+        q, k, v = self.heads_of(x, block)
+        q, k = self.rope(q, base), self.rope(k, base)
+        hidden = numpy.triu(numpy.ones((count, count), bool), 1)
+        if windowed:
+            hidden |= numpy.tril(numpy.ones((count, count), bool), -self.window)
+        out = numpy.empty((count, self.heads, self.size))
         for head in range(self.heads):
             kv = head // (self.heads // self.kv_heads)
-            scores = q[:, head] @ k[:, kv].T / numpy.sqrt(size)
-            scores[future] = -numpy.inf
+            scores = q[:, head] @ k[:, kv].T / numpy.sqrt(self.size)
+            if self.attention_cap:
+                scores = numpy.tanh(scores / self.attention_cap) * self.attention_cap
+            scores[hidden] = -numpy.inf
             scores = numpy.exp(scores - scores.max(-1, keepdims=True))
             out[:, head] = (scores / scores.sum(-1, keepdims=True)) @ v[:, kv]
-        return out.reshape(count, width) @ self.weight(block + "attn_output.weight").T
+        return self.product(out.reshape(count, -1), block + "attn_output")
 
-    def logits(self, tokens):
-        """float64 [len(tokens), vocabulary]"""
-        x = self.weight("token_embd.weight")[tokens]
+    def feed_forward(self, x, block):
+        if self.has(block + "ffn_gate.weight"):
+            gate, up = self.product(x, block + "ffn_gate"), self.product(x, block + "ffn_up")
+        else:
+            gate, up = numpy.split(self.product(x, block + "ffn_up"), 2, axis=-1)
+        return self.product(self.activation(gate) * up, block + "ffn_down")
+
+    def after(self, x, name):
+        return self.norm(x, name) if self.has(name) else x
+
+    def logits(self, tokens, first=0):
+        """float64 [len(tokens) - first, vocabulary]"""
+        x = self.weight("token_embd.weight", numpy.array(tokens)) * self.embedding_scale
         for layer in range(self.layers):
             block = f"blk.{layer}."
-            x = x + self.attention(self.norm(x, block + "attn_norm.weight"), block)
-            y = self.norm(x, block + "ffn_norm.weight")
-            gate = y @ self.weight(block + "ffn_gate.weight").T
-            gate = gate / (1 + numpy.exp(-gate)) * (y @ self.weight(block + "ffn_up.weight").T)
-            x = x + gate @ self.weight(block + "ffn_down.weight").T
-        head = "output.weight" if "output.weight" in self.tensors else "token_embd.weight"
-        return self.norm(x, "output_norm.weight") @ self.weight(head).T
+            y = self.attention(self.norm(x, block + "attn_norm.weight"), layer)
+            x = x + self.after(y, block + "post_attention_norm.weight")
+            y = self.feed_forward(self.norm(x, block + "ffn_norm.weight"), block)
+            x = x + self.after(y, block + "post_ffw_norm.weight")
+        head = "output.weight" if self.has("output.weight") else "token_embd.weight"
+        logits = self.norm(x[first:], "output_norm.weight") @ self.weight(head).T
+        return numpy.tanh(logits / self.logits_cap) * self.logits_cap if self.logits_cap else logits
 
 
 def compare(reference, found):
@@ -71,6 +132,8 @@ def compare(reference, found):
     def log_softmax(x):
         x = x - x.max(-1, keepdims=True)
         return x - numpy.log(numpy.exp(x).sum(-1, keepdims=True))
-    a, b = log_softmax(reference), log_softmax(found.astype(numpy.float64))
-    divergence = (numpy.exp(a) * (a - b)).sum(-1)
-    return divergence.sum(), int((reference.argmax(-1) == found.argmax(-1)).sum())
+    divergence = 0.0
+    for row in range(len(reference)):
+        a, b = log_softmax(reference[row]), log_softmax(found[row].astype(numpy.float64))
+        divergence += float((numpy.exp(a) * (a - b)).sum())
+    return divergence, int((reference.argmax(-1) == found.argmax(-1)).sum())

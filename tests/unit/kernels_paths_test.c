@@ -152,10 +152,19 @@ Test(kernels_paths, vectors_equal_the_definitions)
         cr_assert_arr_eq(act.count, n, columns / 32 * sizeof(int32_t));
         for (uint32_t i = 0; i < columns / 2; i++) {
             float gate = x[i / 16 * 32 + i % 16], up = x[i / 16 * 32 + 16 + i % 16];
-            plain[i] = (gate / (1.0f + cm_expf(-gate))) * up;
+            float turn =
+                round % 2 ? gate : (gate * fmaf(gate * gate, 0.044715f, 1.0f)) * CM_GELU_SCALE;
+            plain[i] = (gate / (1.0f + cm_expf(-turn))) * up;
         }
-        path->gate(x, columns / 2, ret);
+        path->gate(x, columns / 2, round % 2 ? CM_ACTIVATION_SILU : CM_ACTIVATION_GELU, ret);
         cr_assert_arr_eq(ret, plain, columns / 2 * sizeof(float), "%s gate", path->name);
+        for (uint32_t i = 0; i < columns; i++) {
+            wanted[i] = cm_capf(x[i], 3.0f);
+            cr_assert_float_eq(wanted[i], 3.0 * tanh((double)x[i] / 3.0), 2e-6);
+        }
+        memcpy(ret, x, sizeof(x));
+        path->cap(ret, columns, 3.0f);
+        cr_assert_arr_eq(ret, wanted, columns * sizeof(float), "%s cap", path->name);
         memcpy(wanted, x, sizeof(x));
         rope_plain(wanted, w, w + N / 2, size);
         path->rope(x, w, w + N / 2, size);
@@ -270,10 +279,15 @@ Test(kernels_paths, attention_equals_the_definition)
         {3, 64, 0, 1},    {3, 64, 37, 1},   {3, 64, 255, 1},   {3, 64, 256, 1}, {3, 64, 777, 1},
         {1, 8, 0, 40},    {2, 24, 5, 9},    {4, 128, 250, 12}, {3, 64, 0, 16},  {3, 64, 500, 16},
         {1, 64, 240, 48}, {8, 256, 600, 1}, {9, 32, 1000, 5},  {16, 80, 90, 3}};
+    const uint32_t windows[] = {0, 1, 7, 32, 45, 256, 300, 700};
+    const size_t count = sizeof(rows) / sizeof(rows[0]);
     srand(3);
-    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+    for (size_t i = 0; i < count * 8; i++) {
         struct scene s;
-        scene_make(&s, rows[i][0], rows[i][1], rows[i][2], rows[i][3]);
+        const uint32_t *row = rows[i % count];
+        scene_make(&s, row[0], row[1], row[2], row[3]);
+        s.a.window = windows[i / count];
+        s.a.cap = i % 3 == 2 ? 1.5f : 0.0f;
         size_t bytes = s.a.tokens * s.a.out_stride * 4;
         cm_plain_attend(&s.a);
         float *wanted = memcpy(lines_new(bytes), s.out, bytes);
@@ -284,11 +298,13 @@ Test(kernels_paths, attention_equals_the_definition)
             }
             memset(s.out, 0, bytes);
             path->attend(&s.a);
-            cr_assert_arr_eq(s.out, wanted, bytes, "%s, row %zu", path->name, i);
+            cr_assert_arr_eq(s.out, wanted, bytes, "%s, row %zu, window %u, cap %g", path->name,
+                             i % count, s.a.window, (double)s.a.cap);
             if (s.a.tokens == 1) {
                 memset(s.out, 0, bytes);
                 chunks_attend(path, &s.a);
-                cr_assert_arr_eq(s.out, wanted, bytes, "%s in chunks, row %zu", path->name, i);
+                cr_assert_arr_eq(s.out, wanted, bytes, "%s in chunks, row %zu, window %u",
+                                 path->name, i % count, s.a.window);
             }
         }
     }

@@ -19,7 +19,7 @@ import reference  # noqa: E402
 
 def main() -> None:
     model, out = sys.argv[1:]
-    ours = reference.Llama(model)
+    ours = reference.Decoder(model)
     peer = llama_cpp.Llama(model, n_ctx=1024, n_threads=2, n_batch=512, logits_all=True,
                            verbose=False)
     divergence, agree, positions, digest = 0.0, 0, 0, hashlib.sha256()
