@@ -142,7 +142,7 @@ static void events_print(const struct cm_measurement *log)
     printf(" \"events\": [");
     for (uint32_t i = 0; i < log->count; i++) {
         const struct cm_event *event = &log->events[i];
-        bool named = event->type == CM_EVENT_PROGRAM || event->type == CM_EVENT_DEVICE;
+        bool named = event->type <= CM_EVENT_FILTERS || event->type == CM_EVENT_DEVICE;
         printf("%s{\"type\": \"%s\", \"name\": ", i > 0 ? ", " : "", cm_event_name(event->type));
         text_print((const char *)event->data, named ? event->bytes : 0);
         printf("}");

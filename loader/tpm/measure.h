@@ -22,7 +22,7 @@
 /* In the order in which they may come. */
 enum cm_event_type {
     CM_EVENT_PROGRAM = 1,   /* name '\0' SHA-256, then the same of each needed library */
-    CM_EVENT_FILTERS,       /* of the issue that confines */
+    CM_EVENT_FILTERS,       /* "filters" '\0' SHA-256 of all system call filters */
     CM_EVENT_CONFIGURATION, /* canonical text of `sealed:` */
     CM_EVENT_RULES,         /* of the issue that guards */
     CM_EVENT_DEVICE,        /* its identity as text */

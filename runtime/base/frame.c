@@ -4,7 +4,6 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -24,7 +23,8 @@
 const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
     [CM_FRAME_CONFIG] = {"config", S, C, P0, true, sizeof(struct cm_config_devtpm),
                          CM_FRAME_PAYLOAD_BYTES, 0, "the role's configuration, first of all"},
-    [CM_FRAME_READY] = {"ready", C, S, P0, true, 0, 0, 0, "the role serves from now on"},
+    [CM_FRAME_READY] = {"ready", C, S, P0, true, EXACT(struct cm_ready), 0,
+                        "the role serves from now on, under the confinement that it has tried"},
     [CM_FRAME_FAILED] = {"failed", C, S, P0 | P1 | P2, true, EXACT(struct cm_error), 0,
                          "why the role is about to exit"},
     [CM_FRAME_PROGRESS] = {"progress", W, S, P0, false, EXACT(struct cm_progress), 0,
@@ -84,12 +84,6 @@ const struct cm_fd_row cm_fd_rows[CM_FD_COUNT] = {
                         "worker: package key; gateway: TLS key; wiped after use"},
     [CM_FD_TPM] = {"tpm", K | T, "raw TPM frames"},
 };
-
-void cm_role_begin(const char *name)
-{
-    (void)close_range(CM_FD_COUNT, ~0u, 0);
-    (void)prctl(PR_SET_NAME, name); /* the loader's descriptor number stands there otherwise */
-}
 
 struct header {
     uint16_t type;

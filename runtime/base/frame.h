@@ -43,10 +43,6 @@ struct cm_fd_row {
 };
 extern const struct cm_fd_row cm_fd_rows[CM_FD_COUNT];
 
-/* First thing in a role's main: close the descriptors of the image that it was loaded from, so that
- * only those of the table are left, and take its name in process lists. */
-void cm_role_begin(const char *name);
-
 #define CM_RING_FD_COUNT 6 /* CM_FD_REQUEST_DATA .. CM_FD_RESPONSE_EVENT, in this order */
 
 enum cm_role {
@@ -62,7 +58,7 @@ enum cm_phase { CM_PHASE_START = 1, CM_PHASE_SERVE = 2, CM_PHASE_DRAIN = 4, CM_P
 
 enum cm_frame_type {
     CM_FRAME_CONFIG = 1,   /* S -> child: the role's configuration; first frame of all */
-    CM_FRAME_READY,        /* child -> S: the role serves; phase becomes SERVE on both sides */
+    CM_FRAME_READY,        /* child -> S: the role serves, so confined; phase becomes SERVE */
     CM_FRAME_FAILED,       /* child -> S: struct cm_error; the child exits after it */
     CM_FRAME_PROGRESS,     /* worker -> S: load progress */
     CM_FRAME_STATE,        /* S -> gateway: what the probes answer */
@@ -146,6 +142,11 @@ void cm_frame_close_fds(struct cm_frame *frame);
 #define CM_NAME_BYTES       64 /* terminated: model name, node name */
 #define CM_PUBLIC_KEY_BYTES 65 /* uncompressed P-256 point */
 #define CM_DIGEST_BYTES     32
+
+struct cm_ready {
+    uint32_t probed; /* layers of sandbox/layers.h that the role itself has tried */
+    uint32_t reserved;
+};
 
 struct cm_config_gateway { /* CM_FRAME_CONFIG to the gateway */
     uint32_t header_bytes_max;

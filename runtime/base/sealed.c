@@ -17,8 +17,7 @@ int cm_memfd_sealed(const char *name, const void *bytes, size_t size)
         }
         used += put > 0 ? (size_t)put : 0;
     }
-    if (fd >= 0 &&
-        (used < size || lseek(fd, 0, SEEK_SET) != 0 || fcntl(fd, F_ADD_SEALS, CM_SEALS_ALL) != 0)) {
+    if (fd >= 0 && (used < size || fcntl(fd, F_ADD_SEALS, CM_SEALS_ALL) != 0)) {
         int error_number = errno;
         close(fd);
         errno = error_number;

@@ -7,7 +7,7 @@
 
 #define CM_SEALS_ALL (F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 
-/* A close-on-exec memfd of these bytes, sealed, at offset 0; -1 and errno on error. */
+/* A close-on-exec memfd of these bytes, sealed; its offset is at the end; -1 and errno on error. */
 int cm_memfd_sealed(const char *name, const void *bytes, size_t size);
 
 #endif

@@ -11,7 +11,9 @@
 #include "loader/tpm/enrolment.h"
 #include "loader/tpm/measure.h"
 #include "runtime/base/hex.h"
+#include "runtime/base/sealed.h"
 #include "runtime/cli/cli_internal.h"
+#include "sandbox/filter.h"
 #include "sandbox/image.h"
 
 /* In the order in which the supervisor sends them. */
@@ -34,6 +36,23 @@ static enum cm_status program_add(struct cm_image_store *store, struct cm_digest
                : status;
 }
 
+/* All filters of the roles, as the supervisor sends them. */
+static enum cm_status filters_add(struct cm_digest_cache *digests,
+                                  struct cm_measurement *measurement, struct cm_error *err)
+{
+    static uint8_t bytes[CM_FILTERS_BYTES_MAX];
+    struct cm_event event = {.bytes = 0};
+    int fd = cm_memfd_sealed("filters", bytes, cm_filters_encode(bytes, sizeof(bytes)));
+    if (fd < 0) {
+        return cm_error_errno(err, errno, "CM-CLI-MEASURE", "cannot measure the filters");
+    }
+    enum cm_status status = cm_event_file_add(&event, "filters", fd, digests, err);
+    close(fd);
+    return status == CM_OK
+               ? cm_measurement_add(measurement, CM_EVENT_FILTERS, event.data, event.bytes, err)
+               : status;
+}
+
 enum cm_status cli_measure(const struct cm_configuration *configuration,
                            struct cm_measurement *ret_measurement, struct cm_error *err)
 {
@@ -49,6 +68,9 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
     enum cm_status status = cli_programs_open(&folder, err);
     for (size_t i = 0; status == CM_OK && i < count; i++) {
         status = program_add(&store, &digests, folder, programs[i], ret_measurement, err);
+    }
+    if (status == CM_OK) {
+        status = filters_add(&digests, ret_measurement, err);
     }
     if (status == CM_OK) {
         status = cm_config_point_read(configuration->package_owner, owner, err);
@@ -102,7 +124,7 @@ static enum cm_status measurement_json(const struct cm_measurement *measurement,
         }
         cm_hex_write(digest, sizeof(digest), hex);
         json_t *row = json_pack("{s:s, s:s}", "type", cm_event_name(event->type), "digest", hex);
-        if (event->type == CM_EVENT_PROGRAM) {
+        if (event->type == CM_EVENT_PROGRAM || event->type == CM_EVENT_FILTERS) {
             json_object_set_new(row, "files", files_json(event));
         } else {
             json_object_set_new(row, "text", json_stringn((const char *)event->data, event->bytes));
@@ -120,9 +142,8 @@ static void measurement_print(const struct cm_measurement *measurement)
 {
     for (uint32_t i = 0; i < measurement->count; i++) {
         const struct cm_event *event = &measurement->events[i];
-        const char *subject = event->type == CM_EVENT_PROGRAM || event->type == CM_EVENT_DEVICE
-                                  ? (const char *)event->data
-                                  : "sealed:";
+        const char *subject =
+            event->type != CM_EVENT_CONFIGURATION ? (const char *)event->data : "sealed:";
         printf("%2u  %-14s %.*s\n", i + 1, cm_event_name(event->type),
                (int)strnlen(subject, event->bytes), subject);
     }

@@ -18,6 +18,7 @@
 #include "loader/tpm/enrolment.h"
 #include "runtime/base/hex.h"
 #include "runtime/cli/cli_internal.h"
+#include "sandbox/confine.h"
 
 #define READY_MS  15000
 #define RECORD_MS 120000 /* a real TPM may take tens of seconds for its keys */
@@ -55,7 +56,8 @@ __attribute__((noreturn)) static void helper_run(const char *path, char *const *
             _exit(127);
         }
     }
-    if (output < 0 || syscall(SYS_close_range, CM_FD_COUNT, ~0u, 0) != 0) {
+    if (output < 0 || syscall(SYS_close_range, CM_FD_COUNT, ~0u, 0) != 0 ||
+        !cm_confinement_none_place()) {
         _exit(127);
     }
     execve(path, arguments, environment);

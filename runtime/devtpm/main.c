@@ -5,7 +5,6 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,6 +18,7 @@
 #include "runtime/base/kill_point.h"
 #include "runtime/base/log.h"
 #include "runtime/devtpm/state.h"
+#include "sandbox/confine.h"
 
 #define TPM_FRAME_BYTES 4096u
 #define TPM_HEADER      10u
@@ -224,16 +224,22 @@ int main(void)
 {
     static struct cm_frame frame;
     struct cm_channel channel;
+    struct cm_confinement confinement;
     struct cm_error err = {.status = CM_OK};
-    cm_role_begin("casemate-devtpm");
-    prctl(PR_SET_DUMPABLE, 0);
     cm_channel_init(&channel, CM_FD_CONTROL, CM_ROLE_DEVTPM, CM_ROLE_SUPERVISOR);
-    enum cm_status status = cm_channel_wait(&channel, &frame, CONFIG_WAIT_MS, &err);
+    enum cm_status status = cm_confine_begin("casemate-devtpm", &confinement, &err);
+    if (status == CM_OK) {
+        status = cm_channel_wait(&channel, &frame, CONFIG_WAIT_MS, &err);
+    }
     if (status == CM_OK) {
         status = tpm_start(&err);
     }
     if (status == CM_OK) {
-        status = cm_channel_send(&channel, CM_FRAME_READY, NULL, 0, NULL, 0, &err);
+        status = cm_confine_serve(&confinement, &err);
+    }
+    if (status == CM_OK) {
+        const struct cm_ready ready = {.probed = confinement.probed};
+        status = cm_channel_send(&channel, CM_FRAME_READY, &ready, sizeof(ready), NULL, 0, &err);
     }
     if (status == CM_OK) {
         serve(&channel, &frame);

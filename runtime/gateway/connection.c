@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <event2/bufferevent_ssl.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <openssl/err.h>
 #include <stdlib.h>
 #include <string.h>
@@ -159,7 +158,6 @@ static void on_output(struct evbuffer *output, const struct evbuffer_cb_info *in
 static void tls_begin(struct connection *connection)
 {
     struct gateway *gateway = connection->gateway;
-    const int on = 1;
     SSL *ssl = SSL_new(gateway->tls);
     if (ssl == NULL) {
         connection_close(connection, CM_END_CLIENT);
@@ -167,7 +165,6 @@ static void tls_begin(struct connection *connection)
     }
     event_free(connection->raw);
     connection->raw = NULL;
-    setsockopt(connection->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
     connection->tls = bufferevent_openssl_socket_new(
         gateway->base, connection->fd, ssl, BUFFEREVENT_SSL_ACCEPTING, BEV_OPT_CLOSE_ON_FREE);
     if (connection->tls == NULL) {

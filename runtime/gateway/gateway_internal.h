@@ -25,6 +25,7 @@
 #include "runtime/gateway/quarantine.h"
 #include "runtime/gateway/request.h"
 #include "runtime/gateway/routes.h"
+#include "sandbox/confine.h"
 
 #define REQUEST_ID_BYTES 65
 #define REPLY_ID_BYTES   40
@@ -144,6 +145,7 @@ struct attestation { /* the one quote in flight */
 };
 
 struct gateway {
+    struct cm_confinement confinement;
     struct event_base *base;
     struct cm_log log;
     struct cm_channel channel;

@@ -4,7 +4,6 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/prctl.h>
 
 #include "runtime/gateway/gateway_internal.h"
 
@@ -24,12 +23,12 @@ static int serve(void)
     TAILQ_INIT(&gateway.connections);
     TAILQ_INIT(&gateway.graves);
     TAILQ_INIT(&gateway.flights);
-    prctl(PR_SET_DUMPABLE, 0); /* it holds the TLS key */
     signal(SIGPIPE, SIG_IGN);
     /* A log that nobody reads costs lines, never the service. */
     (void)fcntl(CM_FD_LOG, F_SETFL, O_WRONLY | O_NONBLOCK);
     cm_channel_init(&gateway.channel, CM_FD_CONTROL, CM_ROLE_GATEWAY, CM_ROLE_SUPERVISOR);
-    if (gateway_start(&gateway, &err) != CM_OK) {
+    if (cm_confine_begin("casemate-gateway", &gateway.confinement, &err) != CM_OK ||
+        gateway_start(&gateway, &err) != CM_OK) {
         control_fail(&gateway, &err);
     } else {
         event_base_dispatch(gateway.base);
@@ -41,7 +40,6 @@ static int serve(void)
 int main(int argc, char **argv)
 {
     if (argc == 1) {
-        cm_role_begin("casemate-gateway");
         /* Without the supervisor's socket there is nothing to talk to. */
         return fcntl(CM_FD_CONTROL, F_GETFD) >= 0 ? serve() : usage();
     }

@@ -148,7 +148,12 @@ enum cm_status gateway_start(struct gateway *gateway, struct cm_error *err)
         status = link_open(gateway, rings, err);
     }
     if (status == CM_OK) {
-        status = cm_channel_send(&gateway->channel, CM_FRAME_READY, NULL, 0, NULL, 0, err);
+        status = cm_confine_serve(&gateway->confinement, err);
+    }
+    if (status == CM_OK) {
+        const struct cm_ready ready = {.probed = gateway->confinement.probed};
+        status =
+            cm_channel_send(&gateway->channel, CM_FRAME_READY, &ready, sizeof(ready), NULL, 0, err);
     }
     return status;
 }

@@ -7,6 +7,7 @@
 #include "loader/tpm/tpm.h"
 #include "runtime/base/frame.h"
 #include "runtime/base/log.h"
+#include "sandbox/confine.h"
 
 #define CM_TLS_KEY_BYTES_MAX 1024u
 
@@ -24,8 +25,17 @@ CM_MUST_USE enum cm_status cm_tls_identity_make(const char (*names)[CM_NAME_BYTE
                                                 struct cm_tls_identity *ret_identity,
                                                 struct cm_error *err);
 
+/* A key page, made before the filter closes and filled for each generation of its receiver: whoever
+ * had it before is dead when the supervisor asks again. */
+struct cm_page {
+    int fd;
+    uint8_t *bytes; /* mapped for the keeper's life; zero but between hand-out and the wipe */
+    bool secret_memory;
+};
+
 struct cm_keeper {
     struct cm_channel channel;
+    struct cm_confinement confinement;
     struct cm_log log;
     struct cm_config_keeper config;
     struct cm_tpm *tpm; /* open for the keeper's life */
@@ -41,7 +51,7 @@ struct cm_keeper {
     uint32_t quoted_reset_count, quoted_restart_count;
     struct cm_secret *package_key;
     struct cm_tls_identity tls;
-    uint8_t *handed; /* the page handed out last, until LOADED or the next */
+    struct cm_page key_page, tls_page;
     uint32_t handed_generation;
     uint64_t hand_outs_us[8]; /* times of the last hand-outs: the rate limit */
     uint32_t hand_out_next;
@@ -64,8 +74,11 @@ CM_MUST_USE enum cm_status cm_keeper_evidence(struct cm_keeper *keeper,
 
 /* Read head and policy list from CM_FD_INPUT, unseal, authenticate the head. */
 CM_MUST_USE enum cm_status cm_keeper_unseal(struct cm_keeper *keeper, struct cm_error *err);
+/* What serving needs and the serving filter does not let it make: two pages, heap enough. */
+CM_MUST_USE enum cm_status cm_keeper_prepare(struct cm_keeper *keeper, struct cm_error *err);
 /* Until STOP, or the supervisor is gone. */
 CM_MUST_USE enum cm_status cm_keeper_serve(struct cm_keeper *keeper, struct cm_error *err);
-void cm_keeper_done(struct cm_keeper *keeper);
+/* Wipe keys and pages; the process ends after it. */
+void cm_keeper_wipe(struct cm_keeper *keeper);
 
 #endif

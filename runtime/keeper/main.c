@@ -117,10 +117,12 @@ static void times_log(struct cm_keeper *keeper)
 static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
 {
     static struct cm_frame frame;
-    cm_role_begin("casemate-keeper");
     keeper->log = (struct cm_log){CM_FD_LOG, "keeper", CM_LOG_INFO};
     cm_channel_init(&keeper->channel, CM_FD_CONTROL, CM_ROLE_KEEPER, CM_ROLE_SUPERVISOR);
-    enum cm_status status = cm_channel_wait(&keeper->channel, &frame, CONFIG_WAIT_MS, err);
+    enum cm_status status = cm_confine_begin("casemate-keeper", &keeper->confinement, err);
+    if (status == CM_OK) {
+        status = cm_channel_wait(&keeper->channel, &frame, CONFIG_WAIT_MS, err);
+    }
     if (status == CM_OK &&
         (frame.type != CM_FRAME_CONFIG || frame.bytes != sizeof(keeper->config))) {
         status =
@@ -140,13 +142,21 @@ static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
         status = cm_keeper_unseal(keeper, err);
     }
     if (status == CM_OK) {
-        status = cm_channel_send(&keeper->channel, CM_FRAME_READY, NULL, 0, NULL, 0, err);
+        status = cm_keeper_prepare(keeper, err);
+    }
+    if (status == CM_OK) {
+        status = cm_confine_serve(&keeper->confinement, err);
+    }
+    if (status == CM_OK) {
+        const struct cm_ready ready = {.probed = keeper->confinement.probed};
+        status =
+            cm_channel_send(&keeper->channel, CM_FRAME_READY, &ready, sizeof(ready), NULL, 0, err);
     }
     if (status == CM_OK) {
         times_log(keeper);
         status = cm_keeper_serve(keeper, err);
     }
-    cm_keeper_done(keeper);
+    cm_keeper_wipe(keeper);
     if (status != CM_OK) {
         cm_log_error(&keeper->log, "failed", err);
         (void)!cm_channel_send(&keeper->channel, CM_FRAME_FAILED, err, sizeof(*err), NULL, 0, NULL);
@@ -170,7 +180,7 @@ int main(int count, char **words)
     } else if (status == CM_OK && count == 3 && strcmp(words[1], "--answer") == 0) {
         status = challenge_answer(words[2], &err);
     } else if (status == CM_OK && serves) {
-        status = serve(&keeper, &err);
+        _exit(cm_status_exit_code(serve(&keeper, &err))); /* to free takes calls that are gone */
     } else if (status == CM_OK) {
         fprintf(stderr, "casemate-keeper is started by casemate-supervisor, or as\n"
                         "casemate-keeper --provision --node-name NAME [--development] 13<>TPM\n"

@@ -11,16 +11,16 @@
 
 #define MEASURE_WAIT_MS 10000
 
-/* Programs and libraries are measured by digest, texts by content. */
+/* Programs, libraries and filters are measured by digest, texts by content. */
 static enum cm_status file_take(struct cm_keeper *keeper, const struct cm_measure *measure, int fd,
                                 struct cm_error *err)
 {
     uint8_t text[CM_EVENT_BYTES_MAX];
-    if (measure->type == CM_EVENT_PROGRAM) {
+    if (measure->type == CM_EVENT_PROGRAM || measure->type == CM_EVENT_FILTERS) {
         enum cm_status status =
             cm_event_file_add(&keeper->event, measure->name, fd, &keeper->digests, err);
         if (status == CM_OK && measure->complete == 1) {
-            status = cm_measurement_add(&keeper->measurement, CM_EVENT_PROGRAM, keeper->event.data,
+            status = cm_measurement_add(&keeper->measurement, measure->type, keeper->event.data,
                                         keeper->event.bytes, err);
             keeper->event.bytes = 0;
         }

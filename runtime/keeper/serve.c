@@ -2,28 +2,22 @@
 #include "runtime/keeper/keeper.h"
 
 #include <errno.h>
+#include <malloc.h>
 #include <poll.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 #define RATE_WINDOW_US 60000000ull /* at most 8 hand-outs a minute: a crash loop gains nothing */
 #define RATE_COUNT     8u
+#define HEAP_BYTES     (4 << 20) /* TPM commands and quotes take some ten KiB */
 
 static uint64_t now_us(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
-}
-
-static void handed_wipe(struct cm_keeper *keeper)
-{
-    if (keeper->handed != NULL) {
-        cm_wipe(keeper->handed, CM_KEY_PAGE_BYTES);
-        cm_key_page_unmap(keeper->handed);
-        keeper->handed = NULL;
-    }
 }
 
 static enum cm_status rate_check(struct cm_keeper *keeper, struct cm_error *err)
@@ -40,47 +34,49 @@ static enum cm_status rate_check(struct cm_keeper *keeper, struct cm_error *err)
     return CM_OK;
 }
 
-/* A fresh page with the given bytes; the keeper keeps a mapping only where it must check the wipe.
- */
-static enum cm_status page_make(const void *bytes, size_t size, int *ret_fd, uint8_t **ret_page,
-                                bool *ret_secret_memory, struct cm_error *err)
+static enum cm_status page_make(struct cm_page *page, struct cm_error *err)
 {
-    enum cm_status status = cm_key_page_new(ret_fd, ret_secret_memory, err);
-    if (status != CM_OK) {
-        return status;
+    enum cm_status status = cm_key_page_new(&page->fd, &page->secret_memory, err);
+    return status == CM_OK ? cm_key_page_map(page->fd, &page->bytes, err) : status;
+}
+
+enum cm_status cm_keeper_prepare(struct cm_keeper *keeper, struct cm_error *err)
+{
+    enum cm_status status = page_make(&keeper->key_page, err);
+    if (status == CM_OK) {
+        status = page_make(&keeper->tls_page, err);
     }
-    status = cm_key_page_map(*ret_fd, ret_page, err);
-    if (status != CM_OK) {
-        close(*ret_fd);
-        return status;
+    /* From here on malloc only takes from what is there and never gives back. */
+    if (mallopt(M_TRIM_THRESHOLD, INT32_MAX) != 1 || mallopt(M_MMAP_THRESHOLD, HEAP_BYTES) != 1) {
+        return cm_error_set(err, CM_E_SYSTEM, "CM-KEEPER-HEAP", "cannot fix the heap's size");
     }
-    memcpy(*ret_page, bytes, size);
-    return CM_OK;
+    void *heap = malloc(HEAP_BYTES / 2);
+    if (heap == NULL) {
+        return cm_error_errno(err, errno, "CM-KEEPER-HEAP", "no memory for the heap");
+    }
+    free(heap);
+    return status;
 }
 
 static enum cm_status key_hand_out(struct cm_keeper *keeper, uint32_t generation,
                                    struct cm_error *err)
 {
-    int fd;
-    bool secret_memory;
+    struct cm_page *page = &keeper->key_page;
+    struct cm_key_page_info info = {generation, page->secret_memory};
     enum cm_status status = rate_check(keeper, err);
     if (status == CM_OK) {
         status = cm_keeper_boot_check(keeper, err);
     }
-    handed_wipe(keeper); /* a worker that died before LOADED left its page full */
-    if (status == CM_OK) {
-        status = page_make(cm_secret_view(keeper->package_key), CM_KEY_BYTES, &fd, &keeper->handed,
-                           &secret_memory, err);
-    }
+    cm_wipe(page->bytes, CM_KEY_PAGE_BYTES); /* a worker that died before LOADED left it full */
     if (status != CM_OK) {
         return status;
     }
-    struct cm_key_page_info info = {generation, secret_memory};
-    status = cm_channel_send(&keeper->channel, CM_FRAME_KEY_PAGE, &info, sizeof(info), &fd, 1, err);
-    close(fd);
+    memcpy(page->bytes, cm_secret_view(keeper->package_key), CM_KEY_BYTES);
+    status = cm_channel_send(&keeper->channel, CM_FRAME_KEY_PAGE, &info, sizeof(info), &page->fd, 1,
+                             err);
     keeper->handed_generation = generation;
     CM_LOG(&keeper->log, CM_LOG_INFO, "key_page", CM_LOG_I("generation", generation),
-           CM_LOG_S("memory", secret_memory ? "memfd_secret" : "memfd"));
+           CM_LOG_S("memory", page->secret_memory ? "memfd_secret" : "memfd"));
     return status;
 }
 
@@ -88,38 +84,32 @@ static enum cm_status tls_hand_out(struct cm_keeper *keeper, uint32_t generation
                                    struct cm_error *err)
 {
     static struct cm_tls_page frame;
-    uint8_t *page = NULL;
-    int fd;
-    bool secret_memory;
+    struct cm_page *page = &keeper->tls_page;
     /* The first follows the unseal, which has just looked. */
     enum cm_status status = keeper->tls_handed ? cm_keeper_boot_check(keeper, err) : CM_OK;
-    if (status == CM_OK) {
-        status = page_make(cm_secret_view(keeper->tls.key), cm_secret_size(keeper->tls.key), &fd,
-                           &page, &secret_memory, err);
-    }
+    cm_wipe(page->bytes, CM_KEY_PAGE_BYTES);
     if (status != CM_OK) {
         return status;
     }
     keeper->tls_handed = true;
-    cm_key_page_unmap(page); /* the gateway wipes it; the key stays here in its own secret */
+    /* The gateway wipes it; the key stays here in its own secret. */
+    memcpy(page->bytes, cm_secret_view(keeper->tls.key), cm_secret_size(keeper->tls.key));
     frame.generation = generation;
     frame.certificate_bytes = keeper->tls.certificate_bytes;
     memcpy(frame.certificate, keeper->tls.certificate, keeper->tls.certificate_bytes);
-    status =
-        cm_channel_send(&keeper->channel, CM_FRAME_TLS_PAGE, &frame, sizeof(frame), &fd, 1, err);
-    close(fd);
-    return status;
+    return cm_channel_send(&keeper->channel, CM_FRAME_TLS_PAGE, &frame, sizeof(frame), &page->fd, 1,
+                           err);
 }
 
 /* The worker says that it has wiped the page: look. */
 static void loaded_check(struct cm_keeper *keeper)
 {
     static const uint8_t zeros[CM_KEY_PAGE_BYTES];
-    if (keeper->handed != NULL && !cm_ct_equal(keeper->handed, zeros, sizeof(zeros))) {
+    if (!cm_ct_equal(keeper->key_page.bytes, zeros, sizeof(zeros))) {
         CM_LOG(&keeper->log, CM_LOG_ERROR, "key_page_not_wiped",
                CM_LOG_I("generation", keeper->handed_generation));
     }
-    handed_wipe(keeper);
+    cm_wipe(keeper->key_page.bytes, CM_KEY_PAGE_BYTES);
 }
 
 /* A quote that fails is an answer; a reset is the end. */
@@ -196,10 +186,16 @@ enum cm_status cm_keeper_serve(struct cm_keeper *keeper, struct cm_error *err)
     return CM_OK;
 }
 
-void cm_keeper_done(struct cm_keeper *keeper)
+void cm_keeper_wipe(struct cm_keeper *keeper)
 {
-    handed_wipe(keeper);
-    cm_tpm_close(keeper->tpm);
-    cm_secret_free(keeper->package_key);
-    cm_secret_free(keeper->tls.key);
+    uint8_t *const pages[] = {keeper->key_page.bytes, keeper->tls_page.bytes};
+    struct cm_secret *const secrets[] = {keeper->package_key, keeper->tls.key};
+    for (size_t i = 0; i < 2; i++) {
+        if (pages[i] != NULL) {
+            cm_wipe(pages[i], CM_KEY_PAGE_BYTES);
+        }
+        if (secrets[i] != NULL) {
+            cm_wipe(cm_secret_bytes(secrets[i]), cm_secret_size(secrets[i]));
+        }
+    }
 }

@@ -60,8 +60,7 @@ enum cm_status child_start(struct service *service, struct child *child, int inp
     if (rings != NULL) {
         memcpy(fds + CM_FD_REQUEST_DATA, rings, CM_RING_FD_COUNT * sizeof(int));
     }
-    status =
-        spawn(&service->store, &child->image, child->program, fds, &child->pid, &child->pidfd, err);
+    status = spawn(service, child, fds, &child->pid, &child->pidfd, err);
     if (status != CM_OK) {
         goto out;
     }
@@ -158,7 +157,9 @@ void child_reap(struct service *service, struct child *child)
     if (child->log_used > 0) {
         log_take(child, "\n", 1);
     }
-    end_take(service, child, &how, false);
+    uint64_t kills = cm_cgroup_oom_kills(&service->groups.groups[child - service->children]);
+    end_take(service, child, &how, kills > child->memory_kills);
+    child->memory_kills = kills;
     close(child->channel.fd);
     close(child->pidfd);
     close(child->log_fd);

@@ -107,7 +107,14 @@ void ready_check(struct service *service)
 
 static void on_ready(struct service *service, struct child *child)
 {
+    struct cm_ready ready;
+    struct cm_error err;
     uint64_t now = clock_ms();
+    memcpy(&ready, service->frame.payload, sizeof(ready));
+    if (!confinement_holds(service, child, ready.probed, &err)) {
+        child_kill(service, child, CM_ROLE_END_START, &err);
+        return;
+    }
     child->state = CHILD_SERVING;
     child->ready_ms = now;
     CM_LOG(&service->log, CM_LOG_INFO, "role_ready", CM_LOG_S("name", child->name),
@@ -260,6 +267,10 @@ static void on_loaded(struct service *service)
     memcpy(&service->loaded, service->frame.payload, sizeof(service->loaded));
     /* The keeper counts key pages by generation; the worker is never told its own. */
     service->loaded.generation = service->key_generation;
+    /* The worker sees no /proc: whether there is a disk to swap to is ours to know. */
+    if (service->loaded.arena_locked == 0 && service->sandbox.swapless) {
+        service->loaded.arena_locked = 1;
+    }
     frame_send(service, &service->children[CHILD_KEEPER], CM_FRAME_LOADED, &service->loaded,
                sizeof(service->loaded), NULL, 0);
     CM_LOG(&service->log, CM_LOG_INFO, "loaded", CM_LOG_I("bytes", service->loaded.bytes),

@@ -17,6 +17,7 @@ static enum cm_status text_seal(const char *name, const char *text, size_t bytes
 
 enum cm_status measure_open(struct service *service, struct cm_error *err)
 {
+    static uint8_t bytes_of_filters[CM_FILTERS_BYTES_MAX];
     char text[CM_CONFIG_SEALED_BYTES];
     size_t bytes = 0;
     const char *device = service->configuration->device;
@@ -27,6 +28,11 @@ enum cm_status measure_open(struct service *service, struct cm_error *err)
         strcmp(cm_config_attest_mode(service->configuration), "strict") == 0;
     if (status == CM_OK) {
         status = text_seal("configuration", text, bytes, &service->sealed_fd, err);
+    }
+    if (status == CM_OK) {
+        size_t filters = cm_filters_encode(bytes_of_filters, sizeof(bytes_of_filters));
+        status = text_seal("filters", (const char *)bytes_of_filters, filters, &service->filters_fd,
+                           err);
     }
     if (status == CM_OK) {
         status = text_seal("device", device, strlen(device), &service->device_id_fd, err);
@@ -56,6 +62,7 @@ void measure_send(struct service *service, struct child *keeper)
     for (size_t i = 0; i < CHILD_COUNT; i++) {
         image_send(service, keeper, &service->children[i].image);
     }
+    file_send(service, keeper, CM_EVENT_FILTERS, "filters", true, service->filters_fd);
     file_send(service, keeper, CM_EVENT_CONFIGURATION, "", true, service->sealed_fd);
     file_send(service, keeper, CM_EVENT_DEVICE, "", true, service->device_id_fd);
     frame_send(service, keeper, CM_FRAME_UNSEAL, NULL, 0, NULL, 0);

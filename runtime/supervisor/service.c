@@ -464,8 +464,8 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     service->programs_fd = programs_fd;
     service->listener_fd = service->package_fd = service->tpm_fd = service->head_fd = -1;
     service->devtpm_end_fd = service->devtpm_state_fd = service->signal_fd = -1;
-    service->run_fd = service->lock_fd = service->keys_fd = -1;
-    service->sealed_fd = service->device_id_fd = -1;
+    service->run_fd = service->lock_fd = service->keys_fd = service->launcher_fd = -1;
+    service->sealed_fd = service->device_id_fd = service->filters_fd = -1;
     snprintf(service->state_path, sizeof(service->state_path), "%s", configuration->state);
     rings_init(&service->rings);
     child_init(&service->children[CHILD_GATEWAY], CM_ROLE_GATEWAY, "gateway", "casemate-gateway");
@@ -479,6 +479,12 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     }
     if (status == CM_OK) {
         status = images_load(service, err);
+    }
+    if (status == CM_OK) {
+        status = confinement_open(service, err);
+    }
+    if (status == CM_OK) {
+        status = launcher_open(service, err);
     }
     if (status == CM_OK) {
         status = measure_open(service, err);
@@ -519,13 +525,16 @@ void service_close(struct service *service)
     const int fds[] = {service->listener_fd,   service->package_fd,      service->tpm_fd,
                        service->devtpm_end_fd, service->devtpm_state_fd, service->head_fd,
                        service->signal_fd,     service->run_fd,          service->lock_fd,
-                       service->keys_fd,       service->sealed_fd,       service->device_id_fd};
+                       service->keys_fd,       service->sealed_fd,       service->device_id_fd,
+                       service->filters_fd};
     for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
         if (fds[i] >= 0) {
             close(fds[i]);
         }
     }
     notify_close(&service->notify);
+    launcher_close(service);
+    cm_cgroups_close(&service->groups);
     rings_close(&service->rings);
     cm_image_store_close(&service->store);
 }

@@ -1,111 +1,243 @@
-/* One child: from fork to the exec of its program, with exact descriptors and an empty environment.
+/* The launcher: a process beside the supervisor that starts the roles for it.
  *
- * The order is that of the design; steps that belong to the sandbox stand here as comments at their
- * place, so that they come in without moving anything. The supervisor has one thread, so the child
- * may use more than async-signal-safe functions; it still only makes system calls. */
+ * Starting a role takes rights and system calls that a supervisor should not keep, and a filter is
+ * inherited by every child. So, once everything is open, the supervisor forks the launcher, which
+ * keeps the sealed images and the groups and nothing else, and then confines itself. A request
+ * names a role and brings its descriptors; the role becomes the supervisor's own child
+ * (CLONE_PARENT). */
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
-#include <sys/stat.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include "runtime/base/sealed.h"
 #include "runtime/supervisor/supervisor_internal.h"
+#include "sandbox/steps.h"
 
-#define HIGH_FD  128 /* above the table and any image */
-#define FDS_MOST (CM_IMAGE_FD_FIRST + (int)CM_IMAGE_FILES_MAX)
+#define FDS_MOST        4096 /* closed one by one in the launcher */
+#define GROUPS_WAIT_MS  2000 /* for the last role's end, before its group is removed */
+#define REQUEST_WAIT_MS 10000
 
-static void signals_default(void)
+struct request {
+    uint32_t child; /* enum child_index */
+    uint32_t fds;   /* bits by number: these follow, in order */
+    struct cm_confinement confinement;
+};
+
+struct answer {
+    int32_t pid; /* 0: error is set */
+    struct cm_error error;
+};
+
+/* ------------------------------------------------------------------ one packet with descriptors */
+
+static bool packet_send(int fd, const void *bytes, size_t size, const int *fds, size_t count)
 {
-    sigset_t none;
-    for (int number = 1; number < NSIG; number++) {
-        signal(number, SIG_DFL);
+    union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int) * CM_FD_COUNT)];
+    } control = {.bytes = {0}};
+    struct iovec part = {(void *)bytes, size};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    if (count > 0) {
+        message.msg_control = control.bytes;
+        message.msg_controllen = CMSG_SPACE(sizeof(int) * count);
+        struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+        rights->cmsg_level = SOL_SOCKET;
+        rights->cmsg_type = SCM_RIGHTS;
+        rights->cmsg_len = CMSG_LEN(sizeof(int) * count);
+        memcpy(CMSG_DATA(rights), fds, sizeof(int) * count);
     }
-    sigemptyset(&none);
-    sigprocmask(SIG_SETMASK, &none, NULL);
+    return sendmsg(fd, &message, MSG_NOSIGNAL) == (ssize_t)size;
 }
 
-/* Move every descriptor out of the way first, then to its number: no order of dup2 can clobber. The
- * image's are not close-on-exec: its loader opens them; the role closes them first of all. */
-static bool descriptors_place(const int fds[static FDS_MOST])
+/* Number of descriptors, or -1: closed, or not of this size. */
+static int packet_receive(int fd, void *bytes, size_t size, int ret_fds[static CM_FD_COUNT])
 {
-    int high[FDS_MOST];
-    for (int i = CM_FD_CONTROL; i < FDS_MOST; i++) {
-        high[i] = fds[i] >= 0 ? fcntl(fds[i], F_DUPFD_CLOEXEC, HIGH_FD) : -1;
-        if (fds[i] >= 0 && high[i] < 0) {
-            return false;
+    union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int) * CM_FD_COUNT)];
+    } control;
+    struct iovec part = {bytes, size};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = control.bytes,
+                             .msg_controllen = sizeof(control.bytes)};
+    ssize_t got;
+    do {
+        got = recvmsg(fd, &message, MSG_CMSG_CLOEXEC);
+    } while (got < 0 && errno == EINTR);
+    struct cmsghdr *rights = got > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    int count = rights != NULL ? (int)((rights->cmsg_len - CMSG_LEN(0)) / sizeof(int)) : 0;
+    if (count > 0) {
+        memcpy(ret_fds, CMSG_DATA(rights), sizeof(int) * (size_t)count);
+    }
+    return got == (ssize_t)size && (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) == 0 ? count : -1;
+}
+
+/* ------------------------------------------------------------------ in the launcher */
+
+/* Only what a role is made of, the groups and our socket stay open. */
+static void launcher_keep(const struct service *service, int own)
+{
+    for (int fd = 3; fd < FDS_MOST; fd++) {
+        bool keep = fd == own;
+        for (uint32_t i = 0; i < service->store.count && !keep; i++) {
+            keep = service->store.files[i].fd == fd;
+        }
+        for (uint32_t i = 0; i < service->groups.count && !keep; i++) {
+            const struct cm_cgroup *group = &service->groups.groups[i];
+            keep = fd == group->born_fd || fd == group->join_fds[0] || fd == group->join_fds[1] ||
+                   fd == group->join_fds[2];
+        }
+        if (!keep) {
+            close(fd);
         }
     }
-    int null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
-    if (null_fd < 0 || dup2(null_fd, 0) < 0 || dup2(null_fd, 1) < 0 ||
-        dup2(high[CM_FD_LOG], 2) < 0) {
-        return false;
-    }
-    for (int i = CM_FD_CONTROL; i < FDS_MOST; i++) {
-        close(i);
-        if (high[i] >= 0 && dup2(high[i], i) < 0) {
-            return false;
-        }
-    }
-    return syscall(SYS_close_range, FDS_MOST, ~0u, 0) == 0;
+    (void)syscall(SYS_close_range, FDS_MOST, ~0u, 0);
 }
 
-__attribute__((noreturn)) static void child_run(const char *program, const struct cm_image *image,
-                                                const int fds[static FDS_MOST], pid_t parent)
+static void launch(const struct service *service, const struct request *request, const int *fds,
+                   struct answer *ret_answer, int *ret_pidfd)
 {
-    static const char lost[] = "{\"level\":\"error\",\"event\":\"exec_failed\"}\n";
-    const struct rlimit none = {0, 0};
-    char *const arguments[] = {(char *)program, NULL};
-    char *const environment[] = {NULL};
-    /* Here: own namespaces and the cgroup (clone3 instead of fork), and the wait for "go". */
-    setsid();
-    umask(077);
-    signals_default();
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (getppid() != parent) {
-        _exit(127); /* the supervisor died between fork and prctl */
-    }
-    if (!descriptors_place(fds)) {
-        _exit(127);
-    }
-    /* Here: root file system, exact descriptor check. */
-    setrlimit(RLIMIT_CORE, &none);
-    /* Here: the other limits, capabilities, no new namespaces, no_new_privs, Landlock; the role
-     * itself allocates its memory and sets the filter before it says READY. */
-    cm_image_exec(image, arguments, environment);
-    ssize_t written = write(CM_FD_LOG, lost, sizeof(lost) - 1);
-    (void)written;
-    _exit(127);
-}
-
-enum cm_status spawn(const struct cm_image_store *store, const struct cm_image *image,
-                     const char *program, const int fds[static CM_FD_COUNT], pid_t *ret_pid,
-                     int *ret_pidfd, struct cm_error *err)
-{
-    int all[FDS_MOST];
+    int all[CM_LAUNCH_FDS];
+    const struct child *child = &service->children[request->child];
+    const struct cm_cgroup *group = &service->groups.groups[request->child];
+    bool grouped = (request->confinement.layers & CM_LAYER_BIT(CM_LAYER_CGROUP)) != 0;
+    pid_t pid = 0;
     memset(all, 0xff, sizeof(all)); /* -1 each */
-    memcpy(all, fds, CM_FD_COUNT * sizeof(int));
-    (void)cm_image_fds(store, image, all + CM_IMAGE_FD_FIRST);
-    pid_t parent = getpid();
+    for (int number = 0, next = 0; number < CM_FD_COUNT; number++) {
+        all[number] = (request->fds >> number & 1) != 0 ? fds[next++] : -1;
+    }
+    (void)cm_image_fds(&service->store, &child->image, all + CM_IMAGE_FD_FIRST);
+    int spec = cm_memfd_sealed("confinement", &request->confinement, sizeof(request->confinement));
+    all[CM_CONFINEMENT_FD] = spec;
+    struct cm_launch what = {.program = child->program,
+                             .image = &child->image,
+                             .fds = all,
+                             .confinement = request->confinement,
+                             .cgroup_fd = grouped ? group->born_fd : -1,
+                             .join_fds = {-1, -1, -1}};
+    if (grouped) {
+        memcpy(what.join_fds, group->join_fds, sizeof(what.join_fds));
+    }
+    *ret_pidfd = -1;
+    if (spec < 0 || cm_launch(&what, &pid, ret_pidfd, &ret_answer->error) != CM_OK) {
+        if (spec < 0) {
+            (void)cm_error_errno(&ret_answer->error, errno, "CM-SUP-FORK", "no memory to start %s",
+                                 child->program);
+        }
+        pid = 0;
+    }
+    ret_answer->pid = (int32_t)pid;
+    if (spec >= 0) {
+        close(spec);
+    }
+}
+
+__attribute__((noreturn)) static void launcher_run(const struct service *service, int own)
+{
+    struct request request;
+    int fds[CM_FD_COUNT], count;
+    (void)prctl(PR_SET_NAME, "casemate-launch");
+    launcher_keep(service, own);
+    while ((count = packet_receive(own, &request, sizeof(request), fds)) >= 0) {
+        struct answer answer = {.pid = 0};
+        int pidfd = -1;
+        if (request.child < CHILD_COUNT && __builtin_popcount(request.fds) == count &&
+            request.fds < 1u << CM_FD_COUNT) {
+            launch(service, &request, fds, &answer, &pidfd);
+        } else {
+            (void)cm_error_set(&answer.error, CM_E_BUG, "CM-SUP-FORK", "a malformed request");
+        }
+        for (int i = 0; i < count; i++) {
+            close(fds[i]);
+        }
+        bool sent = packet_send(own, &answer, sizeof(answer), &pidfd, pidfd >= 0 ? 1 : 0);
+        if (pidfd >= 0) {
+            close(pidfd);
+        }
+        if (!sent) {
+            break;
+        }
+    }
+    /* The supervisor is gone or done, and its children with it: their groups empty themselves. */
+    for (int waited = 0; !cm_cgroups_remove(&service->groups) && waited < GROUPS_WAIT_MS;
+         waited += 10) {
+        usleep(10000);
+    }
+    _exit(0);
+}
+
+/* ------------------------------------------------------------------ in the supervisor */
+
+enum cm_status launcher_open(struct service *service, struct cm_error *err)
+{
+    int ends[2];
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends) != 0) {
+        return cm_error_errno(err, errno, "CM-SUP-FORK", "cannot make the launcher's channel");
+    }
     pid_t pid = fork();
     if (pid == 0) {
-        child_run(program, image, all, parent);
+        launcher_run(service, ends[1]);
     }
     int error_number = errno;
+    close(ends[1]);
     if (pid < 0) {
-        return cm_error_errno(err, error_number, "CM-SUP-FORK", "cannot fork for %s", program);
+        close(ends[0]);
+        return cm_error_errno(err, error_number, "CM-SUP-FORK", "cannot start the launcher");
     }
-    int pidfd = (int)syscall(SYS_pidfd_open, pid, 0); /* close-on-exec by definition */
-    if (pidfd < 0) {
-        error_number = errno;
-        kill(pid, SIGKILL);
-        return cm_error_errno(err, error_number, "CM-SUP-FORK", "cannot watch %s", program);
+    const struct timeval patience = {REQUEST_WAIT_MS / 1000, 0};
+    (void)setsockopt(ends[0], SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+    service->launcher_fd = ends[0];
+    service->launcher_pid = pid;
+    return CM_OK;
+}
+
+void launcher_close(struct service *service)
+{
+    if (service->launcher_fd >= 0) {
+        close(service->launcher_fd);
+        (void)waitid(P_PID, (id_t)service->launcher_pid, &(siginfo_t){0}, WEXITED);
+        service->launcher_fd = -1;
     }
-    *ret_pid = pid;
-    *ret_pidfd = pidfd;
+}
+
+enum cm_status spawn(struct service *service, const struct child *child,
+                     const int fds[static CM_FD_COUNT], pid_t *ret_pid, int *ret_pidfd,
+                     struct cm_error *err)
+{
+    struct request request = {.child = (uint32_t)(child - service->children)};
+    struct answer answer;
+    int sent[CM_FD_COUNT], received[CM_FD_COUNT];
+    size_t count = 0;
+    for (int number = CM_FD_CONTROL; number < CM_FD_COUNT; number++) {
+        if (fds[number] >= 0) {
+            request.fds |= 1u << number;
+            sent[count++] = fds[number];
+        }
+    }
+    confinement_make(service, child, request.fds, &request.confinement);
+    if (!packet_send(service->launcher_fd, &request, sizeof(request), sent, count)) {
+        return cm_error_errno(err, errno, "CM-SUP-FORK", "the launcher does not take %s",
+                              child->name);
+    }
+    int got = packet_receive(service->launcher_fd, &answer, sizeof(answer), received);
+    if (got < 0) {
+        return cm_error_errno(err, errno, "CM-SUP-FORK", "the launcher is gone: cannot start %s",
+                              child->name);
+    }
+    if (answer.pid == 0 || got != 1) {
+        cm_error_sanitise(&answer.error);
+        *err = answer.error;
+        return (enum cm_status)err->status;
+    }
+    *ret_pid = answer.pid;
+    *ret_pidfd = received[0];
     return CM_OK;
 }

@@ -1,6 +1,6 @@
 /* The supervisor's inside: one struct of everything, one file per matter.
  *
- * spawn.c    one child from fork to exec    rings.c    ring memory and its two views
+ * spawn.c    the launcher of roles          rings.c    ring memory and its two views
  * child.c    channel, log, death, back-off  files.c    package head, key table, certificate
  * frames.c   what children say              status.c   status.json
  * ends.c     how a role ended               notify.c   the service manager
@@ -16,7 +16,9 @@
 #include "policies/config/config.h"
 #include "runtime/base/frame.h"
 #include "runtime/base/log.h"
+#include "sandbox/cgroup.h"
 #include "sandbox/image.h"
+#include "sandbox/switches.h"
 
 #define LOG_LINE_BYTES   4096
 #define BACKOFF_LEAST_MS 100u
@@ -69,6 +71,7 @@ struct child {
     struct cm_error error; /* why it went, or is about to */
     enum cm_role_end kill; /* KILLED: what for */
     enum cm_role_end end;  /* of the last generation, once reaped */
+    uint64_t memory_kills; /* of its group, as counted at the last end */
     uint64_t policy_ms;    /* the last policy kill; 0: none */
     struct backoff backoff;
     uint64_t resident_bytes;
@@ -104,6 +107,15 @@ struct notify {
     char status[320];
 };
 
+/* What this machine offers of the confinement, and what of it is used. */
+struct sandbox {
+    struct cm_host host;
+    uint32_t wanted;   /* layers that roles get */
+    uint32_t missing;  /* layers that this machine lacks */
+    bool swapless;     /* what cannot be locked still never reaches a disk */
+    uint32_t accepted; /* layers that may be off although it has them: tests and bench alone */
+};
+
 enum service_phase { SERVICE_RUN, SERVICE_DRAIN, SERVICE_STOP };
 
 struct service {
@@ -111,14 +123,18 @@ struct service {
     struct cm_log log;
     int programs_fd; /* folder of the role programs */
     struct cm_image_store store;
-    struct cm_image image;       /* that we were started from, to be measured */
-    int sealed_fd, device_id_fd; /* what is measured beside programs */
+    struct cm_image image;                   /* that we were started from, to be measured */
+    int sealed_fd, device_id_fd, filters_fd; /* what is measured beside programs */
     int listener_fd, package_fd, tpm_fd, devtpm_end_fd, devtpm_state_fd, head_fd, signal_fd;
     int run_fd; /* <state>/run */
     int lock_fd;
     char state_path[CM_CONFIG_TEXT_BYTES];
     char address[CM_NAME_BYTES + 16]; /* as bound */
     struct cm_config_keeper keeper_config;
+    struct sandbox sandbox;
+    struct cm_cgroups groups; /* by enum child_index */
+    int launcher_fd;
+    pid_t launcher_pid;
     struct ring_set rings;
     struct child children[CHILD_COUNT];
     /* pages on their way from the keeper */
@@ -156,11 +172,22 @@ struct service {
 
 uint64_t clock_ms(void);
 
-/* spawn.c: fork and exec an image; fds[number] or -1 become the child's descriptors 3.., everything
- * else but the image is closed. Fails: SYSTEM. */
-CM_MUST_USE enum cm_status spawn(const struct cm_image_store *store, const struct cm_image *image,
-                                 const char *program, const int fds[static CM_FD_COUNT],
-                                 pid_t *ret_pid, int *ret_pidfd, struct cm_error *err);
+/* spawn.c. The launcher keeps images and groups as they are when it is opened. */
+CM_MUST_USE enum cm_status launcher_open(struct service *service, struct cm_error *err);
+void launcher_close(struct service *service);
+/* fds[number] or -1 become the role's descriptors 3..; all others are closed there. Fails: SYSTEM.
+ */
+CM_MUST_USE enum cm_status spawn(struct service *service, const struct child *child,
+                                 const int fds[static CM_FD_COUNT], pid_t *ret_pid, int *ret_pidfd,
+                                 struct cm_error *err);
+
+/* confinement.c: find out what the machine offers and make the groups. Fails: SANDBOX. */
+CM_MUST_USE enum cm_status confinement_open(struct service *service, struct cm_error *err);
+void confinement_make(const struct service *service, const struct child *child, uint32_t fds,
+                      struct cm_confinement *ret_confinement);
+/* A role is ready: does each layer hold that this machine has? `probed`: as the role tells. */
+CM_MUST_USE bool confinement_holds(struct service *service, const struct child *child,
+                                   uint32_t probed, struct cm_error *err);
 
 /* rings.c */
 void rings_init(struct ring_set *rings);

@@ -267,19 +267,15 @@ enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err)
     return status;
 }
 
-void cm_worker_done(struct cm_worker *worker)
+void cm_worker_wipe(struct cm_worker *worker)
 {
-    cm_ring_close(&worker->requests);
-    cm_ring_close(&worker->responses);
-    cm_scheduler_free(worker->scheduler);
-    cm_chat_free(worker->chat);
-    cm_tokenizer_free(worker->tokenizer);
-    cm_device_close(worker->device);
-    cm_worker_model_done(&worker->model);
-    cm_manifest_done(&worker->manifest);
-    cm_package_close(worker->package);
+    if (worker->device != NULL) {
+        cm_device_scrub(worker->device);
+    }
+    if (worker->scheduler != NULL) {
+        cm_scheduler_wipe(worker->scheduler);
+    }
     if (worker->payload != NULL) {
-        explicit_bzero(worker->payload, worker->payload_bytes);
-        free(worker->payload);
+        cm_wipe(worker->payload, worker->payload_bytes);
     }
 }

@@ -1,10 +1,7 @@
 /* casemate-worker: load the sealed model into the device, then serve the rings. Holds the device,
  * for the time of loading the package and its key; never network, TPM, writable files or paths. */
-#include <errno.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
+#include <unistd.h>
 
 #include "runtime/worker/worker.h"
 
@@ -27,17 +24,6 @@ static enum cm_status config_wait(struct cm_worker *worker, struct cm_error *err
     return status;
 }
 
-/* Order of restriction (docs/architecture.md): namespaces and descriptors are the supervisor's;
- * here follow dump and core limits. The filters come after the arena is locked and threads run. */
-static enum cm_status restrict_early(struct cm_error *err)
-{
-    const struct rlimit none = {0, 0};
-    if (prctl(PR_SET_DUMPABLE, 0) != 0 || setrlimit(RLIMIT_CORE, &none) != 0) {
-        return cm_error_errno(err, errno, "CM-WRK-RESTRICT", "cannot forbid core dumps");
-    }
-    return CM_OK;
-}
-
 int main(void)
 {
     static struct cm_worker worker;
@@ -45,10 +31,9 @@ int main(void)
                                                    CM_FD_RESPONSE_DATA, CM_FD_RESPONSE_CURSOR,
                                                    CM_FD_REQUEST_EVENT, CM_FD_RESPONSE_EVENT};
     struct cm_error err = {.status = CM_OK};
-    cm_role_begin("casemate-worker");
     worker.log = (struct cm_log){CM_FD_LOG, "worker", CM_LOG_INFO};
     cm_channel_init(&worker.channel, CM_FD_CONTROL, CM_ROLE_WORKER, CM_ROLE_SUPERVISOR);
-    enum cm_status status = restrict_early(&err);
+    enum cm_status status = cm_confine_begin("casemate-worker", &worker.confinement, &err);
     if (status == CM_OK) {
         status = config_wait(&worker, &err);
     }
@@ -59,15 +44,20 @@ int main(void)
         status = cm_worker_rings_open(&worker, ring_fds, &err);
     }
     if (status == CM_OK) {
-        status = cm_channel_send(&worker.channel, CM_FRAME_READY, NULL, 0, NULL, 0, &err);
+        status = cm_confine_serve(&worker.confinement, &err);
+    }
+    if (status == CM_OK) {
+        const struct cm_ready ready = {.probed = worker.confinement.probed};
+        status =
+            cm_channel_send(&worker.channel, CM_FRAME_READY, &ready, sizeof(ready), NULL, 0, &err);
     }
     if (status == CM_OK) {
         status = cm_worker_serve(&worker, &err);
     }
-    cm_worker_done(&worker);
+    cm_worker_wipe(&worker);
     if (status != CM_OK) {
         cm_log_error(&worker.log, "failed", &err);
         (void)!cm_channel_send(&worker.channel, CM_FRAME_FAILED, &err, sizeof(err), NULL, 0, NULL);
     }
-    return cm_status_exit_code(status);
+    _exit(cm_status_exit_code(status)); /* to free and to join threads takes calls that are gone */
 }

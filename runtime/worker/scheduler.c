@@ -96,11 +96,8 @@ enum cm_status cm_scheduler_new(struct cm_device *device, const struct cm_schedu
     return CM_OK;
 }
 
-void cm_scheduler_free(struct cm_scheduler *s)
+void cm_scheduler_wipe(struct cm_scheduler *s)
 {
-    if (s == NULL) {
-        return;
-    }
     if (s->token_memory != NULL) {
         explicit_bzero(s->token_memory,
                        (size_t)s->request_count * s->limits.context_max * sizeof(uint32_t));
@@ -108,6 +105,14 @@ void cm_scheduler_free(struct cm_scheduler *s)
     if (s->requests != NULL) {
         explicit_bzero(s->requests, s->request_count * sizeof(*s->requests));
     }
+}
+
+void cm_scheduler_free(struct cm_scheduler *s)
+{
+    if (s == NULL) {
+        return;
+    }
+    cm_scheduler_wipe(s);
     free(s->requests);
     free(s->token_memory);
     free(s->page_memory);

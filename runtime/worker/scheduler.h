@@ -32,6 +32,8 @@ CM_MUST_USE enum cm_status cm_scheduler_new(struct cm_device *device,
                                             cm_scheduler_emit emit, void *emit_context,
                                             struct cm_scheduler **ret_scheduler,
                                             struct cm_error *err);
+/* Prompts and requests; only free is allowed after it. */
+void cm_scheduler_wipe(struct cm_scheduler *scheduler);
 void cm_scheduler_free(struct cm_scheduler *scheduler); /* wipes tokens; NULL is fine */
 
 struct cm_scheduler_request {

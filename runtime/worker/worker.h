@@ -12,10 +12,12 @@
 #include "runtime/worker/bind.h"
 #include "runtime/worker/chat.h"
 #include "runtime/worker/scheduler.h"
+#include "sandbox/confine.h"
 
 struct cm_worker {
     struct cm_channel channel;
     struct cm_log log;
+    struct cm_confinement confinement;
     struct cm_config_worker config;
     struct cm_package *package;
     struct cm_manifest manifest;
@@ -45,7 +47,7 @@ CM_MUST_USE enum cm_status cm_worker_rings_open(struct cm_worker *worker,
                                                 struct cm_error *err);
 /* Until STOP, or the supervisor is gone. */
 CM_MUST_USE enum cm_status cm_worker_serve(struct cm_worker *worker, struct cm_error *err);
-/* Wipe and free everything. */
-void cm_worker_done(struct cm_worker *worker);
+/* Wipe weights, prompts and replies; the process ends after it. */
+void cm_worker_wipe(struct cm_worker *worker);
 
 #endif

@@ -9,6 +9,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <netinet/tcp.h>
 #include <openssl/evp.h>
 #include <openssl/pem.h>
 #include <openssl/sha.h>
@@ -31,6 +32,7 @@
 #include "runtime/base/frame.h"
 #include "runtime/base/ring.h"
 #include "runtime/base/wire.h"
+#include "sandbox/confine.h"
 
 #define JOBS_MAX  256
 #define KEYS_MAX  16
@@ -644,9 +646,11 @@ static int listener_make(void)
 {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t bytes = sizeof(address);
+    const int on = 1;
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    check(fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof(address)) == 0 &&
-              listen(fd, 128) == 0 && getsockname(fd, (struct sockaddr *)&address, &bytes) == 0,
+    check(fd >= 0 && setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) == 0 &&
+              bind(fd, (struct sockaddr *)&address, sizeof(address)) == 0 && listen(fd, 128) == 0 &&
+              getsockname(fd, (struct sockaddr *)&address, &bytes) == 0,
           "listener");
     event("port", ",\"port\":%u", ntohs(address.sin_port));
     return fd;
@@ -673,6 +677,7 @@ static void gateway_spawn(const char *program, const int fds[CM_FD_COUNT])
     dup2(0, 1);
     dup2(CM_FD_LOG, 2);
     syscall(SYS_close_range, CM_FD_COUNT, ~0u, 0);
+    check(cm_confinement_none_place(), "confinement");
     execl(program, "casemate-gateway", (char *)NULL);
     _exit(127);
 }

@@ -208,7 +208,8 @@ static void on_config(void)
     static const char line[] = "{\"role\":\"double\",\"event\":\"hello\"}\n";
     ssize_t written = write(CM_FD_LOG, line, sizeof(line) - 1);
     (void)written;
-    send_frame(CM_FRAME_READY, NULL, 0, NULL);
+    const struct cm_ready ready = {.probed = 0};
+    send_frame(CM_FRAME_READY, &ready, sizeof(ready), NULL);
     if (strcmp(mode, "violate") == 0) {
         uint8_t raw[8] = {99};
         send(CM_FD_CONTROL, raw, sizeof(raw), 0);
@@ -285,7 +286,8 @@ int main(int argc, char **argv)
 {
     char path[4200];
     (void)argc;
-    cm_role_begin(argv[0]);
+    (void)close_range(CM_FD_COUNT, ~0u, 0);
+    (void)prctl(PR_SET_NAME, argv[0]);
     /* We run from sealed memory, as our parent does: the folder of the programs is open there. */
     snprintf(path, sizeof(path), "/proc/%d/fd/%d", (int)getppid(), CM_IMAGE_FD_FOLDER);
     ssize_t size = readlink(path, folder, sizeof(folder) - 1);

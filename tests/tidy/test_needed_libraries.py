@@ -8,7 +8,7 @@ import pytest
 BASE = {"libc", "libm", "ld-linux-x86-64"}
 ALLOWED = {
     "casemate": {"libyaml-0", "libsqlite3", "libjansson", "libcrypto"},
-    "casemate-supervisor": {"libyaml-0", "libcap-ng"},
+    "casemate-supervisor": {"libyaml-0"},
     "casemate-gateway": {"libssl", "libcrypto", "libevent_core-2", "libevent_openssl-2",
                          "libjansson"},
     "casemate-keeper": {"libcrypto", "libtss2-esys", "libtss2-mu", "libtss2-rc", "libtss2-sys"},

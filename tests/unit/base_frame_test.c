@@ -7,6 +7,7 @@
 
 #include "runtime/base/frame.h"
 
+static const struct cm_ready ready = {.probed = 1};
 static struct cm_frame frame; /* 8 KiB: kept off the stack */
 
 static void channels_open(struct cm_channel *supervisor, struct cm_channel *child,
@@ -30,7 +31,8 @@ Test(base_frame, config_ready_and_a_descriptor_pass)
     cr_assert_eq(cm_channel_wait(&child, &frame, 1000, &err), CM_OK);
     cr_assert_eq(frame.type, CM_FRAME_CONFIG);
     cr_assert_eq(memcmp(frame.payload, &config, sizeof(config)), 0);
-    cr_assert_eq(cm_channel_send(&child, CM_FRAME_READY, NULL, 0, NULL, 0, &err), CM_OK);
+    cr_assert_eq(cm_channel_send(&child, CM_FRAME_READY, &ready, sizeof(ready), NULL, 0, &err),
+                 CM_OK);
     cr_assert_eq(cm_channel_wait(&supervisor, &frame, 1000, &err), CM_OK);
     cr_assert_eq(supervisor.phase, CM_PHASE_SERVE);
     struct cm_key_page_info info = {.generation = 1};
@@ -52,8 +54,9 @@ Test(base_frame, wrong_way_phase_size_count_and_repetition_are_refused_on_both_s
     /* Not in this phase, wrong direction, wrong size, descriptors missing. */
     cr_assert_eq(cm_channel_send(&supervisor, CM_FRAME_DRAIN, &drain, sizeof(drain), NULL, 0, &err),
                  CM_E_BUG);
-    cr_assert_eq(cm_channel_send(&supervisor, CM_FRAME_READY, NULL, 0, NULL, 0, &err), CM_E_BUG);
-    cr_assert_eq(cm_channel_send(&child, CM_FRAME_READY, &drain, sizeof(drain), NULL, 0, &err),
+    cr_assert_eq(cm_channel_send(&supervisor, CM_FRAME_READY, &ready, sizeof(ready), NULL, 0, &err),
+                 CM_E_BUG);
+    cr_assert_eq(cm_channel_send(&child, CM_FRAME_READY, &drain, sizeof(drain) - 1, NULL, 0, &err),
                  CM_E_BUG);
     cr_assert_eq(cm_channel_send(&supervisor, CM_FRAME_RINGS, NULL, 0, NULL, 0, &err), CM_E_BUG);
     /* A child that ignores the table: raw packets. */
@@ -72,7 +75,8 @@ Test(base_frame, wrong_way_phase_size_count_and_repetition_are_refused_on_both_s
     }
     cr_assert_eq(send(child.fd, "abc", 3, 0), 3);
     cr_assert_eq(cm_channel_wait(&supervisor, &frame, 1000, &err), CM_E_INPUT);
-    cr_assert_eq(cm_channel_send(&child, CM_FRAME_READY, NULL, 0, NULL, 0, &err), CM_OK);
+    cr_assert_eq(cm_channel_send(&child, CM_FRAME_READY, &ready, sizeof(ready), NULL, 0, &err),
+                 CM_OK);
     cr_assert_eq(cm_channel_wait(&supervisor, &frame, 1000, &err), CM_OK);
     cr_assert_eq(send(child.fd, &raw[3], 8, 0), 8);
     cr_assert_eq(cm_channel_wait(&supervisor, &frame, 1000, &err), CM_E_INPUT);

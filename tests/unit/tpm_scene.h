@@ -14,6 +14,7 @@
 #include "loader/package/package.h"
 #include "loader/tpm/tpm.h"
 #include "loader/tpm/tpm_internal.h"
+#include "sandbox/confine.h"
 #include "tests/unit/p256.h"
 
 struct scene {
@@ -50,6 +51,9 @@ static inline void tpm_start(struct scene *s, int state_fd)
         dup2(from[3], CM_FD_TPM);
         for (int fd = 14; fd < 100; fd++) {
             close(fd);
+        }
+        if (!cm_confinement_none_place()) {
+            _exit(126);
         }
         execl(CASEMATE_DEVTPM, "casemate-devtpm", (char *)NULL);
         _exit(127);
