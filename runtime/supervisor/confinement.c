@@ -1,6 +1,7 @@
 /* What each role may, what this machine offers of it, and whether it then holds. */
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,7 +13,8 @@
 #include "sandbox/report.h"
 #include "sandbox/steps.h"
 
-#define MIB (1ull << 20)
+#define MIB      (1ull << 20)
+#define DYING_MS 100
 
 /* By enum child_index. */
 static const struct role_row {
@@ -174,10 +176,10 @@ bool confinement_holds(struct service *service, const struct child *child, uint3
     const struct sandbox *sandbox = &service->sandbox;
     cm_observe(child->pid, child->name, &seen);
     uint32_t held = seen.layers | probed;
-    /* What the launcher's kind of start rules out cannot be asked for. */
     uint32_t lost = sandbox->host.available & ~held & ~sandbox->accepted;
-    if (lost == 0) {
-        return true;
+    struct pollfd ended = {.fd = child->pidfd, .events = POLLIN};
+    if (lost == 0 || poll(&ended, 1, DYING_MS) == 1) {
+        return true; /* of one that is dying nothing can be read: its end says more */
     }
     uint32_t first = (uint32_t)__builtin_ctz(lost);
     (void)cm_error_set(err, CM_E_SANDBOX, "CM-SANDBOX-HOLDS",

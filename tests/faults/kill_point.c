@@ -7,6 +7,7 @@
  * no filter of system calls has a say in it. */
 #include "runtime/base/kill_point.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -43,10 +44,10 @@ static void mode_read(void)
 static void point_log(const char *when, const char *what, const char *name)
 {
     char line[200];
-    int size =
-        snprintf(line, sizeof(line),
-                 "{\"event\":\"kill_point\",\"process\":%d,\"at\":%lu,\"where\":\"%s %s %s\"}\n",
-                 (int)getpid(), state.passed, when, what, name);
+    int size = snprintf(
+        line, sizeof(line),
+        "{\"event\":\"kill_point\",\"process\":\"%s\",\"at\":%lu,\"where\":\"%s %s %s\"}\n",
+        program_invocation_short_name, state.passed, when, what, name);
     ssize_t written = write(STDERR_FILENO, line, (size_t)size);
     (void)written;
 }

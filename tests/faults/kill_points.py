@@ -246,10 +246,9 @@ class Job:
         run = Run(self.node, self.key, "count")
         run.go()
         lines = log_lines(self.node, run.log_start)
-        names = {line["pid"]: line["name"] for line in lines if line["event"] == "role_started"}
         for line in lines:
             if line["event"] == "kill_point":
-                points[names.get(line["process"], "supervisor")].append(line["where"])
+                points[line["process"].removeprefix("casemate-")].append(line["where"])
         return points
 
     def start_seconds(self) -> float:
