@@ -57,16 +57,18 @@ static void error_complete(struct child *child, const siginfo_t *how)
 
 static void end_log(const struct service *service, const struct end_record *record)
 {
-    enum cm_log_level level = record->end == CM_ROLE_END_STOPPED ? CM_LOG_INFO : CM_LOG_WARN;
+    enum cm_log_level level = record->dumped                       ? CM_LOG_ERROR
+                              : record->end == CM_ROLE_END_STOPPED ? CM_LOG_INFO
+                                                                   : CM_LOG_WARN;
     CM_LOG(&service->log, level, "role_ended", CM_LOG_S("name", record->name),
            CM_LOG_S("end", cm_role_ends[record->end].word),
            CM_LOG_S("id", cm_role_ends[record->end].id), CM_LOG_I("pid", record->pid),
            CM_LOG_I("generation", record->generation),
            CM_LOG_S(record->by_signal ? "signal" : "how",
                     record->by_signal ? sigabbrev_np(record->code) : "exit"),
-           CM_LOG_I("code", record->code), CM_LOG_I("served", record->served),
-           CM_LOG_I("life_ms", record->life_ms), CM_LOG_S("cause", record->cause),
-           CM_LOG_S("text", record->text));
+           CM_LOG_I("code", record->code), CM_LOG_I("core_dumped", record->dumped),
+           CM_LOG_I("served", record->served), CM_LOG_I("life_ms", record->life_ms),
+           CM_LOG_S("cause", record->cause), CM_LOG_S("text", record->text));
 }
 
 void end_take(struct service *service, struct child *child, const siginfo_t *how, bool memory_kill)
@@ -88,6 +90,7 @@ void end_take(struct service *service, struct child *child, const siginfo_t *how
         .generation = child->generation,
         .code = how->si_status,
         .by_signal = how->si_code != CLD_EXITED,
+        .dumped = how->si_code == CLD_DUMPED,
         .served = child->ready_ms != 0,
         .life_ms = clock_ms() - child->started_ms,
     };

@@ -84,8 +84,8 @@ struct end_record {
     enum cm_role_end end;
     pid_t pid;
     uint32_t generation;
-    int code; /* exit code, or signal */
-    bool by_signal, served;
+    int code;                       /* exit code, or signal */
+    bool by_signal, dumped, served; /* dumped: it left a core file, which must not be */
     uint64_t life_ms;
     char cause[CM_ERROR_ID_BYTES];
     char text[200];
