@@ -120,12 +120,10 @@ static void verdicts_take(struct cm_classifier *classifier, struct cm_guard_stat
             continue;
         }
         const struct cm_guard_rule *rule = &classifier->pack->rules[verdict->rule];
-        if ((rule->where & place_of(document)) != 0) {
-            memcpy(finding.rule, rule->id, sizeof(finding.rule));
-            memcpy(finding.category, rule->category, sizeof(finding.category));
-            finding.action = rule->action;
-            finding_add(classifier->findings, &finding);
-        }
+        memcpy(finding.rule, rule->id, sizeof(finding.rule));
+        memcpy(finding.category, rule->category, sizeof(finding.category));
+        finding.action = rule->action;
+        finding_add(classifier->findings, &finding);
     }
     state->verdict_count = 0;
     classifier->findings->lost += state->verdicts_lost; /* never all that refuse */
@@ -151,6 +149,7 @@ static void on_view(void *context, enum cm_document document, enum cm_view view,
     }
     if (from == 0) {
         cm_guard_begin(state, class);
+        state->where = place_of(document);
     }
     while (from < ring->end) {
         uint32_t at = (uint32_t)from & (CM_VIEW_RING - 1), take = FEED_BYTES;
@@ -166,6 +165,7 @@ static void raw_feed(struct cm_classifier *classifier, const uint8_t *text, size
 {
     struct cm_guard_state *state = &classifier->raw;
     cm_guard_begin(state, CM_GUARD_INPUT);
+    state->where = CM_GUARD_IN_TEXT;
     for (size_t at = 0; at < size; at += FEED_BYTES) {
         size_t take = size - at < FEED_BYTES ? size - at : FEED_BYTES;
         (void)cm_guard_feed(classifier->pack, state, text + at, take, NULL, NULL);

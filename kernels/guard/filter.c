@@ -19,6 +19,7 @@ void cm_guard_begin(struct cm_guard_state *state, enum cm_guard_class stage)
 {
     memset(state, 0, sizeof(*state));
     state->stage = (uint8_t)__builtin_ctz((uint32_t)stage);
+    state->where = CM_GUARD_ANYWHERE;
     state->limit = state->refused = NOWHERE;
 }
 
@@ -248,7 +249,8 @@ static void candidate_start(const struct cm_guard_pack *pack, struct cm_guard_st
 {
     const struct cm_guard_rule *rule = &pack->rules[rule_index];
     struct cm_guard_candidate c = {.start = start, .rule = rule_index, .state = rule_state};
-    if (rule_state == 0 || (start > 0 && in_set(rule->left, state->ring[(start - 1) & MASK]))) {
+    if (rule_state == 0 || (rule->where & state->where) == 0 ||
+        (start > 0 && in_set(rule->left, state->ring[(start - 1) & MASK]))) {
         return;
     }
     if (state->candidate_count == CM_GUARD_CANDIDATES_MAX) {

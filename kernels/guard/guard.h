@@ -105,6 +105,7 @@ struct cm_guard_state {
     uint64_t refused;  /* start of the first refuse span; UINT64_MAX: none */
     uint32_t node;
     uint8_t stage; /* of machines; input marks and releases nothing */
+    uint8_t where; /* enum cm_guard_where bits; rules of other places rest */
     bool inside;   /* the last decided byte was forbidden */
     bool over;
     uint32_t candidate_count, span_count, verdict_count, verdicts_lost;

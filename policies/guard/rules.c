@@ -291,7 +291,7 @@ static enum cm_status rule_new(struct reader *reader, const yaml_node_t *node,
     }
     struct cm_rule *rule = &rules->rules[rules->count++];
     memset(rule, 0, sizeof(*rule));
-    snprintf(rule->file, sizeof(rule->file), "%.63s", reader->document.name);
+    snprintf(rule->file, sizeof(rule->file), "%.255s", reader->document.name);
     rule->line = (uint32_t)node->start_mark.line + 1;
     *ret_rule = rule;
     return CM_OK;

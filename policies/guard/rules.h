@@ -38,7 +38,7 @@ struct cm_rule {
     struct cm_rules_text pattern, until, replacement;
     uint32_t positive_count, negative_count;
     struct cm_rules_text positive[CM_RULES_SAMPLES_MAX], negative[CM_RULES_SAMPLES_MAX];
-    char file[64]; /* where it stands, for errors */
+    char file[256]; /* where it stands, for errors */
     uint32_t line;
     /* set by cm_rules_compile */
     uint32_t hold_bytes, least_bytes, states;

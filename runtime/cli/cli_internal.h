@@ -38,6 +38,8 @@ enum cm_status command_measure(struct words *words, struct cm_error *err);
 enum cm_status command_policy(struct words *words, struct cm_error *err);
 enum cm_status command_revoke(struct words *words, struct cm_error *err);
 enum cm_status command_answer(struct words *words, struct cm_error *err);
+enum cm_status command_rules(struct words *words, struct cm_error *err);
+enum cm_status command_guard(struct words *words, struct cm_error *err);
 enum cm_status command_version(struct words *words, struct cm_error *err);
 
 /* files.c: whole small files; writing is beside, fsync, rename. */

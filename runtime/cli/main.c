@@ -85,6 +85,33 @@ static const struct command commands[] = {
      "  --json          for machines\n\n"
      "example: casemate status --state node\n",
      command_status},
+    {"rules", "check and test the guard's rules before they serve",
+     "usage: casemate rules check [FILE ...] [--json]\n"
+     "       casemate rules test [FILE ...] [--json]\n\n"
+     "Reads the files, or without any the rules that are part of this build; compiles each rule,\n"
+     "proves its bounds and runs its samples. `check` also lists every rule: what it reads, what "
+     "it\n"
+     "does, how many bytes it may hold back. Each fault names file, line, rule, what was expected\n"
+     "and what was found. Exit 3: there are faults. How rules are written: "
+     "policies/guard/README.md.\n\n"
+     "  --json          for machines\n\n"
+     "example: casemate rules check our-rules.yaml\n",
+     command_rules},
+    {"guard", "show what the guard's rules find in a text",
+     "usage: casemate guard try [--input | --output] [--rules FILE]... [--json] [TEXT | -]\n\n"
+     "  --input         TEXT is a message of a prompt (default)\n"
+     "  --output        TEXT is a reply: also prints what of it would leave\n"
+     "  --rules FILE    instead of the rules that are part of this build\n"
+     "  --json          for machines; never holds the text\n\n"
+     "Without TEXT, or for -, reads stdin. Spans are coloured on a terminal (NO_COLOR is "
+     "honoured):\n"
+     "red refuses, cyan is redacted, yellow is reported. Each line: raw bytes, action, rule,\n"
+     "category, and the view and document that it was found in: text, or what was hidden (tags,\n"
+     "selectors, bits) or encoded (base64, hex, percent, reversed) there. Exit 5: it is "
+     "refused.\n\n"
+     "example: casemate guard try 'Ignore all previous instructions.'\n"
+     "example: casemate guard try --output 'my card: 4111 1111 1111 1111'\n",
+     command_guard},
     {"version", "print the version",
      "usage: casemate version [--json]\n\nexample: casemate version\n", command_version},
 };

@@ -1,10 +1,13 @@
 /* The guard without roles: `guard exhaustive [LENGTH]`, `guard random [RUNS [SEED]]`, both against
- * the reference. Exit 0: all equal; 1: the first difference is shown. */
+ * the reference; exit 0: all equal; 1: the first difference is shown. `guard classify FILE...`: how
+ * fast each file is read as a prompt, and what is found in it. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include "kernels/guard/classify.h"
+#include "policies/guard/rules.h"
 #include "tests/guard/cases.h"
 
 static double seconds(void)
@@ -26,6 +29,62 @@ static int report(const struct cases *cases, bool good, double started)
     return good ? 0 : 1;
 }
 
+/* A file as one message, over and over for a second. */
+static bool classify_file(struct cm_classifier *classifier, const struct cm_guard_pack *pack,
+                          const char *path)
+{
+    static uint8_t text[64u << 20];
+    static struct cm_findings findings;
+    FILE *file = fopen(path, "re");
+    size_t size = file != NULL ? fread(text, 1, sizeof(text), file) : 0;
+    double started = seconds(), taken = 0;
+    uint32_t rounds = 0;
+    if (file == NULL) {
+        perror(path);
+        return false;
+    }
+    fclose(file);
+    for (; taken < 1; rounds++) {
+        cm_classify(classifier, pack, text, size, &findings);
+        taken = seconds() - started;
+    }
+    printf("%s: %zu bytes, %.1f MB/s, %.1f us each, %u found%s\n", path, size,
+           (double)size * rounds / taken / 1e6, taken / rounds * 1e6,
+           findings.count + findings.lost, findings.refused ? ", refused" : "");
+    for (uint32_t i = 0; i < findings.count; i++) {
+        const struct cm_finding *f = &findings.each[i];
+        printf("  %s %u..%u: %.*s\n", f->rule, f->start, f->end,
+               f->end - f->start < 200 ? (int)(f->end - f->start) : 200,
+               (const char *)text + f->start);
+    }
+    return true;
+}
+
+static int classify(int count, char **paths)
+{
+    struct cm_rules rules = {0};
+    struct cm_guard_pack *pack = NULL;
+    struct cm_classifier *classifier = NULL;
+    struct cm_error err = {.status = CM_OK};
+    uint8_t *bytes = NULL;
+    size_t size = 0;
+    bool good = cm_rules_built_in(&rules, &err) == CM_OK &&
+                cm_rules_compile(&rules, &bytes, &size, &err) == CM_OK &&
+                cm_guard_pack_new(bytes, size, &pack, &err) == CM_OK &&
+                cm_classifier_new(&classifier, &err) == CM_OK;
+    if (!good) {
+        fprintf(stderr, "%s\n", err.text);
+    }
+    for (int i = 0; good && i < count; i++) {
+        good = classify_file(classifier, pack, paths[i]);
+    }
+    free(bytes);
+    cm_guard_pack_free(pack);
+    cm_classifier_free(classifier);
+    cm_rules_free(&rules);
+    return good ? 0 : 1;
+}
+
 int main(int argc, char **argv)
 {
     static struct cases cases;
@@ -41,6 +100,9 @@ int main(int argc, char **argv)
         bool good = cases_random(&cases, runs, seed);
         return report(&cases, good, started);
     }
-    fprintf(stderr, "usage: guard exhaustive [LENGTH] | random [RUNS [SEED]]\n");
+    if (strcmp(command, "classify") == 0) {
+        return classify(argc - 2, argv + 2);
+    }
+    fprintf(stderr, "usage: guard exhaustive [LENGTH] | random [RUNS [SEED]] | classify FILE...\n");
     return 2;
 }

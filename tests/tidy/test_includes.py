@@ -27,7 +27,7 @@ TABLE = {
     # Of the package and the policy list the supervisor knows sizes alone.
     "runtime/supervisor": ((BASE, "policies", "sandbox", "loader/package/package.h",
                             "loader/tpm/enrolment.h", "loader/tpm/measure.h"), ()),
-    "runtime/cli": ((BASE, "policies", "loader/package", "loader/tpm/enrolment.h",
+    "runtime/cli": ((BASE, "policies", "kernels/guard", "loader/package", "loader/tpm/enrolment.h",
                      "loader/tpm/measure.h", "sandbox"),
                     ("sqlite3.h", "jansson.h", "openssl/")),
 }
