@@ -125,6 +125,9 @@ struct cm_slot_params {
 CM_MUST_USE enum cm_status cm_device_slot_open(struct cm_device *device,
                                                const struct cm_slot_params *params,
                                                uint32_t *ret_slot, struct cm_error *err);
+/* Tokens that are not stepped because their KV lies in pages of an equal prefix: count them. */
+void cm_device_slot_skip(struct cm_device *device, uint32_t slot, const uint32_t *tokens,
+                         uint32_t count);
 /* Wipe and free. */
 void cm_device_slot_close(struct cm_device *device, uint32_t slot);
 

@@ -468,6 +468,16 @@ enum cm_status cm_device_slot_open(struct cm_device *device, const struct cm_slo
     return CM_OK;
 }
 
+void cm_device_slot_skip(struct cm_device *device, uint32_t index, const uint32_t *tokens,
+                         uint32_t count)
+{
+    CM_ASSERT(index < device->limits.slots && device->slots[index].open);
+    for (uint32_t i = 0; i < count; i++) {
+        CM_ASSERT(tokens[i] < device->model.vocabulary);
+        device->slots[index].seen[tokens[i]] = 1;
+    }
+}
+
 void cm_device_slot_close(struct cm_device *device, uint32_t index)
 {
     CM_ASSERT(index < device->limits.slots && device->slots[index].open);

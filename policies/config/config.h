@@ -54,7 +54,7 @@ struct cm_config_names {
     char names[CM_CONFIG_TLS_NAMES][CM_NAME_BYTES];
 };
 
-#define CM_CONFIG_ROW_COUNT 33
+#define CM_CONFIG_ROW_COUNT 34
 
 struct cm_configuration {
     /* sealed */
@@ -73,6 +73,7 @@ struct cm_configuration {
     uint64_t header_bytes_max, body_bytes_max, connections_max;
     uint64_t requests_max, requests_per_key_max, queue_max, sequences_max;
     uint64_t kv_bytes, kv_pages, context_max, step_tokens_max, threads;
+    uint64_t prefix_cache;
     uint64_t header_timeout_ms, body_timeout_ms, write_timeout_ms, request_timeout_ms;
     uint64_t drain_timeout_ms, watchdog_timeout_ms, max_tokens_default, metrics_unauthenticated;
     uint64_t evidence_refresh_ms, evidence_lifetime_ms;

@@ -39,6 +39,7 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     NUMBER(kv_pages, 0, 1u << 24, "", "0", "the same in pages of 32 positions; 0: from kv_bytes"),
     NUMBER(context_max, 0, 1u << 20, "", "0", "longest prompt and reply, in tokens; 0: the model's"),
     NUMBER(step_tokens_max, 1, 8192, "", "256", "tokens in one mixed step"),
+    {"prefix_cache", SITE, CM_CONFIG_BOOL, 0, 1, "", "true", "", AT(prefix_cache), "reuse a prompt's beginning that the same API key has sent before"},
     NUMBER(threads, 0, 1024, "", "0", "computing threads; 0: from the cores that are allowed"),
     NUMBER(header_timeout_ms, 100, 600000, "ms", "10000", "for the whole head of a request"),
     NUMBER(body_timeout_ms, 100, 600000, "ms", "30000", "for the whole body of a request"),

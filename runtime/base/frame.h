@@ -173,6 +173,7 @@ struct cm_config_worker {
     uint64_t kv_bytes;
     uint32_t context_max;     /* 0: the model's */
     uint32_t step_tokens_max; /* prompt tokens and decodes in one mixed step */
+    uint32_t prefix_cache;    /* 1: keep KV pages for equal prefixes of one tenant */
     uint32_t ring_data_bytes;
     char device[CM_NAME_BYTES];             /* "cpu" */
     char model_name[CM_NAME_BYTES];         /* "" : the package's own */

@@ -203,6 +203,7 @@ static void worker_configure(struct service *service, struct child *worker)
         .kv_bytes = from->kv_bytes,
         .context_max = (uint32_t)from->context_max,
         .step_tokens_max = (uint32_t)from->step_tokens_max,
+        .prefix_cache = (uint32_t)from->prefix_cache,
         .ring_data_bytes = cm_config_ring_bytes(from),
     };
     snprintf(config.device, sizeof(config.device), "%.63s", from->device);

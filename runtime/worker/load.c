@@ -125,7 +125,9 @@ static enum cm_status limits_make(struct cm_worker *worker, struct cm_device_res
                                                   .queue_max = config->queue_max,
                                                   .kv_pages = ret_reserve->kv_pages,
                                                   .context_max = context,
-                                                  .step_tokens_max = config->step_tokens_max};
+                                                  .step_tokens_max = config->step_tokens_max,
+                                                  .prefix_cache = config->prefix_cache == 1,
+                                                  .steps_bounded = true};
     return CM_OK;
 }
 

@@ -6,6 +6,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "runtime/worker/pages.h"
+
 enum state { FREE = 0, WAITING, RUNNING };
 
 struct request {
@@ -24,6 +26,8 @@ struct request {
     uint32_t counted;  /* tokens that the device had before a preemption: stepped or drawn */
     uint32_t *pages;   /* [pages per context] */
     uint32_t page_count;
+    uint32_t kept_pages;              /* the first ones, that equal prefixes find */
+    uint32_t cached_tokens;           /* of the prompt, not computed for this request */
     uint32_t held_bytes, held_tokens; /* text that the ring had no room for */
     uint8_t held[2 * CM_STEP_BYTES_MAX];
     struct cm_wire_done done;
@@ -39,21 +43,27 @@ struct cm_scheduler {
     uint32_t request_count;
     uint32_t *token_memory, *page_memory;
     uint32_t pages_per_context;
-    uint32_t *free_pages;
-    uint32_t free_count;
+    struct cm_pages *pages;
     uint64_t next_order, next_admission;
     uint64_t last_tenant;
+    uint64_t decodes_ns, prompt_token_ns; /* of late: a step of decodes alone, and what a prompt
+                                             token adds; 0 unknown */
     struct cm_step_entry entries[CM_STEP_ENTRIES_MAX];
     struct request *entry_owner[CM_STEP_ENTRIES_MAX];
     struct cm_step_result results[CM_STEP_ENTRIES_MAX];
     struct cm_wire_stats stats;
 };
 
-static uint64_t now_us(void)
+static uint64_t now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t now_us(void)
+{
+    return now_ns() / 1000;
 }
 
 static uint32_t pages_for(uint32_t positions)
@@ -78,18 +88,19 @@ enum cm_status cm_scheduler_new(struct cm_device *device, const struct cm_schedu
     s->requests = calloc(s->request_count, sizeof(*s->requests));
     s->token_memory = calloc((size_t)s->request_count * limits->context_max, sizeof(uint32_t));
     s->page_memory = calloc((size_t)s->request_count * s->pages_per_context, sizeof(uint32_t));
-    s->free_pages = calloc(limits->kv_pages, sizeof(uint32_t));
-    if (s->requests == NULL || s->token_memory == NULL || s->page_memory == NULL ||
-        s->free_pages == NULL) {
+    if (s->requests == NULL || s->token_memory == NULL || s->page_memory == NULL) {
         cm_scheduler_free(s);
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "scheduler");
+    }
+    enum cm_status status =
+        cm_pages_new(device, limits->kv_pages, limits->prefix_cache, &s->pages, err);
+    if (status != CM_OK) {
+        cm_scheduler_free(s);
+        return status;
     }
     for (uint32_t i = 0; i < s->request_count; i++) {
         s->requests[i].tokens = s->token_memory + (size_t)i * limits->context_max;
         s->requests[i].pages = s->page_memory + (size_t)i * s->pages_per_context;
-    }
-    for (uint32_t i = 0; i < limits->kv_pages; i++) {
-        s->free_pages[s->free_count++] = limits->kv_pages - 1 - i;
     }
     s->stats.kv_pages = limits->kv_pages;
     *ret_scheduler = s;
@@ -116,7 +127,7 @@ void cm_scheduler_free(struct cm_scheduler *s)
     free(s->requests);
     free(s->token_memory);
     free(s->page_memory);
-    free(s->free_pages);
+    cm_pages_free(s->pages);
     free(s);
 }
 
@@ -142,11 +153,8 @@ uint32_t *cm_scheduler_prompt(struct cm_scheduler *s)
 
 static void pages_return(struct cm_scheduler *s, struct request *r)
 {
-    cm_device_scrub_pages(s->device, r->pages, r->page_count);
-    for (uint32_t i = 0; i < r->page_count; i++) {
-        s->free_pages[s->free_count++] = r->pages[i];
-    }
-    r->page_count = 0;
+    cm_pages_release(s->pages, r->pages, r->page_count);
+    r->page_count = r->kept_pages = 0;
 }
 
 /* Back to nothing; tokens and held text are wiped. */
@@ -281,6 +289,7 @@ static void result_take(struct cm_scheduler *s, struct request *r,
         r->ended = true;
         r->done = (struct cm_wire_done){.finish = (uint32_t)result->finish,
                                         .prompt_tokens = r->prompt_count,
+                                        .cached_tokens = r->cached_tokens,
                                         .completion_tokens = result->completion_tokens,
                                         .queue_us = r->started_us - r->arrived_us,
                                         .prefill_us = r->first_us - r->started_us,
@@ -316,27 +325,52 @@ static struct request *waiting_next(const struct cm_scheduler *s)
     return best;
 }
 
+/* Pages for all of a request's tokens: kept ones of an equal prefix, then fresh ones. The last
+ * token is always computed, for its logits. False: too few are available, nothing was taken. */
+static bool pages_begin(struct cm_scheduler *s, struct request *r)
+{
+    const uint32_t wanted = pages_for(r->count + 1);
+    r->page_count = cm_pages_match(s->pages, r->tenant, r->tokens, r->count - 1, r->pages);
+    if (wanted - r->page_count > cm_pages_available(s->pages)) {
+        pages_return(s, r);
+        return false;
+    }
+    r->kept_pages = r->page_count;
+    r->computed = r->page_count * CM_KV_PAGE_POSITIONS;
+    while (r->page_count < wanted) {
+        r->pages[r->page_count++] = cm_pages_take(s->pages);
+    }
+    return true;
+}
+
+/* What was matched is not stepped: the device counts it, unless it had it before a preemption. */
+static void matched_skip(struct cm_scheduler *s, struct request *r)
+{
+    if (r->computed > r->counted) {
+        cm_device_slot_skip(s->device, r->slot, r->tokens + r->counted, r->computed - r->counted);
+    }
+}
+
 /* Start waiting requests while a slot and pages for all their tokens are free. */
 static void admit(struct cm_scheduler *s)
 {
     for (;;) {
         struct request *r = waiting_next(s);
-        if (r == NULL || pages_for(r->count + 1) > s->free_count) {
+        if (r == NULL || !pages_begin(s, r)) {
             return;
         }
         if (!r->has_slot) {
             if (cm_device_slot_open(s->device, &r->params, &r->slot, NULL) != CM_OK) {
+                pages_return(s, r);
                 return;
             }
             r->has_slot = true;
             r->started_us = now_us();
+            r->cached_tokens = r->computed;
             s->last_tenant = r->tenant;
         }
-        for (r->page_count = 0; r->page_count < pages_for(r->count + 1); r->page_count++) {
-            r->pages[r->page_count] = s->free_pages[--s->free_count];
-        }
+        matched_skip(s, r);
         r->state = RUNNING;
-        r->computed = 0;
         r->admitted = s->next_admission++;
     }
 }
@@ -370,12 +404,12 @@ static bool page_ensure(struct cm_scheduler *s, struct request *r)
     if (pages_for(r->count) <= r->page_count) {
         return true;
     }
-    while (s->free_count == 0) {
+    while (cm_pages_available(s->pages) == 0) {
         if (!preempt_latest(s, r)) {
             return false;
         }
     }
-    r->pages[r->page_count++] = s->free_pages[--s->free_count];
+    r->pages[r->page_count++] = cm_pages_take(s->pages);
     return true;
 }
 
@@ -414,34 +448,77 @@ static bool decodes(const struct request *r)
     return r->count > r->prompt_count && r->computed + 1 == r->count;
 }
 
+/* A mixed step is to last at most twice as long as the decodes in it, so that no reply stutters
+ * when others begin; but prompts always get this much, so that they begin in bounded time. */
+#define PROMPT_TOKENS_LEAST 16u
+
+uint32_t cm_scheduler_prompt_share(uint64_t decodes_ns, uint64_t prompt_token_ns, uint32_t most)
+{
+    uint64_t fits =
+        prompt_token_ns > 0 ? decodes_ns - decodes_ns / 8 : 0; /* an eighth less: times vary */
+    fits = prompt_token_ns > 0 ? fits / prompt_token_ns : 0;
+    fits = fits < PROMPT_TOKENS_LEAST ? PROMPT_TOKENS_LEAST : fits;
+    return fits < most ? (uint32_t)fits : most;
+}
+
+/* One step's time goes into the two figures, the latest with a quarter of the weight. */
+static void times_note(struct cm_scheduler *s, uint64_t step_ns, uint32_t decode_tokens,
+                       uint32_t prompt_tokens)
+{
+    uint64_t *figure = prompt_tokens == 0 ? &s->decodes_ns : &s->prompt_token_ns;
+    uint64_t base = prompt_tokens > 0 && decode_tokens > 0 ? s->decodes_ns : 0;
+    uint64_t value =
+        step_ns > base ? (step_ns - base) / (prompt_tokens > 0 ? prompt_tokens : 1) : 1;
+    *figure = *figure == 0 ? value : (3 * *figure + value) / 4;
+}
+
 /* Decodes first, so that replies go on; prompts fill the rest. Among each, the first admitted goes
  * first: however small a step is, the oldest prompt gets what decodes leave, and while it waits no
  * later one becomes a decode, so nobody starves. */
-static uint32_t batch_make(struct cm_scheduler *s)
+static uint32_t batch_make(struct cm_scheduler *s, uint32_t *ret_decode_tokens,
+                           uint32_t *ret_prompt_tokens)
 {
     struct request *running[CM_STEP_ENTRIES_MAX];
-    uint32_t running_count = running_list(s, running), count = 0, tokens = 0;
+    uint32_t running_count = running_list(s, running), count = 0, tokens[2] = {0, 0};
     for (uint32_t i = 0; i < running_count; i++) {
         if (running[i]->state == RUNNING && decodes(running[i])) {
             (void)page_ensure(s, running[i]);
         }
     }
+    uint32_t most = s->limits.step_tokens_max;
     for (uint32_t turn = 0; turn < 2; turn++) {
         for (uint32_t i = 0; i < running_count; i++) {
             struct request *r = running[i];
             if (r->state != RUNNING || r->held_bytes > 0 || decodes(r) != (turn == 0)) {
                 continue;
             }
-            uint32_t left = s->limits.step_tokens_max - tokens;
+            uint32_t left = most - tokens[turn];
             uint32_t end = r->computed < r->counted ? r->counted : r->count;
             uint32_t take = end - r->computed < left ? end - r->computed : left;
             if (take > 0) {
                 entry_add(s, r, take, &count);
-                tokens += take;
+                tokens[turn] += take;
             }
         }
+        most -= tokens[0]; /* what is left for prompts */
+        if (s->limits.steps_bounded && tokens[0] > 0) {
+            most = cm_scheduler_prompt_share(s->decodes_ns, s->prompt_token_ns, most);
+        }
     }
+    *ret_decode_tokens = tokens[0];
+    *ret_prompt_tokens = tokens[1];
     return count;
+}
+
+/* Pages that a step has filled can be found from now on, by requests that come while this one still
+ * runs, too. */
+static void full_keep(struct cm_scheduler *s, struct request *r)
+{
+    for (; (r->kept_pages + 1) * CM_KV_PAGE_POSITIONS <= r->computed; r->kept_pages++) {
+        const uint32_t i = r->kept_pages;
+        r->pages[i] = cm_pages_keep(s->pages, r->tenant, i > 0 ? r->pages[i - 1] : CM_PAGE_NONE,
+                                    r->tokens + (size_t)i * CM_KV_PAGE_POSITIONS, r->pages[i]);
+    }
 }
 
 static void all_failed(struct cm_scheduler *s)
@@ -464,10 +541,12 @@ enum cm_status cm_scheduler_step(struct cm_scheduler *s, struct cm_error *err)
         }
     }
     admit(s);
-    uint32_t count = batch_make(s);
+    uint32_t decode_tokens, prompt_tokens;
+    uint32_t count = batch_make(s, &decode_tokens, &prompt_tokens);
     if (count == 0) {
         return CM_OK;
     }
+    const uint64_t begun = now_ns();
     enum cm_status status = cm_device_step_submit(s->device, s->entries, count, err);
     if (status == CM_OK) {
         status = cm_device_step_wait(s->device, s->results, count, err);
@@ -476,11 +555,14 @@ enum cm_status cm_scheduler_step(struct cm_scheduler *s, struct cm_error *err)
         all_failed(s);
         return status;
     }
+    const uint64_t now = now_ns();
+    times_note(s, now - begun, decode_tokens, prompt_tokens);
     s->stats.steps_total++;
-    s->stats.last_step_us = now_us();
+    s->stats.last_step_us = now / 1000;
     for (uint32_t i = 0; i < count; i++) {
         struct request *r = s->entry_owner[i];
         r->computed += s->entries[i].token_count;
+        full_keep(s, r);
         if (s->results[i].sampled) {
             result_take(s, r, &s->results[i]);
         }
@@ -496,5 +578,5 @@ void cm_scheduler_stats(const struct cm_scheduler *s, struct cm_wire_stats *ret_
         ret_stats->running += s->requests[i].state == RUNNING;
         ret_stats->waiting += s->requests[i].state == WAITING;
     }
-    ret_stats->kv_pages_used = s->limits.kv_pages - s->free_count;
+    ret_stats->kv_pages_used = s->limits.kv_pages - cm_pages_available(s->pages);
 }

@@ -19,6 +19,9 @@ struct cm_scheduler_limits {
     uint32_t kv_pages;
     uint32_t context_max;
     uint32_t step_tokens_max;
+    bool prefix_cache;  /* keep full KV pages for equal prefixes of one tenant (pages.h) */
+    bool steps_bounded; /* prompts fill a step only so far that decodes are not held up (batch_make)
+                         */
 };
 
 /* One record for the gateway. False: no room now; the same record is offered again later. */
@@ -58,6 +61,10 @@ void cm_scheduler_cancel_all(struct cm_scheduler *scheduler);
 bool cm_scheduler_busy(const struct cm_scheduler *scheduler);
 /* One mixed step. Fails only where the device fails: every request is then over. */
 CM_MUST_USE enum cm_status cm_scheduler_step(struct cm_scheduler *scheduler, struct cm_error *err);
+
+/* Prompt tokens for a step with decodes, from what those take and what a prompt token adds (0: not
+ * known yet); at most `most`. */
+uint32_t cm_scheduler_prompt_share(uint64_t decodes_ns, uint64_t prompt_token_ns, uint32_t most);
 
 void cm_scheduler_stats(const struct cm_scheduler *scheduler, struct cm_wire_stats *ret_stats);
 
