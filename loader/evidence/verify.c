@@ -322,8 +322,8 @@ static enum cm_status check_pcr_value(struct verification *v)
         bool accepted = pcr_accepted(v->q->trust, pcr, value, &named);
         if ((named || pcr == our_pcr) && !accepted) {
             return refuse(v, "CM-EVD-PCR-VALUE",
-                          "PCR %u is %s, which the trust file does not accept: compare `casemate "
-                          "measure --json` on the node with what was signed",
+                          "PCR %u is %s, which the trust file does not accept: ask `casemate "
+                          "policy explain` on the node what differs",
                           pcr, value != NULL ? brief(value).text : "not quoted");
         }
     }

@@ -29,7 +29,7 @@ static const struct option_row option_rows[] = {
     {"--measurement", FIELD(measurement), "FILE",
      "what the nodes measure: `casemate measure --out FILE` there"},
     {"--counter", FIELD(counter), "N",
-     "the node's counter may stand at most at N (default: as enrolled)"},
+     "the node's counter may stand at most at N (default: as in the list, or as enrolled)"},
     {"--label", FIELD(label), "NAME", "name of the node whose slot is meant"},
     {"--ek-authority", FIELD(ek_authority), "FILE",
      "PEM certificates of TPM makers: refuse nodes whose TPM none of them vouches for"},

@@ -221,16 +221,16 @@ static bool boot_chain_named(const struct cm_policy_state *state)
     return (bits & 1u << 7) != 0 && (bits & (1u << 4 | 1u << 11)) != 0;
 }
 
-/* One state: our PCR after all events, the counter as it stood at enrolment. */
+/* One state: our PCR after all events, the counter at most as given. */
 static enum cm_status state_sign(const struct cm_pack_arguments *arguments,
                                  const struct cm_enrolment *enrolment,
-                                 const struct cm_measurement *measurement, uint64_t steps,
+                                 const struct cm_measurement *measurement, uint64_t counter,
                                  struct cm_owner_key *policy, struct cm_policy_state *ret_state,
                                  struct cm_error *err)
 {
     struct cm_policy_state state = {.pcr_count = 1, .pcrs = {enrolment->pcr}};
     uint8_t digest[CM_DIGEST_BYTES];
-    if (!counter_parse(arguments->counter, enrolment->counter_value + steps, &state.counter_max)) {
+    if (!counter_parse(arguments->counter, counter, &state.counter_max)) {
         return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE", "--counter takes a whole number");
     }
     memcpy(state.pcr_values[0], enrolment->pcr_value, CM_DIGEST_BYTES);
@@ -287,6 +287,21 @@ static enum cm_status state_put(struct cm_policy_list *list, const struct cm_pol
     list->count += at == list->count;
     list->states[at] = *state;
     return CM_OK;
+}
+
+/* The greatest counter that anything is signed for here: a new state must not be dead on arrival.
+ */
+static uint64_t counter_base(const struct cm_policy_list *list,
+                             const struct cm_enrolment *enrolment)
+{
+    uint64_t base = enrolment->counter_value;
+    for (uint32_t i = 0; i < list->count; i++) {
+        const struct cm_policy_state *state = &list->states[i];
+        bool same_node =
+            memcmp(state->counter_name, enrolment->counter_name, sizeof(state->counter_name)) == 0;
+        base = same_node && state->counter_max > base ? state->counter_max : base;
+    }
+    return base;
 }
 
 /* Forget a node's states: what is revoked. */
@@ -362,7 +377,8 @@ enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, 
         struct cm_policy_state state;
         status = cm_node_read(arguments, arguments->nodes[i], &enrolment, err);
         if (status == CM_OK) {
-            status = state_sign(arguments, &enrolment, &measurement, steps, policy, &state, err);
+            status = state_sign(arguments, &enrolment, &measurement,
+                                counter_base(&list, &enrolment) + steps, policy, &state, err);
         }
         if (status == CM_OK && steps > 0) {
             states_drop(&list, &enrolment);

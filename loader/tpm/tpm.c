@@ -284,13 +284,28 @@ enum cm_status cm_tpm_pcr_extend(struct cm_tpm *tpm, uint32_t pcr,
                          "PCR_Extend", err);
 }
 
+static enum cm_status counter_open(struct cm_tpm *tpm, ESYS_TR *ret, struct cm_error *err)
+{
+    return cm_tpm_result(Esys_TR_FromTPMPublic(tpm->esys, CM_COUNTER_HANDLE, ESYS_TR_NONE,
+                                               ESYS_TR_NONE, ESYS_TR_NONE, ret),
+                         "NV_ReadPublic of the counter", err);
+}
+
+enum cm_status cm_tpm_counter_value(struct cm_tpm *tpm, uint64_t *ret_value, struct cm_error *err)
+{
+    ESYS_TR counter = ESYS_TR_NONE;
+    enum cm_status status = counter_open(tpm, &counter, err);
+    if (status == CM_OK) {
+        status = cm_tpm_counter_read(tpm, counter, ret_value, err);
+        (void)Esys_TR_Close(tpm->esys, &counter);
+    }
+    return status;
+}
+
 enum cm_status cm_tpm_counter_step(struct cm_tpm *tpm, uint64_t *ret_value, struct cm_error *err)
 {
     ESYS_TR counter = ESYS_TR_NONE;
-    enum cm_status status =
-        cm_tpm_result(Esys_TR_FromTPMPublic(tpm->esys, CM_COUNTER_HANDLE, ESYS_TR_NONE,
-                                            ESYS_TR_NONE, ESYS_TR_NONE, &counter),
-                      "NV_ReadPublic of the counter", err);
+    enum cm_status status = counter_open(tpm, &counter, err);
     if (status == CM_OK) {
         status = cm_tpm_result(Esys_NV_Increment(tpm->esys, ESYS_TR_RH_OWNER, counter,
                                                  ESYS_TR_PASSWORD, ESYS_TR_NONE, ESYS_TR_NONE),

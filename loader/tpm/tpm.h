@@ -81,6 +81,9 @@ CM_MUST_USE enum cm_status cm_tpm_pcr_read(struct cm_tpm *tpm, uint32_t pcr,
 CM_MUST_USE enum cm_status cm_tpm_pcr_extend(struct cm_tpm *tpm, uint32_t pcr,
                                              const uint8_t digest[static CM_DIGEST_BYTES],
                                              struct cm_error *err);
+/* The node's counter. Fails: TPM, also where there is none. */
+CM_MUST_USE enum cm_status cm_tpm_counter_value(struct cm_tpm *tpm, uint64_t *ret_value,
+                                                struct cm_error *err);
 /* Step the node's counter by one. */
 CM_MUST_USE enum cm_status cm_tpm_counter_step(struct cm_tpm *tpm, uint64_t *ret_value,
                                                struct cm_error *err);

@@ -75,6 +75,20 @@ CM_MUST_USE enum cm_status cli_challenge_answer(const char *tpm_path, const char
                                                 uint8_t ret_secret[static CM_DIGEST_BYTES],
                                                 struct cm_error *err);
 
+/* What the TPM says of itself now. */
+struct cli_tpm_facts {
+    uint64_t counter;
+    uint8_t pcrs[24][CM_DIGEST_BYTES]; /* SHA-256 bank */
+};
+CM_MUST_USE enum cm_status cli_keeper_look(const char *tpm_path, const char *development_state,
+                                           struct cli_tpm_facts *ret_facts, struct cm_error *err);
+/* tpm.c: the same by the configuration. Fails: SYSTEM while a development TPM serves. */
+CM_MUST_USE enum cm_status cli_tpm_look(const struct cm_configuration *configuration,
+                                        struct cli_tpm_facts *ret_facts, struct cm_error *err);
+/* policy.c: signed states that a start would match after one more step of the counter. */
+CM_MUST_USE enum cm_status cli_policy_survivors(struct words *words, uint32_t *ret_count,
+                                                struct cm_error *err);
+
 /* measure.c: the events before the package's, as a start would measure them. */
 struct cm_measurement;
 CM_MUST_USE enum cm_status cli_measure(const struct cm_configuration *configuration,

@@ -5,11 +5,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "loader/tpm/enrolment.h"
 #include "runtime/cli/cli_internal.h"
 #include "sandbox/image.h"
 
@@ -235,98 +233,5 @@ enum cm_status command_keys(struct words *words, struct cm_error *err)
         printf("casemate: %s is revoked; a running service refuses it within a second\n", subject);
     }
     key_store_close(store);
-    return status;
-}
-
-/* A development TPM is one program with one file: not while the service runs it. */
-static enum cm_status state_lock(const char *state, int *ret_fd, struct cm_error *err)
-{
-    char path[CM_CONFIG_TEXT_BYTES + 16];
-    snprintf(path, sizeof(path), "%s/run/lock", state);
-    int fd = open(path, O_RDWR | O_CLOEXEC);
-    if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) != 0) {
-        close(fd);
-        return cm_error_set(err, CM_E_SYSTEM, "CM-SUP-TWICE",
-                            "a casemate serves from %s with its development TPM; stop it first",
-                            state);
-    }
-    *ret_fd = fd; /* -1: never served, nothing to lock */
-    return CM_OK;
-}
-
-/* The node's TPM, nobody else using it: its path, or the development TPM's state. */
-struct node_tpm {
-    struct cm_configuration configuration;
-    char state[CM_CONFIG_TEXT_BYTES + 32];
-    const char *development; /* its state file; NULL for a real TPM */
-    int lock;
-};
-
-static enum cm_status node_tpm_open(struct words *words, struct node_tpm *tpm, struct cm_error *err)
-{
-    static struct cm_config_arguments arguments;
-    tpm->lock = -1;
-    tpm->development = NULL;
-    enum cm_status status =
-        cm_config_arguments_load(words->count, words->at, &arguments, &tpm->configuration, err);
-    if (status == CM_OK && cm_config_tpm_development(tpm->configuration.tpm)) {
-        snprintf(tpm->state, sizeof(tpm->state), "%s/devtpm.state", tpm->configuration.state);
-        tpm->development = tpm->state;
-        status = state_lock(tpm->configuration.state, &tpm->lock, err);
-    }
-    return status;
-}
-
-static void node_tpm_close(struct node_tpm *tpm)
-{
-    if (tpm->lock >= 0) {
-        close(tpm->lock);
-    }
-}
-
-enum cm_status command_revoke(struct words *words, struct cm_error *err)
-{
-    static struct node_tpm tpm;
-    uint64_t counter = 0;
-    enum cm_status status = node_tpm_open(words, &tpm, err);
-    if (status == CM_OK) {
-        status = cli_counter_step(tpm.configuration.tpm, tpm.development, &counter, err);
-    }
-    node_tpm_close(&tpm);
-    if (status == CM_OK) {
-        printf("the counter is %llu now: states signed for less unseal no more\n",
-               (unsigned long long)counter);
-    }
-    return status;
-}
-
-enum cm_status command_answer(struct words *words, struct cm_error *err)
-{
-    static struct node_tpm tpm = {.lock = -1};
-    uint8_t challenge[CM_CREDENTIAL_BYTES_MAX + 1], secret[CM_DIGEST_BYTES];
-    size_t size = 0;
-    const char *out = words_value_take(words, "out");
-    if (words->count == 0 || words->at[0][0] == '-' || out == NULL) {
-        return cm_error_set(err, CM_E_USAGE, "CM-CLI-USAGE",
-                            "expected answer CHALLENGE --out FILE");
-    }
-    const char *path = words->at[0];
-    words->count--;
-    memmove(words->at, words->at + 1, (size_t)words->count * sizeof(words->at[0]));
-    enum cm_status status = cli_file_read(path, challenge, sizeof(challenge), &size, err);
-    if (status == CM_OK) {
-        status = node_tpm_open(words, &tpm, err);
-    }
-    if (status == CM_OK) {
-        status = cli_challenge_answer(tpm.configuration.tpm, tpm.development, challenge, size,
-                                      secret, err);
-    }
-    node_tpm_close(&tpm);
-    if (status == CM_OK) {
-        status = cli_file_write(out, secret, sizeof(secret), 0600, err);
-    }
-    if (status == CM_OK) {
-        printf("answered: give %s to the model's owner\n", out);
-    }
     return status;
 }

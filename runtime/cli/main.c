@@ -65,11 +65,13 @@ static const struct command commands[] = {
      "usage: casemate policy explain [--config FILE | --state DIR] [--against FILE]\n\n" WHERE
      "  --against FILE  the measurement that was signed: names each program, library or\n"
      "                  text that differs from it\n\n"
-     "Asks before a reboot or an upgrade; starts nothing. Exit 5: it would not unseal.\n\n"
+     "Ask it before a restart, a reboot or an upgrade; it asks the TPM for counter and PCRs (a\n"
+     "development TPM only while nothing serves), and starts nothing. Exit 5: it would not.\n\n"
      "example: casemate policy explain --state node --against node.measure\n",
      command_policy},
     {"revoke", "step the node's counter: older signed states end",
-     "usage: casemate revoke [--config FILE | --state DIR]\n\n" WHERE
+     "usage: casemate revoke [--config FILE | --state DIR] [--anyway]\n\n" WHERE
+     "  --anyway        also where no start would unseal afterwards\n"
      "\nAfter it only states unseal that the owner has signed for the new counter (casemate-pack\n"
      "policy-revoke). A running service goes on until it stops. It cannot be undone.\n\n"
      "example: casemate revoke --state node\n",

@@ -1,7 +1,8 @@
-/* casemate policy explain: would a start unseal, and if not, what differs? Asks before a reboot or
- * an upgrade; needs no TPM and starts nothing. */
+/* casemate policy explain: would a start unseal, and if not, what differs? Asks before a restart, a
+ * reboot or an upgrade. Asks the TPM too, where it can; starts nothing. */
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "loader/package/package.h"
 #include "loader/tpm/enrolment.h"
@@ -16,7 +17,9 @@ struct explanation {
     struct cm_measurement now, signed_then;
     bool has_signed;
     uint8_t pcr[CM_DIGEST_BYTES]; /* ours after all events */
-    uint32_t matching;            /* states of this node with that value */
+    bool asked;                   /* the TPM; else `silent` says why not */
+    struct cli_tpm_facts tpm;
+    struct cm_error silent;
 };
 
 static enum cm_status enrolment_load(struct explanation *x, struct cm_error *err)
@@ -46,6 +49,12 @@ static enum cm_status package_load(struct explanation *x, struct cm_error *err)
         status = cm_config_point_read(x->configuration.policy_authority, authority, err);
     }
     snprintf(path, sizeof(path), "%s.policy", x->configuration.package);
+    if (status == CM_OK && access(path, R_OK) != 0) {
+        status = cm_error_set(err, CM_E_POLICY, "CM-SEAL-POLICY",
+                              "there is no policy list beside the package (%s): copy it there, it "
+                              "comes from `casemate-pack`",
+                              path);
+    }
     if (status == CM_OK) {
         status = cli_file_read(path, list, sizeof(list), &used, err);
     }
@@ -67,28 +76,83 @@ static enum cm_status signed_load(struct explanation *x, const char *path, struc
     return status;
 }
 
-static void states_print(struct explanation *x)
+/* Why a start would not unseal by this state: the worst that is wrong, or STATE_GOOD. */
+enum state_fit { STATE_GOOD, STATE_REVOKED, STATE_BOOT_CHAIN, STATE_PCR, STATE_OTHER_NODE };
+
+static enum state_fit state_fit(const struct explanation *x, const struct cm_policy_state *state)
 {
+    enum state_fit fit =
+        x->asked && x->tpm.counter > state->counter_max ? STATE_REVOKED : STATE_GOOD;
+    if (memcmp(state->counter_name, x->enrolment.counter_name, sizeof(state->counter_name)) != 0) {
+        return STATE_OTHER_NODE;
+    }
+    for (uint32_t k = 0; k < state->pcr_count; k++) {
+        bool ours = state->pcrs[k] == x->enrolment.pcr;
+        const uint8_t *value = ours ? x->pcr : x->tpm.pcrs[state->pcrs[k]];
+        if ((ours || x->asked) && memcmp(state->pcr_values[k], value, CM_DIGEST_BYTES) != 0) {
+            fit = ours ? STATE_PCR : fit == STATE_PCR ? fit : STATE_BOOT_CHAIN;
+        }
+    }
+    return fit;
+}
+
+static void boot_chain_print(const struct explanation *x, const struct cm_policy_state *state)
+{
+    char is[2 * CM_DIGEST_BYTES + 1], was[2 * CM_DIGEST_BYTES + 1];
+    for (uint32_t k = 0; k < state->pcr_count; k++) {
+        uint32_t pcr = state->pcrs[k];
+        if (pcr != x->enrolment.pcr &&
+            memcmp(state->pcr_values[k], x->tpm.pcrs[pcr], CM_DIGEST_BYTES) != 0) {
+            cm_hex_write(x->tpm.pcrs[pcr], CM_DIGEST_BYTES, is);
+            cm_hex_write(state->pcr_values[k], CM_DIGEST_BYTES, was);
+            printf("differs: PCR %u is %s in this boot, signed is %s\n", pcr, is, was);
+        }
+    }
+}
+
+/* Each signed state, and the best fit among them. */
+static enum state_fit states_print(const struct explanation *x)
+{
+    static const char *const words[] = {"this one",
+                                        "this one, but revoked: the counter is beyond it",
+                                        "this one, but another boot chain",
+                                        "of this node, with another PCR value", "of another node"};
     char hex[2 * CM_DIGEST_BYTES + 1];
+    enum state_fit best = STATE_OTHER_NODE;
     cm_hex_write(x->pcr, sizeof(x->pcr), hex);
     printf("a start would lead PCR %u to %s\n", x->enrolment.pcr, hex);
+    if (x->asked) {
+        printf("the TPM's counter is %llu\n", (unsigned long long)x->tpm.counter);
+    } else {
+        printf("the TPM was not asked (%s): counter and boot chain may differ\n", x->silent.text);
+    }
     for (uint32_t i = 0; i < x->list.count; i++) {
         const struct cm_policy_state *state = &x->list.states[i];
-        bool ours = memcmp(state->counter_name, x->enrolment.counter_name,
-                           sizeof(state->counter_name)) == 0;
-        bool same = false;
-        for (uint32_t k = 0; k < state->pcr_count; k++) {
-            same = same || (state->pcrs[k] == x->enrolment.pcr &&
-                            memcmp(state->pcr_values[k], x->pcr, CM_DIGEST_BYTES) == 0);
-        }
-        x->matching += ours && same;
-        printf("signed state %u: %s, counter up to %llu%s\n", i + 1,
-               !ours  ? "of another node"
-               : same ? "this one"
-                      : "of this node, with another PCR value",
+        enum state_fit fit = state_fit(x, state);
+        best = fit < best ? fit : best;
+        printf("signed state %u: %s; counter up to %llu%s\n", i + 1, words[fit],
                (unsigned long long)state->counter_max,
-               ours && state->pcr_count > 1 ? ", and PCRs of the boot chain" : "");
+               state->pcr_count > 1 ? ", with PCRs of the boot chain" : "");
+        if (fit == STATE_BOOT_CHAIN) {
+            boot_chain_print(x, state);
+        }
     }
+    return best;
+}
+
+/* Our PCR belongs to a boot: what stands in it now must be a beginning of what a start extends. */
+static bool boot_fits(const struct explanation *x)
+{
+    const uint8_t *now = x->tpm.pcrs[x->enrolment.pcr];
+    uint8_t pcr[CM_DIGEST_BYTES];
+    memcpy(pcr, x->enrolment.pcr_value, sizeof(pcr));
+    bool strict = strcmp(cm_config_attest_mode(&x->configuration), "strict") == 0;
+    bool fits = memcmp(pcr, now, sizeof(pcr)) == 0;
+    for (uint32_t i = 0; !strict && !fits && i < x->now.count; i++) {
+        fits = cm_measurement_replay(&x->now, i, 1, pcr, NULL) == CM_OK &&
+               memcmp(pcr, now, sizeof(pcr)) == 0;
+    }
+    return fits;
 }
 
 static const uint8_t *file_find(const struct cm_event *event, const char *name)
@@ -116,6 +180,22 @@ static void program_compare(const struct cm_event *now, const struct cm_event *t
     }
 }
 
+/* Lines of the one text that the other has not. */
+static void lines_print(const struct cm_event *of, const struct cm_event *against, const char *sign)
+{
+    char line[CM_CONFIG_TEXT_BYTES + 64];
+    for (uint32_t at = 0; at < of->bytes;) {
+        const uint8_t *end = memchr(of->data + at, '\n', of->bytes - at);
+        size_t size = end != NULL ? (size_t)(end - of->data) - at + 1 : of->bytes - at;
+        if (memmem(against->data, against->bytes, of->data + at, size) == NULL) {
+            snprintf(line, sizeof(line), "%.*s", (int)size, (const char *)of->data + at);
+            line[strcspn(line, "\n")] = '\0';
+            printf("differs: %s %s\n", sign, line);
+        }
+        at += (uint32_t)size;
+    }
+}
+
 /* What was signed against what is here, event by event. */
 static void events_compare(const struct explanation *x)
 {
@@ -127,7 +207,8 @@ static void events_compare(const struct explanation *x)
         if (!same && now->type == CM_EVENT_PROGRAM && then->type == CM_EVENT_PROGRAM) {
             program_compare(now, then);
         } else if (!same) {
-            printf("differs: %s\n", cm_event_name(now->type));
+            lines_print(now, then, "here is");
+            lines_print(then, now, "signed was");
         }
     }
     if (count != x->signed_then.count) {
@@ -135,51 +216,107 @@ static void events_compare(const struct explanation *x)
     }
 }
 
+static enum cm_status explanation_load(struct words *words, const char *against,
+                                       struct explanation *x, struct cm_error *err)
+{
+    static struct cm_config_arguments arguments;
+    memset(x, 0, sizeof(*x));
+    enum cm_status status =
+        cm_config_arguments_load(words->count, words->at, &arguments, &x->configuration, err);
+    if (status == CM_OK) {
+        status = cm_config_complete(&x->configuration, arguments.path, err);
+    }
+    if (status == CM_OK) {
+        status = enrolment_load(x, err);
+    }
+    if (status == CM_OK) {
+        status = cli_measure(&x->configuration, &x->now, err);
+    }
+    if (status == CM_OK) {
+        status = package_load(x, err);
+    }
+    if (status == CM_OK) {
+        status = signed_load(x, against, err);
+    }
+    memcpy(x->pcr, x->enrolment.pcr_value, sizeof(x->pcr));
+    if (status == CM_OK) {
+        status = cm_measurement_replay(&x->now, 0, x->now.count, x->pcr, err);
+    }
+    if (status == CM_OK) {
+        x->asked = cli_tpm_look(&x->configuration, &x->tpm, &x->silent) == CM_OK;
+    }
+    return status;
+}
+
+enum cm_status cli_policy_survivors(struct words *words, uint32_t *ret_count, struct cm_error *err)
+{
+    static struct explanation x;
+    enum cm_status status = explanation_load(words, NULL, &x, err);
+    if (status == CM_OK && !x.asked) {
+        *err = x.silent;
+        status = (enum cm_status)x.silent.status;
+    }
+    *ret_count = 0;
+    x.tpm.counter++;
+    for (uint32_t i = 0; status == CM_OK && i < x.list.count; i++) {
+        *ret_count += state_fit(&x, &x.list.states[i]) == STATE_GOOD;
+    }
+    if (status == CM_OK) {
+        *err = (struct cm_error){.status = CM_OK};
+    }
+    return status;
+}
+
+static enum cm_status verdict(const struct explanation *x, enum state_fit fit, struct cm_error *err)
+{
+    switch (fit) {
+    case STATE_GOOD:
+        if (x->asked && !boot_fits(x)) {
+            return cm_error_set(err, CM_E_POLICY, "CM-SEAL-BOOT",
+                                "it would unseal after a reboot; in this boot PCR %u holds another "
+                                "start already",
+                                x->enrolment.pcr);
+        }
+        puts(x->asked ? "it would unseal"
+                      : "it would unseal, if the TPM's counter and boot chain are as signed");
+        return CM_OK;
+    case STATE_REVOKED:
+        return cm_error_set(
+            err, CM_E_POLICY, "CM-SEAL-COUNTER",
+            "this state was revoked (the counter is %llu): ask the owner to sign it "
+            "for that (casemate-pack policy-revoke --counter %llu)",
+            (unsigned long long)x->tpm.counter, (unsigned long long)x->tpm.counter);
+    case STATE_BOOT_CHAIN:
+        return cm_error_set(err, CM_E_POLICY, "CM-SEAL-PCR",
+                            "the machine booted another way than was signed: reboot as before, or "
+                            "ask the owner to sign these values (casemate-pack policy-sign --pcr)");
+    case STATE_PCR:
+    case STATE_OTHER_NODE:
+        break;
+    }
+    return cm_error_set(
+        err, CM_E_POLICY, "CM-SEAL-PCR",
+        "no signed state has this PCR value: `casemate measure --out FILE`, and let "
+        "the owner sign it (casemate-pack policy-sign)%s",
+        x->has_signed ? "" : "; --against the FILE that was signed names what differs");
+}
+
 enum cm_status command_policy(struct words *words, struct cm_error *err)
 {
     static struct explanation x;
-    static struct cm_config_arguments arguments;
     if (words->count == 0 || strcmp(words->at[0], "explain") != 0) {
         return cm_error_set(err, CM_E_USAGE, "CM-CLI-USAGE", "policy knows: explain");
     }
     words->count--;
     memmove(words->at, words->at + 1, (size_t)words->count * sizeof(words->at[0]));
     const char *against = words_value_take(words, "against");
-    enum cm_status status =
-        cm_config_arguments_load(words->count, words->at, &arguments, &x.configuration, err);
-    if (status == CM_OK) {
-        status = cm_config_complete(&x.configuration, arguments.path, err);
-    }
-    if (status == CM_OK) {
-        status = enrolment_load(&x, err);
-    }
-    if (status == CM_OK) {
-        status = cli_measure(&x.configuration, &x.now, err);
-    }
-    if (status == CM_OK) {
-        status = package_load(&x, err);
-    }
-    if (status == CM_OK) {
-        status = signed_load(&x, against, err);
-    }
-    memcpy(x.pcr, x.enrolment.pcr_value, sizeof(x.pcr));
-    if (status == CM_OK) {
-        status = cm_measurement_replay(&x.now, 0, x.now.count, x.pcr, err);
-    }
+    enum cm_status status = explanation_load(words, against, &x, err);
     if (status != CM_OK) {
         return status;
     }
-    states_print(&x);
+    enum state_fit fit = states_print(&x);
     if (x.has_signed) {
         events_compare(&x);
     }
-    if (x.matching > 0) {
-        puts("it would unseal, if the TPM's counter and boot chain are as signed");
-        return CM_OK;
-    }
-    return cm_error_set(
-        err, CM_E_POLICY, "CM-SEAL-PCR",
-        "no signed state has this PCR value: `casemate measure --out FILE`, and let "
-        "the owner sign it (casemate-pack policy-sign)%s",
-        x.has_signed ? "" : "; --against the FILE that was signed names what differs");
+    return verdict(&x, fit, err);
 }

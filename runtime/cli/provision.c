@@ -325,3 +325,20 @@ enum cm_status cli_challenge_answer(const char *tpm_path, const char *developmen
     }
     return status;
 }
+
+enum cm_status cli_keeper_look(const char *tpm_path, const char *development_state,
+                               struct cli_tpm_facts *ret_facts, struct cm_error *err)
+{
+    char *arguments[] = {"casemate-keeper", "--look", NULL};
+    uint8_t answer[CM_ENROLMENT_BYTES_MAX];
+    size_t bytes = 0;
+    enum cm_status status = tpm_run(arguments, tpm_path, development_state, answer, &bytes, err);
+    if (status == CM_OK && bytes != sizeof(ret_facts->counter) + sizeof(ret_facts->pcrs)) {
+        status = cm_error_set(err, CM_E_BUG, "CM-CLI-LOOK", "the keeper gave %zu bytes", bytes);
+    }
+    if (status == CM_OK) {
+        memcpy(&ret_facts->counter, answer, sizeof(ret_facts->counter));
+        memcpy(ret_facts->pcrs, answer + sizeof(ret_facts->counter), sizeof(ret_facts->pcrs));
+    }
+    return status;
+}

@@ -75,6 +75,27 @@ static enum cm_status counter_step(struct cm_error *err)
     return status;
 }
 
+/* The counter (u64) and all 24 PCRs of the SHA-256 bank, as they stand, to standard output. */
+static enum cm_status look(struct cm_error *err)
+{
+    struct cm_tpm *tpm = NULL;
+    uint8_t facts[sizeof(uint64_t) + 24 * CM_DIGEST_BYTES];
+    uint64_t counter = 0;
+    enum cm_status status = cm_tpm_open(CM_FD_TPM, &tpm, err);
+    if (status == CM_OK) {
+        status = cm_tpm_counter_value(tpm, &counter, err);
+    }
+    memcpy(facts, &counter, sizeof(counter));
+    for (uint32_t i = 0; status == CM_OK && i < 24; i++) {
+        status = cm_tpm_pcr_read(tpm, i, facts + sizeof(counter) + i * CM_DIGEST_BYTES, err);
+    }
+    cm_tpm_close(tpm);
+    if (status == CM_OK && write(STDOUT_FILENO, facts, sizeof(facts)) != (ssize_t)sizeof(facts)) {
+        status = cm_error_errno(err, errno, "CM-KEEPER-WRITE", "cannot write what the TPM says");
+    }
+    return status;
+}
+
 /* Answer a challenge, given in hex, to standard output: that EK and AK are of this TPM. */
 static enum cm_status challenge_answer(const char *hex, struct cm_error *err)
 {
@@ -177,6 +198,8 @@ int main(int count, char **words)
         status = provision(words[3], development, &err);
     } else if (status == CM_OK && count == 2 && strcmp(words[1], "--revoke") == 0) {
         status = counter_step(&err);
+    } else if (status == CM_OK && count == 2 && strcmp(words[1], "--look") == 0) {
+        status = look(&err);
     } else if (status == CM_OK && count == 3 && strcmp(words[1], "--answer") == 0) {
         status = challenge_answer(words[2], &err);
     } else if (status == CM_OK && serves) {
@@ -185,6 +208,7 @@ int main(int count, char **words)
         fprintf(stderr, "casemate-keeper is started by casemate-supervisor, or as\n"
                         "casemate-keeper --provision --node-name NAME [--development] 13<>TPM\n"
                         "casemate-keeper --revoke 13<>TPM\n"
+                        "casemate-keeper --look 13<>TPM\n"
                         "casemate-keeper --answer HEX 13<>TPM\n");
         return cm_status_exit_code(CM_E_USAGE);
     }

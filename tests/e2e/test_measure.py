@@ -124,12 +124,26 @@ def test_a_stepped_counter_revokes_the_older_states(programs, model, tmp_path):
     node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
     node.make(model, "tiny")
     assert served(node)
-    node.run("casemate", "revoke", "--state", node.state)
+    done = node.run("casemate", "revoke", "--state", node.state, check=False)
+    assert done.returncode == 5 and "CM-CLI-REVOKE" in done.stderr  # nothing would start after it
+    assert served(node)
+    node.run("casemate", "revoke", "--state", node.state, "--anyway")
+    done = node.run("casemate", "policy", "explain", "--state", node.state, check=False)
+    assert done.returncode == 5 and "CM-SEAL-COUNTER" in done.stderr and "revoked" in done.stdout
     refused(node, "CM-SEAL-COUNTER")
     node.sign()  # signed for the counter at enrolment: not enough
     refused(node, "CM-SEAL-COUNTER")
     node.sign("policy-revoke")
     assert served(node)
+    # In the good order there is no outage; and what is signed later is signed for the new counter.
+    old = node.package.with_name(node.package.name + ".policy").read_bytes()
+    node.sign("policy-revoke")
+    node.run("casemate", "revoke", "--state", node.state)
+    assert served(node)
+    node.sign()
+    assert served(node)
+    node.package.with_name(node.package.name + ".policy").write_bytes(old)
+    refused(node, "CM-SEAL-COUNTER")
 
 
 def test_revoking_one_node_leaves_the_others_states(programs, model, tmp_path):
@@ -149,7 +163,7 @@ def test_revoking_one_node_leaves_the_others_states(programs, model, tmp_path):
     for node in (first, second):
         copy_to(node)
         assert served(node)
-    first.run("casemate", "revoke", "--state", first.state)
+    first.run("casemate", "revoke", "--state", first.state, "--anyway")
     refused(first, "CM-SEAL-COUNTER")
     first.run("casemate-pack", "policy-revoke", both, "--owner", first.owner, "--node",
               first.state / "enrolment.bin", "--measurement", first.measure())
@@ -157,7 +171,7 @@ def test_revoking_one_node_leaves_the_others_states(programs, model, tmp_path):
         copy_to(node)
         assert served(node)
     # What is signed for the one node's greater counter does not reach the other.
-    second.run("casemate", "revoke", "--state", second.state)
+    second.run("casemate", "revoke", "--state", second.state, "--anyway")
     refused(second, "CM-SEAL-COUNTER")
 
 
@@ -180,6 +194,42 @@ def test_explain_says_beforehand_what_the_start_will_say(programs, model, tmp_pa
     refused(node, "CM-SEAL-PCR")
     node.sign()
     assert explain().returncode == 0 and served(node)
+    node.start()  # its development TPM answers one at a time
+    done = explain()
+    assert node.stop() == 0
+    assert done.returncode == 0 and "the TPM was not asked" in done.stdout
+    shutil.copy(node.state / "node.measure", tmp_path / "signed")
+    yaml = node.state / "casemate.yaml"
+    yaml.write_text(yaml.read_text().replace("attest_mode: restartable", "attest_mode: strict"))
+    done = explain()
+    assert "differs: here is attest_mode strict" in done.stdout and done.returncode == 5
+    assert "differs: signed was attest_mode restartable" in done.stdout
+    (node.package.with_name(node.package.name + ".policy")).unlink()
+    done = explain()
+    assert done.returncode == 5 and "CM-SEAL-POLICY" in done.stderr and "casemate-pack" in done.stderr
+
+
+def test_explain_asks_the_tpm_for_boot_chain_and_boot(programs, model, tmp_path, swtpm):
+    node = nodes.Node(programs, tmp_path / "node", tmp_path / "owner")
+    node.make(model, "tiny", tpm=str(swtpm.path))
+
+    def explain():
+        return node.run("casemate", "policy", "explain", "--state", node.state, check=False)
+    assert explain().returncode == 0 and served(node)
+    assert explain().returncode == 0  # the PCR stands where a start leaves it
+    with open(programs / "casemate-worker", "ab") as file:
+        file.write(b"\0")
+    node.sign()
+    done = explain()
+    assert done.returncode == 5 and "CM-SEAL-BOOT" in done.stderr and "after a reboot" in done.stderr
+    refused(node, "CM-SEAL-BOOT")
+    swtpm.stop()
+    swtpm.start()
+    assert explain().returncode == 0
+    swtpm.tool("pcrextend", "7:sha256=" + "11" * 32)
+    done = explain()
+    assert done.returncode == 5 and "differs: PCR 7 is " in done.stdout and "CM-SEAL-PCR" in done.stderr
+    refused(node, "PCR 7 is")
 
 
 @pytest.fixture
