@@ -35,7 +35,7 @@ const char *cm_layer_word(enum cm_confine_layer layer)
 #define L(layer) CM_LAYER_BIT(CM_LAYER_##layer)
 
 const struct cm_promise cm_promises[CM_PROMISE_COUNT] = {
-    {"no_exec", "runs no other program", L(FILTER) | L(ROOT) | L(LANDLOCK)},
+    {"no_exec", "runs no other program", L(FILTER)}, /* from memory, too: that takes no path */
     {"no_files", "opens and makes no file", L(FILTER) | L(ROOT) | L(LANDLOCK)},
     {"no_network", "makes no connection of its own", L(FILTER) | L(NET_NS)},
     {"no_foreign_memory", "reads no other process", L(FILTER) | L(PID_NS) | L(IDENTITY)},

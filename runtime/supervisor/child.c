@@ -158,6 +158,7 @@ void child_reap(struct service *service, struct child *child)
         log_take(child, "\n", 1);
     }
     uint64_t kills = cm_cgroup_oom_kills(&service->groups.groups[child - service->children]);
+    violation_take(service, child, &how);
     end_take(service, child, &how, kills > child->memory_kills);
     child->memory_kills = kills;
     close(child->channel.fd);

@@ -5,13 +5,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include "runtime/supervisor/supervisor_internal.h"
 #include "sandbox/report.h"
-#include "sandbox/steps.h"
+#include "sandbox/violation.h"
 
 #define MIB      (1ull << 20)
 #define DYING_MS 100
@@ -69,6 +67,16 @@ void confinement_make(const struct service *service, const struct child *child, 
         .filter_start = row->start,
         .filter_serve = row->serve,
     };
+}
+
+void violation_take(struct service *service, struct child *child, const siginfo_t *how)
+{
+    uint32_t call = 0;
+    child->forbidden = NULL;
+    if (how->si_code != CLD_EXITED && how->si_status == SIGSYS &&
+        cm_violation_find(service->violation_fd, child->pid, &call)) {
+        child->forbidden = cm_call_name(call);
+    }
 }
 
 static void groups_open(struct service *service)
@@ -143,6 +151,7 @@ enum cm_status confinement_open(struct service *service, struct cm_error *err)
     struct sandbox *sandbox = &service->sandbox;
     const struct cm_switches switches = cm_switches_get();
     cm_host_probe(&sandbox->host);
+    service->violation_fd = cm_violation_open();
     groups_open(service);
     sandbox->swapless = swap_absent(service);
     for (uint32_t i = 0; i < CM_LAYER_COUNT; i++) {

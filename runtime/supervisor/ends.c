@@ -41,7 +41,9 @@ static void error_complete(struct child *child, const siginfo_t *how)
     child->error_set = true;
     if (child->end == CM_ROLE_END_POLICY) {
         cm_error_set(&child->error, CM_E_SANDBOX, row->id,
-                     "%s made a system call that its filter forbids", child->name);
+                     "%s made a system call that its filter forbids: %s", child->name,
+                     child->forbidden != NULL ? child->forbidden
+                                              : "which one, this kernel's log does not say");
     } else if (child->end == CM_ROLE_END_MEMORY) {
         cm_error_set(&child->error, CM_E_SYSTEM, row->id,
                      "the kernel killed %s for want of memory: %s", child->name, row->next);

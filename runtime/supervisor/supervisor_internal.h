@@ -71,6 +71,7 @@ struct child {
     struct cm_error error; /* why it went, or is about to */
     enum cm_role_end kill; /* KILLED: what for */
     enum cm_role_end end;  /* of the last generation, once reaped */
+    const char *forbidden; /* call that its filter killed it for, NULL: not known */
     uint64_t memory_kills; /* of its group, as counted at the last end */
     uint64_t policy_ms;    /* the last policy kill; 0: none */
     struct backoff backoff;
@@ -133,7 +134,7 @@ struct service {
     struct cm_config_keeper keeper_config;
     struct sandbox sandbox;
     struct cm_cgroups groups; /* by enum child_index */
-    int launcher_fd;
+    int launcher_fd, violation_fd;
     pid_t launcher_pid;
     struct ring_set rings;
     struct child children[CHILD_COUNT];
@@ -185,6 +186,8 @@ CM_MUST_USE enum cm_status spawn(struct service *service, const struct child *ch
 CM_MUST_USE enum cm_status confinement_open(struct service *service, struct cm_error *err);
 void confinement_make(const struct service *service, const struct child *child, uint32_t fds,
                       struct cm_confinement *ret_confinement);
+/* A role has ended: if its filter killed it, which call was it? Into child->forbidden. */
+void violation_take(struct service *service, struct child *child, const siginfo_t *how);
 /* A role is ready: does each layer hold that this machine has? `probed`: as the role tells. */
 CM_MUST_USE bool confinement_holds(struct service *service, const struct child *child,
                                    uint32_t probed, struct cm_error *err);
