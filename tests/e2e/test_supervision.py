@@ -85,12 +85,12 @@ def test_no_process_outlives_the_supervisor(node, when):
 
 def test_an_operator_reads_who_ended_how_and_what_to_do(node):
     pid = node.pid("worker")
-    os.kill(pid, signal.SIGSEGV)
+    os.kill(pid, signal.SIGKILL)
     back(node, "worker", pid)
     told = status(node)
     assert told.returncode == 0 and told.stdout.startswith("casemate "), told
     line = [text for text in told.stdout.splitlines() if text.startswith("ended:")][0]
-    assert "worker signal after " in line and "CM-END-SIGNAL: worker was ended by signal 11 (SIGSEGV)" in line
+    assert "worker signal after " in line and "CM-END-SIGNAL: worker was ended by signal 9 (SIGKILL)" in line
     assert "report it" in told.stdout
     metrics = node.get("/metrics", node.api_key)[1]
     assert 'casemate_role_ends_total{role="worker",end="signal"} 1' in metrics
