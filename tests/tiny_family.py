@@ -63,7 +63,12 @@ def vocabulary(family):
         space, tokens = alphabet[32], ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet]
         types = [3, 3, 3]
     merges = [(a.replace("_", space), b.replace("_", space)) for a, b in PAIRS]
-    tokens += [a + b for a, b in merges]
+    made = [a + b for a, b in merges]
+    tokens += made
+    if family in PIECES:  # as converted from SentencePiece: each way to cut a token is a merge
+        known = set(tokens)
+        merges = [(t[:i], t[i:]) for t in made for i in range(1, len(t))
+                  if t[:i] in known and t[i:] in known]
     return tokens, types + [1] * (len(tokens) - len(types)), merges
 
 
@@ -212,7 +217,7 @@ def write_gguf(path, family):
     out.add_token_list(tokens)
     out.add_token_types(types)
     if family in PIECES:
-        rank = {a + b: i for i, (a, b) in enumerate(merges)}
+        rank = {token: i for i, token in enumerate(dict.fromkeys(a + b for a, b in merges))}
         out.add_token_scores([-float(rank.get(t, 10 ** 6)) for t in tokens])
         out.add_add_space_prefix(PIECES[family])
     else:

@@ -46,10 +46,11 @@ static const struct {
 } commands[] = {
     {"keygen", cm_command_keygen, NULL, " --owner ", "",
      "make the owner's and the policy authority's keys", "casemate-pack keygen --owner owner"},
-    {"pack", cm_command_pack, "MODEL.gguf", " --out --owner ",
+    {"pack", cm_command_pack, "MODEL", " --out --owner ",
      " --node --measurement --name --suite --revision --chat-format --default-system --recovery "
      "--passphrase-file --policy-ref --ek-authority ",
-     "convert a GGUF model and seal it into a package for nodes",
+     "convert a model (a GGUF file, or a directory with safetensors, config.json and "
+     "tokenizer.json) and seal it into a package for nodes",
      "casemate-pack pack model.gguf --out model.cmpkg --owner owner --node node1.bin --measurement "
      "node1.measure"},
     {"inspect", cm_command_inspect, "PACKAGE", "", "", "explain a package without its key",

@@ -8,11 +8,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <openssl/rand.h>
 
+#include "loader/pack/directory.h"
 #include "loader/pack/owner.h"
 #include "loader/pack/plan.h"
 #include "loader/package/internal.h"
@@ -246,9 +248,26 @@ static enum cm_status recovery_make(const struct cm_pack_arguments *arguments,
     return status;
 }
 
+struct input { /* a file or a directory */
+    struct cm_gguf *gguf;
+    struct cm_directory *directory;
+};
+
+static enum cm_status input_plan(const char *path, const struct cm_plan_options *options,
+                                 struct input *input, struct cm_plan *plan, struct cm_error *err)
+{
+    struct stat facts;
+    if (stat(path, &facts) == 0 && S_ISDIR(facts.st_mode)) {
+        enum cm_status status = cm_directory_open(path, &input->directory, err);
+        return status == CM_OK ? cm_directory_plan(input->directory, options, plan, err) : status;
+    }
+    enum cm_status status = cm_gguf_open(path, &input->gguf, err);
+    return status == CM_OK ? cm_plan_make(input->gguf, options, plan, err) : status;
+}
+
 enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct cm_error *err)
 {
-    struct cm_gguf *gguf = NULL;
+    struct input input = {NULL, NULL};
     struct cm_plan plan = {.payload_bytes = 0};
     struct cm_secret *key = NULL;
     struct cm_convert_loss loss = {.exact = true};
@@ -263,10 +282,7 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
     }
     enum cm_status status = cm_nodes_check(arguments, err);
     if (status == CM_OK) {
-        status = cm_gguf_open(arguments->input, &gguf, err);
-    }
-    if (status == CM_OK) {
-        status = cm_plan_make(gguf, &options, &plan, err);
+        status = input_plan(arguments->input, &options, &input, &plan, err);
     }
     if (status == CM_OK) {
         status = cm_secret_new(CM_KEY_BYTES, &key, err);
@@ -288,7 +304,8 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
     }
     cm_secret_free(key);
     cm_plan_done(&plan);
-    cm_gguf_close(gguf);
+    cm_gguf_close(input.gguf);
+    cm_directory_close(input.directory);
     return status;
 }
 

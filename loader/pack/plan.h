@@ -81,8 +81,35 @@ CM_MUST_USE enum cm_status cm_plan_finish(enum cm_status status, struct cm_plan 
 void cm_plan_texts(const struct cm_plan_options *options, struct cm_source_text name,
                    struct cm_source_text license, struct cm_plan *plan);
 
-/* tokenizer.ggml.* → manifest (vocabulary.c). */
-CM_MUST_USE enum cm_status cm_plan_vocabulary(const struct cm_gguf *gguf, struct cm_plan *plan,
+/* A tokenizer as its file has it. Texts are borrowed from the file. */
+struct cm_merge_text {
+    struct cm_source_text left, right;
+};
+
+struct cm_vocabulary {
+    uint32_t tokenizer, split; /* of the manifest */
+    uint32_t count;
+    struct cm_source_text *texts;
+    uint8_t *kinds; /* enum cm_manifest_token_type */
+    uint32_t merge_count;
+    struct cm_merge_text *merges; /* in order of rank */
+    float *scores;                /* SentencePiece: of each token; NULL: ranks follow from merges */
+    uint32_t ends[CM_MANIFEST_END_TOKENS_MAX];
+    uint32_t end_count;
+    uint32_t begin;
+    bool add_begin;
+    char *spare; /* memory of texts that no file has */
+};
+
+/* Room for so many tokens and merges. */
+CM_MUST_USE enum cm_status cm_vocabulary_new(uint32_t count, uint32_t merges,
+                                             struct cm_vocabulary *ret, struct cm_error *err);
+void cm_vocabulary_done(struct cm_vocabulary *v);
+/* → manifest (vocabulary.c). */
+CM_MUST_USE enum cm_status cm_plan_vocabulary(const struct cm_vocabulary *v, struct cm_plan *plan,
+                                              struct cm_error *err);
+/* tokenizer.ggml.* → manifest. */
+CM_MUST_USE enum cm_status cm_vocabulary_gguf(const struct cm_gguf *gguf, struct cm_plan *plan,
                                               struct cm_error *err);
 /* A chat template (size 0: none) → manifest (chat.c). */
 CM_MUST_USE enum cm_status cm_plan_chat(struct cm_source_text text,

@@ -171,7 +171,7 @@ enum cm_status cm_plan_make(const struct cm_gguf *gguf, const struct cm_plan_opt
         status = shape_read(&keys, &plan, err);
     }
     if (status == CM_OK) {
-        status = cm_plan_vocabulary(gguf, &plan, err);
+        status = cm_vocabulary_gguf(gguf, &plan, err);
     }
     if (status == CM_OK) {
         status = texts_read(gguf, options, &plan, err);

@@ -1,4 +1,4 @@
-/* The tokenizer of a GGUF file into the manifest's tables: byte-level BPE, or SentencePiece.
+/* A tokenizer into the manifest's tables: byte-level BPE, or SentencePiece.
  *
  * Byte-level BPE keeps tokens in GPT-2's printable byte alphabet: 188 bytes stand for themselves,
  * the other 68 become U+0100 … U+0143 in order. SentencePiece (Kudo and Richardson 2018) writes a
@@ -106,51 +106,39 @@ static long token_decode(uint32_t tokenizer, uint32_t kind, struct cm_source_tex
 
 static enum cm_status refuse(struct cm_error *err, uint64_t index, const char *what)
 {
-    return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TOKENIZER", "GGUF tokenizer, entry %llu: %s",
+    return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TOKENIZER", "model: tokenizer, entry %llu: %s",
                         (unsigned long long)index, what);
 }
 
-static enum cm_status tokens_read(const struct cm_gguf *gguf, struct cm_plan *plan,
-                                  struct cm_source_text **ret_texts, struct cm_error *err)
+static enum cm_status tokens_make(const struct cm_vocabulary *v, struct cm_plan *plan,
+                                  struct cm_error *err)
 {
-    struct cm_cursor tokens, kinds;
-    uint64_t count, kind_count;
-    enum cm_status status =
-        cm_gguf_array(gguf, "tokenizer.ggml.tokens", CM_GGUF_VALUE_STRING, &tokens, &count, err);
-    if (status == CM_OK) {
-        status = cm_gguf_array(gguf, "tokenizer.ggml.token_type", CM_GGUF_VALUE_I32, &kinds,
-                               &kind_count, err);
+    size_t room = 1;
+    if (v->count < 2 || v->count > CM_MANIFEST_VOCABULARY_MAX) {
+        return refuse(err, v->count, "impossible vocabulary size");
     }
-    if (status != CM_OK) {
-        return status;
+    for (uint32_t i = 0; i < v->count; i++) {
+        if (v->kinds[i] < CM_TOKEN_NORMAL || v->kinds[i] > CM_TOKEN_BYTE ||
+            v->texts[i].size > CM_MANIFEST_TOKEN_BYTES_MAX) {
+            return refuse(err, i, "unknown token type, or a token longer than 1024 bytes");
+        }
+        room += v->texts[i].size;
     }
-    if (count < 2 || count > CM_MANIFEST_VOCABULARY_MAX || kind_count != count) {
-        return refuse(err, count, "impossible vocabulary size, or not one type for each token");
-    }
-    plan->manifest.vocabulary = (uint32_t)count;
-    plan->token_offsets = calloc(count + 1, sizeof(*plan->token_offsets));
-    plan->token_types = calloc(count, 1);
-    plan->token_bytes = malloc(cm_cursor_left(&tokens) + 1);
-    struct cm_source_text *texts = calloc(count, sizeof(*texts));
-    *ret_texts = texts;
-    if (plan->token_offsets == NULL || plan->token_types == NULL || plan->token_bytes == NULL ||
-        texts == NULL) {
+    plan->manifest.vocabulary = v->count;
+    plan->token_offsets = calloc((size_t)v->count + 1, sizeof(*plan->token_offsets));
+    plan->token_types = calloc(v->count, 1);
+    plan->token_bytes = malloc(room);
+    if (plan->token_offsets == NULL || plan->token_types == NULL || plan->token_bytes == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "vocabulary");
     }
     uint32_t used = 0;
-    for (uint32_t i = 0; i < count; i++) {
-        texts[i] = cm_gguf_next_text(&tokens);
-        uint32_t kind = cm_cursor_u32(&kinds);
-        if (kind < CM_TOKEN_NORMAL || kind > CM_TOKEN_BYTE ||
-            texts[i].size > CM_MANIFEST_TOKEN_BYTES_MAX) {
-            return refuse(err, i, "unknown token type, or a token longer than 1024 bytes");
-        }
-        long size =
-            token_decode(plan->manifest.tokenizer, kind, texts[i], plan->token_bytes + used);
+    for (uint32_t i = 0; i < v->count; i++) {
+        long size = token_decode(plan->manifest.tokenizer, v->kinds[i], v->texts[i],
+                                 plan->token_bytes + used);
         if (size < 0) {
             return refuse(err, i, "a token is not written in the tokenizer's alphabet");
         }
-        plan->token_types[i] = (uint8_t)kind;
+        plan->token_types[i] = v->kinds[i];
         used += (uint32_t)size;
         plan->token_offsets[i + 1] = used;
     }
@@ -205,80 +193,92 @@ static long map_find(const struct text_map *map, const char *bytes, size_t size)
     return -1;
 }
 
-static enum cm_status merges_read(const struct cm_gguf *gguf, struct cm_plan *plan,
+static enum cm_status merges_make(const struct cm_vocabulary *v, struct cm_plan *plan,
                                   const struct text_map *map, struct cm_error *err)
 {
-    struct cm_cursor cursor;
-    uint64_t count;
-    enum cm_status status =
-        cm_gguf_array(gguf, "tokenizer.ggml.merges", CM_GGUF_VALUE_STRING, &cursor, &count, err);
-    if (status != CM_OK) {
-        return status;
+    char joined[2 * CM_MANIFEST_TOKEN_BYTES_MAX];
+    if (v->merge_count > CM_MANIFEST_MERGES_MAX) {
+        return refuse(err, v->merge_count, "too many merges");
     }
-    if (count > CM_MANIFEST_MERGES_MAX) {
-        return refuse(err, count, "too many merges");
-    }
-    plan->merges = calloc(count * 2 + 1, sizeof(*plan->merges));
-    char *joined = malloc(cm_cursor_left(&cursor) + 1);
-    if (plan->merges == NULL || joined == NULL) {
-        free(joined);
+    plan->merges = calloc((size_t)v->merge_count * 2 + 1, sizeof(*plan->merges));
+    if (plan->merges == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "merges");
     }
-    for (uint64_t i = 0; status == CM_OK && i < count; i++) {
-        struct cm_source_text text = cm_gguf_next_text(&cursor);
-        const char *space = text.size > 2 ? memchr(text.bytes + 1, ' ', text.size - 2) : NULL;
-        if (space == NULL) {
-            status = refuse(err, i, "a merge is not two texts with a space between");
-            break;
+    for (uint32_t i = 0; i < v->merge_count; i++) {
+        const struct cm_source_text left = v->merges[i].left, right = v->merges[i].right;
+        long left_id = map_find(map, left.bytes, left.size);
+        long right_id = map_find(map, right.bytes, right.size);
+        if (left_id < 0 || right_id < 0) {
+            return refuse(err, i, "a merge names a token that is not in the vocabulary");
         }
-        size_t left = (size_t)(space - text.bytes), right = text.size - left - 1;
-        memcpy(joined, text.bytes, left);
-        memcpy(joined + left, space + 1, right);
-        long left_id = map_find(map, text.bytes, left);
-        long right_id = map_find(map, space + 1, right);
-        if (left_id < 0 || right_id < 0 || map_find(map, joined, left + right) < 0) {
-            status = refuse(err, i, "a merge names a token that is not in the vocabulary");
-            break;
+        memcpy(joined, left.bytes, left.size); /* both are tokens: no longer than one may be */
+        memcpy(joined + left.size, right.bytes, right.size);
+        long id = map_find(map, joined, left.size + right.size);
+        if (id < 0) {
+            return refuse(err, i, "a merge makes no token of the vocabulary");
         }
-        plan->merges[i * 2] = (uint32_t)left_id;
-        plan->merges[i * 2 + 1] = (uint32_t)right_id;
+        plan->merges[(size_t)i * 2] = (uint32_t)left_id;
+        plan->merges[(size_t)i * 2 + 1] = (uint32_t)right_id;
     }
-    plan->manifest.merge_count = (uint32_t)count;
-    free(joined);
+    plan->manifest.merge_count = v->merge_count;
+    return CM_OK;
+}
+
+static int pair_compare(const void *a, const void *b)
+{
+    uint64_t left = *(const uint64_t *)a, right = *(const uint64_t *)b;
+    return (left > right) - (left < right);
+}
+
+/* The host merges whatever two neighbours spell a token; so must the file: each way to cut a token
+ * in two must be one of its merges. */
+static enum cm_status merges_closed(const struct cm_vocabulary *v, const struct cm_plan *plan,
+                                    const struct text_map *map, struct cm_error *err)
+{
+    enum cm_status status = CM_OK;
+    uint64_t *pairs = calloc((size_t)v->merge_count + 1, sizeof(*pairs));
+    if (pairs == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "merges");
+    }
+    for (uint32_t i = 0; i < v->merge_count; i++) {
+        pairs[i] = (uint64_t)plan->merges[(size_t)i * 2] << 32 | plan->merges[(size_t)i * 2 + 1];
+    }
+    qsort(pairs, v->merge_count, sizeof(*pairs), pair_compare);
+    for (uint32_t i = 0; status == CM_OK && i < v->count; i++) {
+        const struct cm_source_text text = v->texts[i];
+        for (size_t cut = 1; plan->ranks[i] != CM_MANIFEST_NO_RANK && cut < text.size; cut++) {
+            long left = map_find(map, text.bytes, cut);
+            long right = map_find(map, text.bytes + cut, text.size - cut);
+            uint64_t pair = (uint64_t)left << 32 | (uint64_t)right;
+            if (left >= 0 && right >= 0 && plan->token_types[left] == CM_TOKEN_NORMAL &&
+                plan->token_types[right] == CM_TOKEN_NORMAL &&
+                bsearch(&pair, pairs, v->merge_count, sizeof(*pairs), pair_compare) == NULL) {
+                status = refuse(err, i, "its merges leave out one way to make this token");
+                break;
+            }
+        }
+    }
+    free(pairs);
     return status;
 }
 
-/* End tokens: the file's own, and those that chat formats end with. */
-static enum cm_status ends_read(const struct cm_gguf *gguf, struct cm_plan *plan,
-                                const struct text_map *map, struct cm_error *err)
+/* Ranks of tokens out of merges: the first merge that makes one counts. */
+static enum cm_status ranks_of_merges(const struct cm_vocabulary *v, struct cm_plan *plan,
+                                      const struct text_map *map, struct cm_error *err)
 {
-    static const char *const names[] = {"<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<|end|>"};
-    struct cm_manifest *m = &plan->manifest;
-    enum cm_status status =
-        cm_gguf_u32(gguf, "tokenizer.ggml.eos_token_id", &m->end_tokens[0], err);
-    m->end_token_count = 1;
-    if (status == CM_OK && m->end_tokens[0] >= m->vocabulary) {
-        return refuse(err, m->end_tokens[0], "the end token is not in the vocabulary");
-    }
-    for (size_t i = 0; status == CM_OK && i < sizeof(names) / sizeof(names[0]); i++) {
-        long id = map_find(map, names[i], strlen(names[i]));
-        if (id >= 0 && plan->token_types[id] == CM_TOKEN_CONTROL &&
-            (uint32_t)id != m->end_tokens[0]) {
-            m->end_tokens[m->end_token_count++] = (uint32_t)id;
+    char joined[2 * CM_MANIFEST_TOKEN_BYTES_MAX];
+    enum cm_status status = merges_make(v, plan, map, err);
+    for (uint32_t i = 0; status == CM_OK && i < v->merge_count; i++) {
+        const struct cm_source_text left = v->merges[i].left, right = v->merges[i].right;
+        memcpy(joined, left.bytes, left.size);
+        memcpy(joined + left.size, right.bytes, right.size);
+        long id = map_find(map, joined, left.size + right.size);
+        if (plan->token_types[id] == CM_TOKEN_NORMAL && plan->ranks[id] == CM_MANIFEST_NO_RANK) {
+            plan->ranks[id] = i;
         }
     }
-    /* What llama.cpp does where the key is missing. */
-    m->add_begin = m->tokenizer == CM_TOKENIZER_SENTENCEPIECE || m->split == CM_SPLIT_LLAMA3;
-    if (status == CM_OK && cm_gguf_has(gguf, "tokenizer.ggml.add_bos_token")) {
-        status = cm_gguf_bool(gguf, "tokenizer.ggml.add_bos_token", &m->add_begin, err);
-    }
-    if (status == CM_OK && cm_gguf_has(gguf, "tokenizer.ggml.bos_token_id")) {
-        status = cm_gguf_u32(gguf, "tokenizer.ggml.bos_token_id", &m->begin_token, err);
-    }
-    if (status == CM_OK && m->begin_token >= m->vocabulary) {
-        status = refuse(err, m->begin_token, "the begin token is not in the vocabulary");
-    }
-    return status;
+    plan->manifest.merge_count = 0;
+    return status == CM_OK ? merges_closed(v, plan, map, err) : status;
 }
 
 struct scored {
@@ -297,32 +297,18 @@ static int score_compare(const void *a, const void *b)
 
 /* Scores to ranks: the greatest score first, equal ones alike. Only normal tokens are merged into.
  */
-static enum cm_status ranks_read(const struct cm_gguf *gguf, struct cm_plan *plan,
-                                 struct cm_error *err)
+static enum cm_status ranks_of_scores(const struct cm_vocabulary *v, struct cm_plan *plan,
+                                      struct cm_error *err)
 {
-    struct cm_manifest *m = &plan->manifest;
-    struct cm_cursor cursor;
-    uint64_t count;
     uint32_t normal = 0, rank = 0;
-    enum cm_status status =
-        cm_gguf_array(gguf, "tokenizer.ggml.scores", CM_GGUF_VALUE_F32, &cursor, &count, err);
-    if (status != CM_OK) {
-        return status;
-    }
-    if (count != m->vocabulary) {
-        return refuse(err, count, "not one score for each token");
-    }
-    struct scored *scored = calloc(m->vocabulary, sizeof(*scored));
-    plan->ranks = calloc(m->vocabulary, sizeof(*plan->ranks));
-    if (scored == NULL || plan->ranks == NULL) {
-        free(scored);
+    struct scored *scored = calloc(v->count, sizeof(*scored));
+    if (scored == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "scores");
     }
-    for (uint32_t i = 0; i < m->vocabulary; i++) {
-        float score = cm_cursor_f32(&cursor);
-        plan->ranks[i] = CM_MANIFEST_NO_RANK;
+    for (uint32_t i = 0; i < v->count; i++) {
         if (plan->token_types[i] == CM_TOKEN_NORMAL) {
-            scored[normal++] = (struct scored){isnan(score) ? -INFINITY : score, i};
+            float score = isnan(v->scores[i]) ? -INFINITY : v->scores[i];
+            scored[normal++] = (struct scored){score, i};
         }
     }
     qsort(scored, normal, sizeof(*scored), score_compare);
@@ -334,69 +320,65 @@ static enum cm_status ranks_read(const struct cm_gguf *gguf, struct cm_plan *pla
     return CM_OK;
 }
 
-/* Pairs of tokenizer.ggml.model and .pre that the host has. */
-static const struct {
-    const char *model, *pre;
-    uint32_t tokenizer, split;
-} tokenizers[] = {
-    {"gpt2", "smollm", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_SMOLLM},
-    {"gpt2", "gpt2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_GPT2},
-    {"gpt2", "gpt-2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_GPT2},
-    {"gpt2", "qwen2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_QWEN2},
-    {"gpt2", "llama-bpe", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_LLAMA3},
-    {"llama", "default", CM_TOKENIZER_SENTENCEPIECE, CM_SPLIT_SPACE_FIRST},
-};
-
-static enum cm_status kinds_read(const struct cm_gguf *gguf, struct cm_plan *plan,
-                                 struct cm_error *err)
+static enum cm_status ranks_make(const struct cm_vocabulary *v, struct cm_plan *plan,
+                                 const struct text_map *map, struct cm_error *err)
 {
-    struct cm_source_text model, pre = {"default", 7};
-    bool space_first = true;
-    enum cm_status status = cm_gguf_text(gguf, "tokenizer.ggml.model", &model, err);
-    if (status == CM_OK && cm_gguf_has(gguf, "tokenizer.ggml.pre")) {
-        status = cm_gguf_text(gguf, "tokenizer.ggml.pre", &pre, err);
+    plan->ranks = malloc(v->count * sizeof(*plan->ranks));
+    if (plan->ranks == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "ranks");
     }
-    if (status == CM_OK && cm_gguf_has(gguf, "tokenizer.ggml.add_space_prefix")) {
-        status = cm_gguf_bool(gguf, "tokenizer.ggml.add_space_prefix", &space_first, err);
+    for (uint32_t i = 0; i < v->count; i++) {
+        plan->ranks[i] = CM_MANIFEST_NO_RANK;
     }
-    for (size_t i = 0; status == CM_OK && i < sizeof(tokenizers) / sizeof(tokenizers[0]); i++) {
-        if (cm_source_text_is(model, tokenizers[i].model) &&
-            cm_source_text_is(pre, tokenizers[i].pre)) {
-            plan->manifest.tokenizer = tokenizers[i].tokenizer;
-            plan->manifest.split = tokenizers[i].split == CM_SPLIT_SPACE_FIRST && !space_first
-                                       ? (uint32_t)CM_SPLIT_WHOLE
-                                       : tokenizers[i].split;
-            return CM_OK;
-        }
-    }
-    return status != CM_OK
-               ? status
-               : cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TOKENIZER",
-                              "GGUF: tokenizer '%.*s' / '%.*s' is not supported; this host reads: "
-                              "gpt2 / smollm, gpt2, qwen2, llama-bpe; llama / default",
-                              (int)(model.size < 32 ? model.size : 32), model.bytes,
-                              (int)(pre.size < 32 ? pre.size : 32), pre.bytes);
+    return v->scores != NULL ? ranks_of_scores(v, plan, err) : ranks_of_merges(v, plan, map, err);
 }
 
-enum cm_status cm_plan_vocabulary(const struct cm_gguf *gguf, struct cm_plan *plan,
+/* End tokens: the file's own, and those that chat formats end with. */
+static enum cm_status ends_make(const struct cm_vocabulary *v, struct cm_plan *plan,
+                                const struct text_map *map, struct cm_error *err)
+{
+    static const char *const names[] = {"<|im_end|>", "<|endoftext|>", "<end_of_turn>", "<|end|>"};
+    struct cm_manifest *m = &plan->manifest;
+    for (uint32_t i = 0; i < v->end_count; i++) {
+        if (v->ends[i] >= m->vocabulary) {
+            return refuse(err, v->ends[i], "the end token is not in the vocabulary");
+        }
+        m->end_tokens[m->end_token_count++] = v->ends[i];
+    }
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        long id = map_find(map, names[i], strlen(names[i]));
+        bool known = id < 0 || plan->token_types[id] != CM_TOKEN_CONTROL;
+        for (uint32_t k = 0; k < m->end_token_count; k++) {
+            known = known || m->end_tokens[k] == (uint32_t)id;
+        }
+        if (!known && m->end_token_count < CM_MANIFEST_END_TOKENS_MAX) {
+            m->end_tokens[m->end_token_count++] = (uint32_t)id;
+        }
+    }
+    if (v->begin >= m->vocabulary) {
+        return refuse(err, v->begin, "the begin token is not in the vocabulary");
+    }
+    m->begin_token = v->begin;
+    m->add_begin = v->add_begin;
+    return CM_OK;
+}
+
+enum cm_status cm_plan_vocabulary(const struct cm_vocabulary *v, struct cm_plan *plan,
                                   struct cm_error *err)
 {
-    struct cm_source_text *texts = NULL;
     struct text_map map = {.places = NULL};
-    enum cm_status status = kinds_read(gguf, plan, err);
-    if (status == CM_OK) {
-        status = tokens_read(gguf, plan, &texts, err);
-    }
-    if (status == CM_OK && !map_make(&map, texts, plan->manifest.vocabulary)) {
+    plan->manifest.tokenizer = v->tokenizer;
+    plan->manifest.split = v->split;
+    enum cm_status status = tokens_make(v, plan, err);
+    if (status == CM_OK && !map_make(&map, v->texts, v->count)) {
         status = cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "vocabulary");
     }
     if (status == CM_OK) {
-        status = plan->manifest.tokenizer == CM_TOKENIZER_SENTENCEPIECE
-                     ? ranks_read(gguf, plan, err)
-                     : merges_read(gguf, plan, &map, err);
+        status = v->tokenizer == CM_TOKENIZER_SENTENCEPIECE ? ranks_make(v, plan, &map, err)
+                                                            : merges_make(v, plan, &map, err);
     }
     if (status == CM_OK) {
-        status = ends_read(gguf, plan, &map, err);
+        status = ends_make(v, plan, &map, err);
     }
     plan->manifest.token_offsets = plan->token_offsets;
     plan->manifest.token_bytes = plan->token_bytes;
@@ -404,6 +386,27 @@ enum cm_status cm_plan_vocabulary(const struct cm_gguf *gguf, struct cm_plan *pl
     plan->manifest.merges = plan->merges;
     plan->manifest.ranks = plan->ranks;
     free(map.places);
-    free(texts);
     return status;
+}
+
+enum cm_status cm_vocabulary_new(uint32_t count, uint32_t merges, struct cm_vocabulary *ret,
+                                 struct cm_error *err)
+{
+    ret->count = count;
+    ret->merge_count = merges;
+    ret->texts = calloc((size_t)count + 1, sizeof(*ret->texts));
+    ret->kinds = calloc((size_t)count + 1, 1);
+    ret->merges = calloc((size_t)merges + 1, sizeof(*ret->merges));
+    return ret->texts != NULL && ret->kinds != NULL && ret->merges != NULL
+               ? CM_OK
+               : cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "vocabulary");
+}
+
+void cm_vocabulary_done(struct cm_vocabulary *v)
+{
+    free(v->texts);
+    free(v->kinds);
+    free(v->merges);
+    free(v->scores);
+    free(v->spare);
 }

@@ -12,7 +12,6 @@ import pytest
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "engine"), str(TESTS / "tokenizer")]
 import corpus  # noqa: E402
-import oracles  # noqa: E402
 import package_reader  # noqa: E402
 import reference  # noqa: E402
 import tiny_family  # noqa: E402
@@ -132,14 +131,18 @@ def test_each_familys_tokens_do_not_depend_on_chunks(build, family, name):
 
 def test_gemma_beside_float64(build, gemma, gemma_gguf, capsys):
     """Positions on both sides of the window of 512."""
-    text = (TESTS / "engine" / "texts" / "prose.txt").read_text()
-    tokens = [2] + oracles.sentencepiece_of(gemma_gguf).encode(text)[:599]
-    wanted = reference.Decoder(gemma_gguf).logits(tokens, 440)
-    found = engine(build, gemma, "logits", 440, tokens=tokens)
+    peer = json.loads((TESTS / "golden" / "engine" / "llama_cpp_gemma.json").read_text())
+    tokens = corpus.gemma_passage(gemma_gguf)
+    assert hashlib.sha256(numpy.array(tokens, "<u4").tobytes()).hexdigest() == peer["tokens_sha256"]
+    wanted = reference.Decoder(gemma_gguf).logits(tokens)
+    found = engine(build, gemma, "logits", tokens=tokens)
     part, same = reference.compare(wanted, numpy.frombuffer(found, "<f4").reshape(wanted.shape))
+    count = len(wanted)
     with capsys.disabled():
-        print(f"\ngemma: mean KL {part / 160:.5f}, top-1 {same / 160:.2%}, 160 positions")
-    assert part / 160 <= 0.0044 and same / 160 >= 0.95
+        print(f"\ngemma: mean KL {part / count:.5f} (llama.cpp {peer['mean_kl']:.5f}), top-1 "
+              f"{same / count:.2%} (llama.cpp {peer['top1_agreement']:.2%}), {count} positions")
+    assert part / count <= min(peer["mean_kl"], 0.0044)
+    assert same / count >= peer["top1_agreement"]
 
 
 @pytest.mark.parametrize("which", ["real", "tiny", "gemma"])

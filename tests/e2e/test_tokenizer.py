@@ -1,4 +1,5 @@
 """The tokenizer and the chat formats against `tokenizers`, `sentencepiece` and `jinja2`."""
+import json
 import pathlib
 import random
 import re
@@ -17,7 +18,6 @@ import corpus  # noqa: E402
 import oracles  # noqa: E402
 
 ROLES = {"system": 1, "user": 2, "assistant": 3}
-LINES = 24000
 
 
 def record(kind, parts):
@@ -55,41 +55,10 @@ def encode_gemma(build, gemma_gguf, tmp_path_factory):
     return runner(build, oracles.dump_pieces(gemma_gguf, out, 5, 2))
 
 
-def lines():
-    """Prose, code, every script, emoji sequences, random code points; the same on each run."""
-    source = random.Random(20)
-    out = []
-    for path in sorted(pathlib.Path(random.__file__).parent.glob("*.py")):
-        out += path.read_text(errors="ignore").splitlines()
-    out = [line for line in out if line.strip()][:9000]
-    scripts: dict[str, list[str]] = {}
-    for point in range(0x20, 0x20000):
-        name = unicodedata.name(chr(point), "")
-        if name:
-            scripts.setdefault(name.split(" ")[0], []).append(chr(point))
-    for letters in scripts.values():
-        for _ in range(4):
-            words = ["".join(source.choices(letters, k=source.randint(1, 9))) for _ in range(6)]
-            out.append(source.choice([" ", "  ", "\n", "\t ", ", "]).join(words))
-    emoji = [chr(c) for c in range(0x1F300, 0x1F6FF)] + ["\u200d", "\ufe0f", "\U0001F3FD", "\u20e3"]
-    out += ["".join(source.choices(emoji, k=source.randint(1, 12))) for _ in range(2000)]
-    pieces = ["'s", "'ll", "'re", "'", "\n", "\r\n", "\t", " ", "   ", "\u00a0", "\u3000", "\u2028",
-              "1", "23", "٣", "Ⅷ", "½", "²", "don't", "I'VE", "naïve", "東京", "Ω", "<|im_end|>", "{}",
-              "==", "...", "é", "e\u0301", "\u200b", "\x1c", "\x85", "_a", "A1b2"]
-    while len(out) < LINES - 4000:
-        out.append("".join(source.choices(pieces, k=source.randint(1, 14))))
-    while len(out) < LINES:
-        points = (source.choice([source.randrange(1, 0x300), source.randrange(1, 0xD800),
-                                 source.randrange(0xE000, 0x110000)])
-                  for _ in range(source.randint(1, 30)))
-        out.append("".join(map(chr, points)))
-    return [line.replace("\0", "") for line in out]
-
-
 def test_identical_to_tokenizers(encode, smollm_gguf, capsys):
     # Text never yields control ids here, so the oracle must not know any either.
     oracle = corpus.tokenizer(smollm_gguf, special=False)
-    texts = lines()
+    texts = oracles.lines()
     wanted = [e.ids for e in oracle.encode_batch(texts, add_special_tokens=False)]
     found = encode([(0, [(0, text)]) for text in texts])
     different = [(t, w, f) for t, w, f in zip(texts, wanted, found) if w != f]
@@ -105,7 +74,7 @@ def test_later_splits_are_identical_to_tokenizers(build, smollm_gguf, tmp_path, 
     vocabulary = oracles.vocabulary_of(smollm_gguf)
     oracle = oracles.later_split_of(vocabulary.tokens, vocabulary.merges(), numbers)
     run = runner(build, oracles.dump_bytes(smollm_gguf, tmp_path / "dump", split, 0))
-    texts = lines()
+    texts = oracles.lines()
     wanted = [e.ids for e in oracle.encode_batch(texts, add_special_tokens=False)]
     found = run([(0, [(0, text)]) for text in texts])
     different = [(t, w, f) for t, w, f in zip(texts, wanted, found) if w != f]
@@ -114,7 +83,7 @@ def test_later_splits_are_identical_to_tokenizers(build, smollm_gguf, tmp_path, 
 
 def test_gemma_is_identical_to_sentencepiece(encode_gemma, gemma_gguf, capsys):
     oracle = oracles.sentencepiece_of(gemma_gguf)
-    texts = lines()
+    texts = oracles.lines()
     wanted = [oracle.encode(text) for text in texts]
     found = encode_gemma([(0, [(0, text)]) for text in texts])
     different = [(t, w, f) for t, w, f in zip(texts, wanted, found) if w != f]
@@ -123,6 +92,14 @@ def test_gemma_is_identical_to_sentencepiece(encode_gemma, gemma_gguf, capsys):
               f"{len(different)} lines differ")
     assert len(texts) >= 20000 and len(found) == len(texts)
     assert not different, different[:3]
+
+
+def test_gemma_is_identical_to_llama_cpp(encode_gemma):
+    """What llama.cpp made of the same lines is committed as a digest (`./run golden`)."""
+    golden = json.loads((TESTS / "golden" / "tokenizer" / "llama_cpp.json").read_text())
+    found = encode_gemma([(0, [(0, text)]) for text in oracles.lines()])
+    assert golden["lines"] == len(found) >= 20000
+    assert oracles.digest(found) == golden["ids_sha256"]
 
 
 def test_a_long_word_costs_no_square(encode, encode_gemma):

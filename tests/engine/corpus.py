@@ -44,6 +44,13 @@ def tokenizer(path, special=True):
     return made
 
 
+def gemma_passage(path, size=600):
+    """One, longer than Gemma's window of 512."""
+    import oracles  # of tests/tokenizer
+    text = (TEXTS / "prose.txt").read_text()
+    return [2] + oracles.sentencepiece_of(path).encode(text)[:size - 1]
+
+
 def passages(path, size=512):
     """Lists of token ids: two of prose, two of code, the chats."""
     made = tokenizer(path)

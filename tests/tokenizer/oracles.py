@@ -1,13 +1,18 @@
 """Vocabularies of GGUF files: for tests/tokenizer/tokenize.c, and for the libraries that it is compared
 with. Shares nothing with the packer."""
 import functools
+import hashlib
+import pathlib
+import random
 import struct
+import unicodedata
 
 import gguf
 import sentencepiece
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 NORMAL, CONTROL, USER, BYTE = 1, 3, 4, 6
+LINES = 24000
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
          r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -112,3 +117,42 @@ def later_split_of(tokens, merges, numbers):
         pre_tokenizers.Split(Regex(QWEN2 % numbers), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return made
+
+
+def lines():
+    """Prose, code, every script, emoji sequences, random code points; the same on each run."""
+    source = random.Random(20)
+    out = []
+    for path in sorted(pathlib.Path(random.__file__).parent.glob("*.py")):
+        out += path.read_text(errors="ignore").splitlines()
+    out = [line for line in out if line.strip()][:9000]
+    scripts: dict[str, list[str]] = {}
+    for point in range(0x20, 0x20000):
+        name = unicodedata.name(chr(point), "")
+        if name:
+            scripts.setdefault(name.split(" ")[0], []).append(chr(point))
+    for letters in scripts.values():
+        for _ in range(4):
+            words = ["".join(source.choices(letters, k=source.randint(1, 9))) for _ in range(6)]
+            out.append(source.choice([" ", "  ", "\n", "\t ", ", "]).join(words))
+    emoji = [chr(c) for c in range(0x1F300, 0x1F6FF)] + ["\u200d", "\ufe0f", "\U0001F3FD", "\u20e3"]
+    out += ["".join(source.choices(emoji, k=source.randint(1, 12))) for _ in range(2000)]
+    pieces = ["'s", "'ll", "'re", "'", "\n", "\r\n", "\t", " ", "   ", "\u00a0", "\u3000", "\u2028",
+              "1", "23", "٣", "Ⅷ", "½", "²", "don't", "I'VE", "naïve", "東京", "Ω", "<|im_end|>", "{}",
+              "==", "...", "é", "e\u0301", "\u200b", "\x1c", "\x85", "_a", "A1b2"]
+    while len(out) < LINES - 4000:
+        out.append("".join(source.choices(pieces, k=source.randint(1, 14))))
+    while len(out) < LINES:
+        points = (source.choice([source.randrange(1, 0x300), source.randrange(1, 0xD800),
+                                 source.randrange(0xE000, 0x110000)])
+                  for _ in range(source.randint(1, 30)))
+        out.append("".join(map(chr, points)))
+    return [line.replace("\0", "") for line in out]
+
+
+def digest(ids):
+    """SHA-256 over lists of ids: the length of each, then its ids, as u32."""
+    total = hashlib.sha256()
+    for line in ids:
+        total.update(struct.pack(f"<{len(line) + 1}I", len(line), *line))
+    return total.hexdigest()

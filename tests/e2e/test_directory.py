@@ -1,0 +1,216 @@
+"""A directory with safetensors against a GGUF file of the same weights; and directories that are wrong."""
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS / "engine"), str(TESTS / "tokenizer")]
+import oracles  # noqa: E402
+import package_reader  # noqa: E402
+import tiny_family  # noqa: E402
+from test_engine import engine, seal  # noqa: E402
+from test_tokenizer import runner  # noqa: E402
+
+FAMILIES = list(tiny_family.FAMILIES)
+
+
+def opened(folder):
+    return package_reader.Package((folder / "m.cmpkg").read_bytes(), (folder / "key").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def both(build, tmp_path_factory):
+    made = {}
+
+    def of(family):
+        if family not in made:
+            top = tmp_path_factory.mktemp(family)
+            (top / "a").mkdir()
+            (top / "b").mkdir()
+            tiny_family.write_directory(top / "model", family)
+            made[family] = (seal(build, tiny_family.write_gguf(top / "tiny.gguf", family), top / "a"),
+                            seal(build, top / "model", top / "b"), top / "model")
+        return made[family]
+    return of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_directory_and_gguf_are_the_same_model(build, both, family):
+    from_gguf, from_directory, _ = both(family)
+    a, b = opened(from_gguf), opened(from_directory)
+    assert a.payload == b.payload
+    names = ["layer", "role", "kind", "rows", "columns", "offset", "scale_offset", "bytes"]
+    assert [[t[n] for n in names] for t in a.manifest.tensors] == \
+        [[t[n] for n in names] for t in b.manifest.tensors]
+    assert a.manifest.tokens == b.manifest.tokens and a.manifest.decoder == b.manifest.decoder
+    for tag in (8, 11, 12):  # ids and split, types, merges
+        assert a.manifest.records[tag] == b.manifest.records[tag], tag
+    shape = [{k: v for k, v in m.shape.items() if k != "architecture"}
+             for m in (a.manifest, b.manifest)]
+    assert shape[0] == shape[1]  # GGUF knows Mistral as a llama
+    tokens = tiny_family.tokens(family)
+    runs = {engine(build, folder, "greedy", 40, 16, tokens=tokens)
+            for folder in (from_gguf, from_directory)}
+    assert len(runs) == 1 and len(runs.pop().split()) == 40
+
+
+def dump(package, out):
+    m = package.manifest
+    kind, split = numpy.frombuffer(m.records[8], "<u4")[:2]
+    return oracles.dump(out, int(kind), int(split), 0, "", m.tokens, m.records[11],
+                        [int(i) for i in m.merges.reshape(-1)], [int(i) for i in m.ranks])
+
+
+LINES = ["hello the thin man and another", " two  spaces ", "thethethe and\n\nin", "naïve 東京 🎉",
+         "The 12345 's don't I'LL", "a\tb\r\nc", "x" * 50, "and and  the\nthin", "<unk> </s> <s>"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokenizer_is_the_directorys(build, both, family, tmp_path):
+    oracle = tiny_family.tokenizer(family)
+    run = runner(build, dump(opened(both(family)[1]), tmp_path / "dump"))
+    special = ["<unk>", "</s>", "<s>"]
+    for line in LINES:
+        if any(s in line for s in special):
+            continue
+        found = run([(0, [(0, line)])])[0]
+        assert found == oracle.encode(line, add_special_tokens=False).ids, line
+
+
+def test_the_tokenizer_of_the_gguf_too(build, both, tmp_path):
+    for family in ("qwen2", "gemma3", "phi3"):
+        a, b = (runner(build, dump(opened(folder), tmp_path / "dump"))([(0, [(0, line)])
+                                                                        for line in LINES])
+                for folder in both(family)[:2])
+        assert a == b
+
+
+# ---------------------------------------------------------------- refusals
+
+def header_of(folder):
+    blob = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(blob[:8], "little")
+    return json.loads(blob[8:8 + size]), blob[8 + size:]
+
+
+def header_put(folder, header, data):
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def tensor_change(name, **facts):
+    def change(folder):
+        header, data = header_of(folder)
+        header[name] |= facts
+        header_put(folder, header, data)
+    return change
+
+
+def config_change(**facts):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | facts))
+    return change
+
+
+def nan_put(folder):
+    header, data = header_of(folder)
+    at = header["model.layers.1.mlp.down_proj.weight"]["data_offsets"][0]
+    header_put(folder, header, data[:at] + b"\x00\x7e" + data[at + 2:])
+
+
+def cut(folder):
+    blob = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(blob[:len(blob) - 100])
+
+
+def length_huge(folder):
+    blob = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(b"\xff" * 8 + blob[8:])
+
+
+def renamed(folder):
+    header, data = header_of(folder)
+    header["model.layers.0.self_attn.x_proj.weight"] = header.pop(
+        "model.layers.0.self_attn.q_proj.weight")
+    header_put(folder, header, data)
+
+
+def merge_dropped(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].remove(["\u2581", "the"])
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def test_merges_that_leave_out_a_pair_are_refused(build, both, tmp_path):
+    tiny_family.write_directory(tmp_path / "model", "mistral")
+    merge_dropped(tmp_path / "model")
+    done = subprocess.run([build / "bin" / "casemate-pack", "pack", tmp_path / "model", "--out",
+                           tmp_path / "x.cmpkg", "--owner", both("mistral")[0] / "owner"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4 and "leave out" in done.stderr
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("change,id_,says", [
+    (cut, "CM-SAFETENSORS", "outside the file"), (length_huge, "CM-SAFETENSORS", "length"),
+    (renamed, "CM-GGUF-TENSOR", "x_proj"), (nan_put, "CM-GGUF-VALUE", "blk.1.ffn_down.weight"),
+    (tensor_change(NORM, dtype="F64"), "CM-SAFETENSORS", NORM),
+    (tensor_change(NORM, shape=[95]), "CM-SAFETENSORS", NORM),
+    (tensor_change(NORM, shape=[]), "CM-SAFETENSORS", NORM),
+    (tensor_change(NORM, shape=[1 << 62, 1 << 62]), "CM-SAFETENSORS", NORM),
+    (tensor_change(NORM, data_offsets=[-4, 380]), "CM-SAFETENSORS", NORM),
+    (tensor_change(NORM, data_offsets=[0, 384]), "CM-SAFETENSORS", "overlap"),
+    (config_change(model_type="bert"), "CM-GGUF-ARCHITECTURE", "bert"),
+    (config_change(hidden_size=0), "CM-DIR-CONFIG", "hidden_size"),
+    (config_change(num_hidden_layers="3"), "CM-DIR-CONFIG", "num_hidden_layers"),
+    (config_change(hidden_act="relu"), "CM-DIR-MODEL", "activation"),
+    (config_change(attention_bias=True), "CM-DIR-MODEL", "bias"),
+    (config_change(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "CM-GGUF-ROPE", "yarn"),
+    (config_change(eos_token_id=[2] * 9), "CM-DIR-MODEL", "eos_token_id"),
+    (config_change(num_attention_heads=8), "CM-GGUF-SHAPE", ""),
+    (lambda f: (f / "config.json").write_text("{"), "CM-DIR-MODEL", "config.json"),
+    (lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "CM-DIR-MODEL", "config.json"),
+    (lambda f: (f / "tokenizer.json").unlink(), "CM-GGUF-READ", "tokenizer.json"),
+    (lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}'),
+     "CM-DIR-TOKENIZER", "BPE"),
+])
+def test_a_wrong_directory_is_one_line_and_no_file(build, tmp_path, change, id_, says):
+    tiny_family.write_directory(tmp_path / "model", "llama")
+    change(tmp_path / "model")
+    pack = build / "bin" / "casemate-pack"
+    subprocess.run([pack, "keygen", "--owner", tmp_path / "owner"], check=True, capture_output=True)
+    done = subprocess.run([pack, "pack", tmp_path / "model", "--out", tmp_path / "m.cmpkg", "--owner",
+                           tmp_path / "owner"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (9 if id_ == "CM-GGUF-READ" else 4), done.stderr
+    assert id_ in done.stderr and says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("m.cmpkg*"))
+
+
+def test_shards(build, both, tmp_path):
+    """Two files and an index: the same package."""
+    _, whole, model = both("llama")
+    split = tmp_path / "model"
+    split.mkdir()
+    (tmp_path / "s").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (split / name).write_bytes((model / name).read_bytes())
+    weights = tiny_family.weights("llama")
+    halves = {"one.safetensors": list(weights)[::2], "two.safetensors": list(weights)[1::2]}
+    for name, keys in halves.items():
+        (split / name).write_bytes(tiny_family.safetensors({k: weights[k] for k in keys}))
+    index = {"weight_map": {k: name for name, keys in halves.items() for k in keys}}
+    (split / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert opened(seal(build, split, tmp_path / "s")).payload == opened(whole).payload
+    index["weight_map"][NORM] = "../one.safetensors"
+    (split / "model.safetensors.index.json").write_text(json.dumps(index))
+    done = subprocess.run([build / "bin" / "casemate-pack", "pack", split, "--out",
+                           tmp_path / "x.cmpkg", "--owner", tmp_path / "s" / "owner"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4 and "shard's name" in done.stderr
