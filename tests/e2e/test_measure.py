@@ -293,7 +293,8 @@ def test_a_tpm_that_is_gone_or_another_is_named(build, model, tmp_path, swtpm):
 
 
 def test_the_tpm_is_asked_a_bounded_number_of_times(build, model, tmp_path):
-    """49 commands and 5 ms on libtpms when this was written; a real chip needs 10 to 100 ms for each."""
+    """47 commands and 5 to 7 ms on libtpms when this was written, goal 25; six times that is a fault even on
+    a busy machine. A real chip needs 10 to 100 ms for each."""
     node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
     node.make(model, "tiny")
     assert served(node)
@@ -301,4 +302,5 @@ def test_the_tpm_is_asked_a_bounded_number_of_times(build, model, tmp_path):
     start = next(line for line in lines if line["event"] == "unsealed")
     kinds = {line["command"]: line["calls"] for line in lines if line["event"] == "tpm_command"}
     assert start["tpm_calls"] == sum(kinds.values()) <= 60, kinds
+    assert start["tpm_us"] <= 150_000, [line for line in lines if line["event"] == "tpm_command"]
     assert "other" not in kinds and kinds["Unseal"] == 1 and kinds["PCR_Extend"] == 9

@@ -20,7 +20,7 @@ struct scene {
     struct cm_evidence_last last;
     struct cm_evidence_question question;
     /* of the quote */
-    uint32_t magic, type, hash, selected;
+    uint32_t magic, type, hash, selected, banks;
     bool data_wrong, digest_wrong;
 };
 
@@ -155,6 +155,7 @@ static void scene_make(void)
     s.magic = 0xff544347u;
     s.type = 0x8018u;
     s.hash = CM_TPM_ALG_SHA256;
+    s.banks = 1;
     s.selected = 1u << 14 | 1u << 7;
     struct cm_evidence *e = &s.evidence;
     *e = (struct cm_evidence){.kind = CM_QUOTE_SESSION,
@@ -214,11 +215,13 @@ static void scene_seal(void)
     cm_be_u32(&be, 5);
     cm_be_u32(&be, 0);
     cm_be_bytes(&be, "\1firmware", 9);
-    cm_be_u32(&be, 1);
-    cm_be_u16(&be, s.hash);
-    const uint8_t bits[] = {3, (uint8_t)s.selected, (uint8_t)(s.selected >> 8),
-                            (uint8_t)(s.selected >> 16)};
-    cm_be_bytes(&be, bits, 4);
+    cm_be_u32(&be, s.banks);
+    for (uint32_t i = 0; i < s.banks; i++) {
+        const uint8_t bits[] = {3, (uint8_t)s.selected, (uint8_t)(s.selected >> 8),
+                                (uint8_t)(s.selected >> 16)};
+        cm_be_u16(&be, i == 0 ? s.hash : 4 /* SHA-1 */);
+        cm_be_bytes(&be, bits, 4);
+    }
     cm_be_sized(&be, digest, 32);
     e->attest_bytes = (uint32_t)be.used;
     EVP_Digest(e->attest, e->attest_bytes, digest, NULL, EVP_sha256(), NULL);
@@ -262,6 +265,10 @@ static void bank(void)
 {
     s.hash = 4;
 } /* SHA-1 */
+static void bank_more(void)
+{
+    s.banks = 2;
+}
 static void selection(void)
 {
     s.selected = 1u << 23 | 1u << 7;
@@ -495,6 +502,7 @@ static const struct {
     {"CM-EVD-TYPE", type, nothing},
     {"CM-EVD-ATTEST", nothing, attest_longer},
     {"CM-EVD-SELECTION", bank, nothing},
+    {"CM-EVD-SELECTION", bank_more, nothing},
     {"CM-EVD-SELECTION", selection, nothing},
     {"CM-EVD-SELECTION", selection_more, nothing},
     {"CM-EVD-SIGNATURE", nothing, signature_changed},
