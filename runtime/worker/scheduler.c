@@ -221,15 +221,6 @@ void cm_scheduler_submit(struct cm_scheduler *s, const struct cm_scheduler_reque
     s->stats.prompt_tokens_total += prompt_tokens;
 }
 
-void cm_scheduler_cancel(struct cm_scheduler *s, uint64_t id)
-{
-    for (uint32_t i = 0; i < s->request_count; i++) {
-        if (s->requests[i].state != FREE && s->requests[i].id == id) {
-            request_drop(s, &s->requests[i]);
-        }
-    }
-}
-
 void cm_scheduler_cancel_all(struct cm_scheduler *s)
 {
     for (uint32_t i = 0; i < s->request_count; i++) {
@@ -271,6 +262,30 @@ static bool held_flush(struct cm_scheduler *s, struct request *r)
     return true;
 }
 
+/* Pages, slot, tokens and held text go at once; what is left is the record that says so, which the
+ * gateway waits for: until then the request counts against its limits. */
+void cm_scheduler_cancel(struct cm_scheduler *s, uint64_t id)
+{
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        struct request *r = &s->requests[i];
+        if (r->state == FREE || r->id != id || r->ended) {
+            continue;
+        }
+        struct request left = {.state = WAITING,
+                               .ended = true,
+                               .id = r->id,
+                               .done = {.finish = CM_FINISH_CANCELLED,
+                                        .prompt_tokens = r->prompt_count,
+                                        .cached_tokens = r->cached_tokens,
+                                        .completion_tokens = r->held_tokens}};
+        request_drop(s, r);
+        left.tokens = r->tokens;
+        left.pages = r->pages;
+        *r = left;
+        (void)held_flush(s, r);
+    }
+}
+
 static void result_take(struct cm_scheduler *s, struct request *r,
                         const struct cm_step_result *result)
 {
@@ -308,7 +323,7 @@ static struct request *waiting_next(const struct cm_scheduler *s)
     struct request *best = NULL;
     for (uint32_t i = 0; i < s->request_count; i++) {
         struct request *r = &s->requests[i];
-        if (r->state != WAITING) {
+        if (r->state != WAITING || r->ended) {
             continue;
         }
         if (best == NULL || r->has_slot != best->has_slot) {
@@ -576,7 +591,7 @@ void cm_scheduler_stats(const struct cm_scheduler *s, struct cm_wire_stats *ret_
     *ret_stats = s->stats;
     for (uint32_t i = 0; i < s->request_count; i++) {
         ret_stats->running += s->requests[i].state == RUNNING;
-        ret_stats->waiting += s->requests[i].state == WAITING;
+        ret_stats->waiting += s->requests[i].state == WAITING && !s->requests[i].ended;
     }
     ret_stats->kv_pages_used = s->limits.kv_pages - cm_pages_available(s->pages);
 }

@@ -53,8 +53,10 @@ uint32_t *cm_scheduler_prompt(struct cm_scheduler *scheduler);
  * be room for one record. */
 void cm_scheduler_submit(struct cm_scheduler *scheduler, const struct cm_scheduler_request *request,
                          uint32_t prompt_tokens);
-/* Forget a request wherever it is; unknown ids are ignored. Emits nothing. */
+/* Free what a request has, wherever it is, and emit DONE (CANCELLED), now or when there is room.
+ * Ids that are unknown, or whose DONE is on its way, are ignored. */
 void cm_scheduler_cancel(struct cm_scheduler *scheduler, uint64_t id);
+/* Forget all; emits nothing: whoever asked them is gone. */
 void cm_scheduler_cancel_all(struct cm_scheduler *scheduler);
 
 /* Anything to do? False: step would do nothing. */

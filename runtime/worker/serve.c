@@ -224,7 +224,7 @@ enum cm_status cm_worker_serve(struct cm_worker *worker, struct cm_error *err)
             status = cm_scheduler_step(worker->scheduler, err);
             cm_scheduler_stats(worker->scheduler, &stats);
             if (stats.steps_total == steps) {
-                usleep(1000); /* all sequences wait for room in the ring */
+                (void)poll(NULL, 0, 1); /* all sequences wait for room in the ring */
             }
             steps = stats.steps_total;
         }

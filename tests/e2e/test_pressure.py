@@ -1,0 +1,111 @@
+"""Too much of everything: KV pages run out, queues fill, clients leave; nothing crashes, grows or is
+mixed up, and what is refused is refused by name."""
+import concurrent.futures
+import json
+import pathlib
+import sys
+import time
+
+import openai
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS / "soak"))
+import node as nodes  # noqa: E402
+import soak  # noqa: E402
+import tiny_model  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pressure")
+    tiny_model.write(str(folder / "tiny.gguf"))
+    return folder
+
+
+@pytest.fixture
+def started(build, folder):
+    """start(options …): a node of its own; ended, and ended well, by the test's end."""
+    running = []
+
+    def start(*options):
+        node = nodes.Node(build / "bin", folder / "node", folder / "owner")
+        node.make(folder / "tiny.gguf", "soak")
+        node.start(*options)
+        running.append(node)
+        node.api_key = node.key(f"key-{time.monotonic_ns()}")
+        time.sleep(1.1)
+        return node
+    yield start
+    for node in running:
+        assert node.stop() == 0
+
+
+def ask(node, text, **options):
+    return node.client(node.api_key).chat.completions.create(
+        model="soak", messages=[{"role": "user", "content": text}], temperature=0,
+        extra_body={"ignore_eos": True}, **options)
+
+
+def test_a_small_soak(started):
+    """The same program as `./run soak`, for seconds: 24 clients, few pages, so that it preempts."""
+    node = started("--kv_pages", "48", "--sequences_max", "6", "--queue_max", "64",
+                   "--requests_max", "64")
+    result = soak.run(node, soak.catalogue(20, 30, 90), 6, 24)
+    assert soak.faults(result) == [], json.dumps(result, indent=1)
+    assert result["abandoned"] > 0 and result["cached_prompt_tokens"] > 0
+
+
+def test_a_mixed_up_reply_would_be_seen():
+    """The soak's judge itself: each kind of fault is one."""
+    good = {"wrong": 0, "lost": 0, "stuck_clients": 0, "same_processes": True,
+            "same_alone_after": True, "growth_bytes": {"worker": 0, "gateway": 1 << 20},
+            "whole": 9, "clients": 4, "faults": []}
+    assert soak.faults(good) == []
+    for change in ({"wrong": 1}, {"lost": 1}, {"stuck_clients": 1}, {"same_processes": False},
+                   {"same_alone_after": False}, {"growth_bytes": {"worker": 4096}},
+                   {"growth_bytes": {"worker": 0, "gateway": 5 << 20}}, {"whole": 3}):
+        assert soak.faults({**good, **change}) != []
+
+
+def test_pages_and_queue_exhausted_is_429_and_passes(started):
+    node = started("--kv_pages", "16", "--sequences_max", "2", "--queue_max", "2",
+                   "--requests_max", "64")
+    alone = ask(node, "long", max_tokens=380).choices[0].message.content
+
+    def one(_):
+        try:
+            return ask(node, "long", max_tokens=380).choices[0].message.content
+        except openai.RateLimitError as refused:
+            assert int(refused.response.headers["retry-after"]) >= 1
+            return None
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        replies = list(pool.map(one, range(16)))
+    assert replies.count(None) >= 4 and replies.count(alone) == 16 - replies.count(None) >= 4
+    worker = node.pid("worker")
+    assert ask(node, "long", max_tokens=380).choices[0].message.content == alone
+    assert node.pid("worker") == worker and node.status()["roles"]["worker"]["restarts"] == 0
+
+
+def test_too_long_a_prompt_names_both_lengths(started):
+    node = started("--kv_pages", "8")  # 256 positions, fewer than the model's context
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(node, "y " * 400, max_tokens=4)
+    assert refused.value.code == "context_length_exceeded"
+    numbers = [int(word.strip(".,")) for word in str(refused.value.message).split()
+               if word.strip(".,").isdigit()]
+    assert 256 in numbers and max(numbers) > 400, refused.value.message
+
+
+def test_without_the_prefix_cache_the_tokens_are_the_same(started):
+    text = "a beginning that comes again and again " * 5
+    replies = []
+    for switch in ("true", "false"):
+        node = started("--prefix_cache", switch)
+        pair = [ask(node, text, max_tokens=60) for _ in range(2)]
+        cached = [reply.usage.prompt_tokens_details.cached_tokens for reply in pair]
+        assert (cached[0] == 0 and cached[1] > 0) if switch == "true" else cached == [0, 0]
+        replies += [reply.choices[0].message.content for reply in pair]
+        assert node.stop() == 0
+    assert len(set(replies)) == 1
