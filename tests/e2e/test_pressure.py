@@ -53,17 +53,17 @@ def test_a_small_soak(started):
     node = started("--kv_pages", "48", "--sequences_max", "6", "--queue_max", "64",
                    "--requests_max", "64")
     result = soak.run(node, soak.catalogue(20, 30, 90), 6, 24)
-    assert soak.faults(result) == [], json.dumps(result, indent=1)
+    assert soak.faults(result, 1 << 20) == [], json.dumps(result, indent=1)
     assert result["abandoned"] > 0 and result["cached_prompt_tokens"] > 0
 
 
 def test_a_mixed_up_reply_would_be_seen():
     """The soak's judge itself: each kind of fault is one."""
-    good = {"wrong": 0, "lost": 0, "stuck_clients": 0, "same_processes": True,
+    good = {"wrong": 0, "lost": 0, "stuck_clients": 0, "left_in_flight": 0, "same_processes": True,
             "same_alone_after": True, "growth_bytes": {"worker": 0, "gateway": 1 << 20},
             "whole": 9, "clients": 4, "faults": []}
     assert soak.faults(good) == []
-    for change in ({"wrong": 1}, {"lost": 1}, {"stuck_clients": 1}, {"same_processes": False},
+    for change in ({"wrong": 1}, {"lost": 1}, {"stuck_clients": 1}, {"left_in_flight": 1}, {"same_processes": False},
                    {"same_alone_after": False}, {"growth_bytes": {"worker": 4096}},
                    {"growth_bytes": {"worker": 0, "gateway": 5 << 20}}, {"whole": 3}):
         assert soak.faults({**good, **change}) != []
