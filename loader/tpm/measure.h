@@ -24,7 +24,7 @@ enum cm_event_type {
     CM_EVENT_PROGRAM = 1,   /* name '\0' SHA-256, then the same of each needed library */
     CM_EVENT_FILTERS,       /* "filters" '\0' SHA-256 of all system call filters */
     CM_EVENT_CONFIGURATION, /* canonical text of `sealed:` */
-    CM_EVENT_RULES,         /* of the issue that guards */
+    CM_EVENT_RULES,         /* "rules" '\0' SHA-256 of the rule pack; none where the guard is off */
     CM_EVENT_DEVICE,        /* its identity as text */
     CM_EVENT_PACKAGE,       /* core digest; the last before the unseal */
     CM_EVENT_TLS_KEY,       /* strict mode, after the load: SHA-256 of the SubjectPublicKeyInfo */

@@ -54,7 +54,7 @@ struct cm_config_names {
     char names[CM_CONFIG_TLS_NAMES][CM_NAME_BYTES];
 };
 
-#define CM_CONFIG_ROW_COUNT 34
+#define CM_CONFIG_ROW_COUNT 36
 
 struct cm_configuration {
     /* sealed */
@@ -65,6 +65,7 @@ struct cm_configuration {
     char tpm[CM_CONFIG_TEXT_BYTES];
     char attest_mode[CM_CONFIG_TEXT_BYTES];
     char require_sandbox[CM_CONFIG_TEXT_BYTES];
+    char guard[CM_CONFIG_TEXT_BYTES], guard_rules[CM_CONFIG_TEXT_BYTES];
     /* site */
     char state[CM_CONFIG_TEXT_BYTES];
     char listen[CM_CONFIG_TEXT_BYTES];

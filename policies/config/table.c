@@ -24,6 +24,8 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     {"tpm", SEALED, CM_CONFIG_TEXT, 1, 107, "", "development", "", AT(tpm), "development, /dev/tpmrm0, or the Unix socket of an swtpm; the development TPM protects nothing"},
     {"attest_mode", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "", "strict|restartable", AT(attest_mode), "strict: one start per boot, then a cap; restartable: the same state may start again. Must be said for a real TPM"},
     {"require_sandbox", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "full", "full|best", AT(require_sandbox), "full: refuse to start where nothing holds one of the sandbox's promises; best: take what the machine has"},
+    {"guard", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "on", "on|off", AT(guard), "off: prompts and replies pass no rules"},
+    {"guard_rules", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(guard_rules), "YAML file of more guard rules, or of other ones (policies/guard/README.md); empty: the built-in ones alone"},
     {"state", SITE, CM_CONFIG_PATH, 1, 400, "", "", "", AT(state), "folder of keys, enrolment record and status"},
     {"listen", SITE, CM_CONFIG_ADDRESS, 1, 63, "", "127.0.0.1:8443", "", AT(listen), "address and port of the API"},
     {"tls_names", SITE, CM_CONFIG_NAMES, 1, CM_NAME_BYTES - 1, "", "localhost,127.0.0.1", "", AT(tls_names), "names in the server's certificate"},
@@ -116,12 +118,12 @@ enum cm_status cm_config_sealed_text(const struct cm_configuration *configuratio
     char owner_hex[2 * CM_PUBLIC_KEY_BYTES + 1], policy_hex[2 * CM_PUBLIC_KEY_BYTES + 1];
     cm_hex_write(owner, CM_PUBLIC_KEY_BYTES, owner_hex);
     cm_hex_write(policy, CM_PUBLIC_KEY_BYTES, policy_hex);
-    int bytes =
-        snprintf(ret_text, CM_CONFIG_SEALED_BYTES,
-                 "package_owner %s\npolicy_authority %s\ndevice %s\ntpm %s\nattest_mode %s\n"
-                 "require_sandbox %s\n",
-                 owner_hex, policy_hex, configuration->device, configuration->tpm,
-                 cm_config_attest_mode(configuration), configuration->require_sandbox);
+    int bytes = snprintf(
+        ret_text, CM_CONFIG_SEALED_BYTES,
+        "package_owner %s\npolicy_authority %s\ndevice %s\ntpm %s\nattest_mode %s\n"
+        "require_sandbox %s\nguard %s\n",
+        owner_hex, policy_hex, configuration->device, configuration->tpm,
+        cm_config_attest_mode(configuration), configuration->require_sandbox, configuration->guard);
     if (bytes <= 0 || bytes >= CM_CONFIG_SEALED_BYTES) {
         return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-SIZE", "sealed: is too long to measure");
     }

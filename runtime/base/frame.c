@@ -58,6 +58,8 @@ const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
                         "evidence for a client's nonce and connection, or the service's own"},
     [CM_FRAME_EVIDENCE] = {"evidence", K | S, S | G, P1 | P2, false, EXACT(struct cm_evidence_info),
                            1, "the evidence, in a sealed memfd"},
+    [CM_FRAME_RULES] = {"rules", S, W, P0, true, EXACT(struct cm_rules_info), 1,
+                        "the compiled guard rules, in a sealed memfd"},
     [CM_FRAME_QUOTE_FAILED] = {"quote_failed", K | S, S | G, P1 | P2, false,
                                EXACT(struct cm_quote_failed), 0, "why there is no evidence"},
     [CM_FRAME_BROKEN] = {"broken", G | W, S, P1 | P2, false, 0, 0, 0,

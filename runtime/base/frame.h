@@ -77,6 +77,7 @@ enum cm_frame_type {
     CM_FRAME_UNSEAL,       /* S -> keeper: everything is measured; extend, unseal */
     CM_FRAME_QUOTE,        /* gateway -> S -> keeper: evidence for a nonce; S: its own (id 0) */
     CM_FRAME_EVIDENCE,     /* keeper -> S -> gateway: it, in a sealed memfd */
+    CM_FRAME_RULES,        /* S -> worker: the rule pack, sealed; CONFIG says whether it comes */
     CM_FRAME_QUOTE_FAILED, /* keeper -> S -> gateway: why there is none */
     CM_FRAME_BROKEN,       /* gateway, worker -> S: the other one broke the wire's rules */
     CM_FRAME_TYPE_COUNT
@@ -175,6 +176,8 @@ struct cm_config_worker {
     uint32_t step_tokens_max; /* prompt tokens and decodes in one mixed step */
     uint32_t prefix_cache;    /* 1: keep KV pages for equal prefixes of one tenant */
     uint32_t ring_data_bytes;
+    uint32_t guard; /* 1: a RULES frame follows, and every reply passes its rules */
+    uint32_t reserved;
     char device[CM_NAME_BYTES];             /* "cpu" */
     char model_name[CM_NAME_BYTES];         /* "" : the package's own */
     uint8_t owner_key[CM_PUBLIC_KEY_BYTES]; /* package owner, pinned in `sealed:` */
@@ -193,6 +196,11 @@ struct cm_config_keeper {
     uint8_t enrolment[CM_ENROLMENT_BYTES_MAX];
     uint32_t tls_name_count; /* subject alternative names of the certificate */
     char tls_names[8][CM_NAME_BYTES];
+};
+
+struct cm_rules_info { /* CM_FRAME_RULES; its descriptor: policies/guard/FORMAT.md */
+    uint32_t bytes;
+    uint32_t reserved;
 };
 
 struct cm_measure {    /* CM_FRAME_MEASURE; its descriptor: the bytes that are measured and used */

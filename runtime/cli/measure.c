@@ -10,6 +10,7 @@
 
 #include "loader/tpm/enrolment.h"
 #include "loader/tpm/measure.h"
+#include "policies/guard/rules.h"
 #include "runtime/base/hex.h"
 #include "runtime/base/sealed.h"
 #include "runtime/cli/cli_internal.h"
@@ -36,21 +37,49 @@ static enum cm_status program_add(struct cm_image_store *store, struct cm_digest
                : status;
 }
 
+/* Bytes that the supervisor measures as a sealed file of this name. */
+static enum cm_status bytes_add(enum cm_event_type type, const char *name, const uint8_t *bytes,
+                                size_t size, struct cm_digest_cache *digests,
+                                struct cm_measurement *measurement, struct cm_error *err)
+{
+    struct cm_event event = {.bytes = 0};
+    int fd = cm_memfd_sealed(name, bytes, size);
+    if (fd < 0) {
+        return cm_error_errno(err, errno, "CM-CLI-MEASURE", "cannot measure the %s", name);
+    }
+    enum cm_status status = cm_event_file_add(&event, name, fd, digests, err);
+    close(fd);
+    return status == CM_OK
+               ? cm_measurement_add(measurement, (uint32_t)type, event.data, event.bytes, err)
+               : status;
+}
+
 /* All filters of the roles, as the supervisor sends them. */
 static enum cm_status filters_add(struct cm_digest_cache *digests,
                                   struct cm_measurement *measurement, struct cm_error *err)
 {
     static uint8_t bytes[CM_FILTERS_BYTES_MAX];
-    struct cm_event event = {.bytes = 0};
-    int fd = cm_memfd_sealed("filters", bytes, cm_filters_encode(bytes, sizeof(bytes)));
-    if (fd < 0) {
-        return cm_error_errno(err, errno, "CM-CLI-MEASURE", "cannot measure the filters");
+    return bytes_add(CM_EVENT_FILTERS, "filters", bytes, cm_filters_encode(bytes, sizeof(bytes)),
+                     digests, measurement, err);
+}
+
+/* The guard's rules as the supervisor will compile them. */
+static enum cm_status rules_add(const char *path, struct cm_digest_cache *digests,
+                                struct cm_measurement *measurement, struct cm_error *err)
+{
+    struct cm_rules rules = {.count = 0};
+    uint8_t *pack = NULL;
+    size_t bytes = 0;
+    enum cm_status status = cm_rules_load(&rules, path, err);
+    if (status == CM_OK) {
+        status = cm_rules_compile(&rules, &pack, &bytes, err);
     }
-    enum cm_status status = cm_event_file_add(&event, "filters", fd, digests, err);
-    close(fd);
-    return status == CM_OK
-               ? cm_measurement_add(measurement, CM_EVENT_FILTERS, event.data, event.bytes, err)
-               : status;
+    if (status == CM_OK) {
+        status = bytes_add(CM_EVENT_RULES, "rules", pack, bytes, digests, measurement, err);
+    }
+    free(pack);
+    cm_rules_free(&rules);
+    return status;
 }
 
 enum cm_status cli_measure(const struct cm_configuration *configuration,
@@ -83,6 +112,9 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
     }
     if (status == CM_OK) {
         status = cm_measurement_add(ret_measurement, CM_EVENT_CONFIGURATION, text, bytes, err);
+    }
+    if (status == CM_OK && strcmp(configuration->guard, "on") == 0) {
+        status = rules_add(configuration->guard_rules, &digests, ret_measurement, err);
     }
     if (status == CM_OK) {
         status = cm_measurement_add(ret_measurement, CM_EVENT_DEVICE, configuration->device,
@@ -124,7 +156,8 @@ static enum cm_status measurement_json(const struct cm_measurement *measurement,
         }
         cm_hex_write(digest, sizeof(digest), hex);
         json_t *row = json_pack("{s:s, s:s}", "type", cm_event_name(event->type), "digest", hex);
-        if (event->type == CM_EVENT_PROGRAM || event->type == CM_EVENT_FILTERS) {
+        if (event->type == CM_EVENT_PROGRAM || event->type == CM_EVENT_FILTERS ||
+            event->type == CM_EVENT_RULES) {
             json_object_set_new(row, "files", files_json(event));
         } else {
             json_object_set_new(row, "text", json_stringn((const char *)event->data, event->bytes));

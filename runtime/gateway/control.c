@@ -184,6 +184,7 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_HEARTBEAT:
     case CM_FRAME_DRAINED:
     case CM_FRAME_MEASURE:
+    case CM_FRAME_RULES:
     case CM_FRAME_UNSEAL:
     case CM_FRAME_QUOTE:
     case CM_FRAME_BROKEN:

@@ -11,12 +11,13 @@
 
 #define MEASURE_WAIT_MS 10000
 
-/* Programs, libraries and filters are measured by digest, texts by content. */
+/* Programs, libraries, filters and rules are measured by digest, texts by content. */
 static enum cm_status file_take(struct cm_keeper *keeper, const struct cm_measure *measure, int fd,
                                 struct cm_error *err)
 {
     uint8_t text[CM_EVENT_BYTES_MAX];
-    if (measure->type == CM_EVENT_PROGRAM || measure->type == CM_EVENT_FILTERS) {
+    if (measure->type == CM_EVENT_PROGRAM || measure->type == CM_EVENT_FILTERS ||
+        measure->type == CM_EVENT_RULES) {
         enum cm_status status =
             cm_event_file_add(&keeper->event, measure->name, fd, &keeper->digests, err);
         if (status == CM_OK && measure->complete == 1) {

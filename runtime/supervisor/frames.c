@@ -205,11 +205,16 @@ static void worker_configure(struct service *service, struct child *worker)
         .step_tokens_max = (uint32_t)from->step_tokens_max,
         .prefix_cache = (uint32_t)from->prefix_cache,
         .ring_data_bytes = cm_config_ring_bytes(from),
+        .guard = service->rules_fd >= 0,
     };
+    struct cm_rules_info rules = {.bytes = service->rules_bytes};
     snprintf(config.device, sizeof(config.device), "%.63s", from->device);
     snprintf(config.model_name, sizeof(config.model_name), "%.63s", from->model_name);
     memcpy(config.owner_key, service->keeper_config.owner_key, sizeof(config.owner_key));
     frame_send(service, worker, CM_FRAME_CONFIG, &config, sizeof(config), NULL, 0);
+    if (config.guard == 1) {
+        frame_send(service, worker, CM_FRAME_RULES, &rules, sizeof(rules), &service->rules_fd, 1);
+    }
 }
 
 static void on_tls_page(struct service *service, struct child *keeper)
@@ -342,6 +347,7 @@ static void frame_handle(struct service *service, struct child *child)
     case CM_FRAME_DRAIN:
     case CM_FRAME_STOP:
     case CM_FRAME_MEASURE:
+    case CM_FRAME_RULES:
     case CM_FRAME_UNSEAL:
     case CM_FRAME_TYPE_COUNT:
         break;

@@ -1,9 +1,11 @@
 /* What the keeper measures: the sealed copies that run, the sealed configuration, the device. */
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "loader/tpm/measure.h"
+#include "policies/guard/rules.h"
 #include "runtime/base/sealed.h"
 #include "runtime/supervisor/supervisor_internal.h"
 
@@ -13,6 +15,29 @@ static enum cm_status text_seal(const char *name, const char *text, size_t bytes
     *ret_fd = cm_memfd_sealed(name, text, bytes);
     return *ret_fd >= 0 ? CM_OK
                         : cm_error_errno(err, errno, "CM-SUP-MEASURE", "cannot seal the %s", name);
+}
+
+/* The guard's rules, compiled once: every worker gets the same bytes, and they are measured. */
+static enum cm_status rules_seal(struct service *service, struct cm_error *err)
+{
+    struct cm_rules rules = {.count = 0};
+    uint8_t *pack = NULL;
+    size_t bytes = 0;
+    enum cm_status status = cm_rules_load(&rules, service->configuration->guard_rules, err);
+    if (status == CM_OK) {
+        status = cm_rules_compile(&rules, &pack, &bytes, err);
+    }
+    if (status == CM_OK) {
+        status = text_seal("rule pack", (const char *)pack, bytes, &service->rules_fd, err);
+        service->rules_bytes = (uint32_t)bytes;
+    }
+    if (status == CM_OK) {
+        CM_LOG(&service->log, CM_LOG_INFO, "guard", CM_LOG_I("rules", rules.count),
+               CM_LOG_I("bytes", bytes));
+    }
+    free(pack);
+    cm_rules_free(&rules);
+    return status;
 }
 
 enum cm_status measure_open(struct service *service, struct cm_error *err)
@@ -36,6 +61,11 @@ enum cm_status measure_open(struct service *service, struct cm_error *err)
     }
     if (status == CM_OK) {
         status = text_seal("device", device, strlen(device), &service->device_id_fd, err);
+    }
+    if (status == CM_OK && strcmp(service->configuration->guard, "on") == 0) {
+        status = rules_seal(service, err);
+    } else if (status == CM_OK) {
+        CM_LOG(&service->log, CM_LOG_WARN, "guard_off", CM_LOG_I("rules", 0));
     }
     return status;
 }
@@ -64,6 +94,9 @@ void measure_send(struct service *service, struct child *keeper)
     }
     file_send(service, keeper, CM_EVENT_FILTERS, "filters", true, service->filters_fd);
     file_send(service, keeper, CM_EVENT_CONFIGURATION, "", true, service->sealed_fd);
+    if (service->rules_fd >= 0) {
+        file_send(service, keeper, CM_EVENT_RULES, "rules", true, service->rules_fd);
+    }
     file_send(service, keeper, CM_EVENT_DEVICE, "", true, service->device_id_fd);
     frame_send(service, keeper, CM_FRAME_UNSEAL, NULL, 0, NULL, 0);
 }

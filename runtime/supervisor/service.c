@@ -466,7 +466,7 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     service->devtpm_end_fd = service->devtpm_state_fd = service->signal_fd = -1;
     service->run_fd = service->lock_fd = service->keys_fd = service->launcher_fd = -1;
     service->violation_fd = -1;
-    service->sealed_fd = service->device_id_fd = service->filters_fd = -1;
+    service->sealed_fd = service->device_id_fd = service->filters_fd = service->rules_fd = -1;
     snprintf(service->state_path, sizeof(service->state_path), "%s", configuration->state);
     rings_init(&service->rings);
     child_init(&service->children[CHILD_GATEWAY], CM_ROLE_GATEWAY, "gateway", "casemate-gateway");
@@ -527,7 +527,7 @@ void service_close(struct service *service)
                        service->devtpm_end_fd, service->devtpm_state_fd, service->head_fd,
                        service->signal_fd,     service->run_fd,          service->lock_fd,
                        service->keys_fd,       service->sealed_fd,       service->device_id_fd,
-                       service->filters_fd,    service->violation_fd};
+                       service->filters_fd,    service->violation_fd,    service->rules_fd};
     for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
         if (fds[i] >= 0) {
             close(fds[i]);

@@ -124,8 +124,10 @@ struct service {
     struct cm_log log;
     int programs_fd; /* folder of the role programs */
     struct cm_image_store store;
-    struct cm_image image;                   /* that we were started from, to be measured */
-    int sealed_fd, device_id_fd, filters_fd; /* what is measured beside programs */
+    struct cm_image image; /* that we were started from, to be measured */
+    /* what is measured beside programs; rules -1: no guard */
+    int sealed_fd, device_id_fd, filters_fd, rules_fd;
+    uint32_t rules_bytes;
     int listener_fd, package_fd, tpm_fd, devtpm_end_fd, devtpm_state_fd, head_fd, signal_fd;
     int run_fd; /* <state>/run */
     int lock_fd;

@@ -182,6 +182,9 @@ static enum cm_status weights_load(struct cm_worker *worker, struct reporter *re
         stage_begin(reporter, CM_LOAD_BIND);
         status = cm_device_model_bind(worker->device, &worker->model.model, err);
     }
+    if (status == CM_OK && worker->rules != NULL) {
+        status = cm_device_guard_bind(worker->device, worker->rules, worker->rules_bytes, err);
+    }
     if (status == CM_OK) {
         *ret_loaded = (struct cm_loaded){.arena_locked = facts.arena_locked,
                                          .bytes = times.bytes,

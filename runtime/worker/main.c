@@ -38,6 +38,9 @@ int main(void)
         status = config_wait(&worker, &err);
     }
     if (status == CM_OK) {
+        status = cm_worker_rules_take(&worker, &err);
+    }
+    if (status == CM_OK) {
         status = cm_worker_load(&worker, &err);
     }
     if (status == CM_OK) {

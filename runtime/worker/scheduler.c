@@ -30,6 +30,8 @@ struct request {
     uint32_t cached_tokens;           /* of the prompt, not computed for this request */
     uint32_t held_bytes, held_tokens; /* text that the ring had no room for */
     uint8_t held[2 * CM_STEP_BYTES_MAX];
+    uint32_t verdict_count, verdict_said; /* what the guard found, to be said before text and end */
+    struct cm_step_verdict verdicts[CM_STEP_VERDICTS_MAX];
     struct cm_wire_done done;
     uint64_t arrived_us, started_us, first_us;
 };
@@ -242,9 +244,29 @@ bool cm_scheduler_busy(const struct cm_scheduler *s)
 
 /* ------------------------------------------------------------------ text out */
 
-/* Offer held text, then DONE. True: nothing is held any more. */
+static bool verdicts_flush(struct cm_scheduler *s, struct request *r)
+{
+    for (; r->verdict_said < r->verdict_count; r->verdict_said++) {
+        const struct cm_step_verdict *from = &r->verdicts[r->verdict_said];
+        struct cm_wire_verdict verdict = {.action = from->action,
+                                          .stage = CM_VERDICT_OUTPUT,
+                                          .offset = from->offset,
+                                          .bytes = from->bytes};
+        cm_device_guard_name(s->device, from->rule, &verdict);
+        if (!s->emit(s->emit_context, CM_WIRE_VERDICT, r->id, &verdict, sizeof(verdict), NULL, 0)) {
+            return false;
+        }
+    }
+    r->verdict_count = r->verdict_said = 0;
+    return true;
+}
+
+/* Offer verdicts, held text, then DONE. True: nothing is held any more. */
 static bool held_flush(struct cm_scheduler *s, struct request *r)
 {
+    if (!verdicts_flush(s, r)) {
+        return false;
+    }
     if (r->held_bytes > 0) {
         struct cm_wire_text text = {r->held_tokens, r->held_bytes};
         if (!s->emit(s->emit_context, CM_WIRE_TEXT, r->id, &text, sizeof(text), r->held,
@@ -294,6 +316,9 @@ static void result_take(struct cm_scheduler *s, struct request *r,
         memcpy(r->held + r->held_bytes, result->text, result->bytes);
         r->held_bytes += result->bytes;
     }
+    CM_ASSERT(r->verdict_count == 0); /* it is not stepped while something waits */
+    memcpy(r->verdicts, result->verdicts, result->verdict_count * sizeof(r->verdicts[0]));
+    r->verdict_count = result->verdict_count;
     r->held_tokens = result->completion_tokens;
     s->stats.completion_tokens_total++;
     uint64_t now = now_us();
@@ -504,7 +529,8 @@ static uint32_t batch_make(struct cm_scheduler *s, uint32_t *ret_decode_tokens,
     for (uint32_t turn = 0; turn < 2; turn++) {
         for (uint32_t i = 0; i < running_count; i++) {
             struct request *r = running[i];
-            if (r->state != RUNNING || r->held_bytes > 0 || decodes(r) != (turn == 0)) {
+            if (r->state != RUNNING || r->held_bytes > 0 || r->verdict_count > 0 ||
+                decodes(r) != (turn == 0)) {
                 continue;
             }
             uint32_t left = most - tokens[turn];

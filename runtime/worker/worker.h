@@ -19,6 +19,8 @@ struct cm_worker {
     struct cm_log log;
     struct cm_confinement confinement;
     struct cm_config_worker config;
+    uint8_t *rules; /* the rule pack; NULL: the guard is off */
+    uint32_t rules_bytes;
     struct cm_package *package;
     struct cm_manifest manifest;
     struct cm_worker_model model;
@@ -38,6 +40,8 @@ struct cm_worker {
     uint64_t heartbeats, heartbeat_us, stats_us;
 };
 
+/* The RULES frame, where the configuration says that it comes. */
+CM_MUST_USE enum cm_status cm_worker_rules_take(struct cm_worker *worker, struct cm_error *err);
 /* Key page → package → device → scheduler. On return the key page is wiped and descriptors 5 and 12
  * are closed, whatever happened. Sends PROGRESS and, on success, LOADED. */
 CM_MUST_USE enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err);

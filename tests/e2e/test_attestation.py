@@ -55,9 +55,9 @@ def test_the_service_keeps_its_own_evidence(node):
     assert evidence.mode == {"strict": 1, "restartable": 2}[node.mode]
     assert abs(evidence.made - time.time()) < 60 and evidence.tls_key == key_digest(node)
     kinds = [kind for kind, _ in evidence.events]
-    prefix = [1] * 5 + [2, 3, 5, 6]
+    prefix = [1] * 5 + [2, 3, 4, 5, 6]
     assert kinds == (prefix + [7, 8] if node.mode == "strict" else prefix)
-    assert evidence.events[8][1] == evidence.core
+    assert evidence.events[9][1] == evidence.core
 
 
 def test_evidence_for_a_nonce_is_bound_to_key_and_connection(node):

@@ -193,6 +193,14 @@ static void on_config(void)
         measured_wait();
     }
     if (strcmp(role, "worker") == 0) {
+        struct cm_config_worker config;
+        memcpy(&config, frame.payload, sizeof(config));
+        if (config.guard == 1) {
+            bool came = cm_channel_wait(&channel, &frame, 5000, &err) == CM_OK &&
+                        frame.type == CM_FRAME_RULES;
+            note(came ? "rules" : "no rules");
+            cm_frame_close_fds(&frame);
+        }
         worker_load();
     }
     if (strcmp(role, "gateway") == 0) {
