@@ -2,9 +2,11 @@
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -23,14 +25,22 @@ def make(repo, target, root):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def open_folder() -> pathlib.Path:
+    """Where the service's own user may come, unlike pytest's folders."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="casemate-install-"))
+    folder.chmod(0o755)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def installed(repo, tmp_path_factory):
-    root = tmp_path_factory.mktemp("root")
+def installed(repo):
+    root = open_folder()
     make(repo, "install", root)
     yield root
     make(repo, "uninstall", root)
     left = [p for p in root.rglob("*") if not p.is_dir()]
     assert left == [] and not (root / "usr/lib/casemate").exists(), left
+    shutil.rmtree(root)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +55,14 @@ def unit(installed, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def node(installed, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("installed")
+def node(installed):
+    folder = open_folder()
     tiny_model.write(str(folder / "tiny.gguf"))
     made = nodes.Node(installed / "usr/bin", folder / "node", folder / "owner")
     made.make(folder / "tiny.gguf", "tiny")
     made.api_key = made.key("installed")
-    return made
+    yield made
+    shutil.rmtree(folder)
 
 
 def test_what_is_installed_and_nothing_of_the_tests(installed):
@@ -132,12 +143,23 @@ def filter_of(unit) -> set[str]:
     return allowed
 
 
-def test_each_system_call_of_a_whole_life_passes_the_unit(node, unit, tmp_path):
+def as_the_unit(node) -> list[str]:
+    """User, capabilities and no_new_privs as the unit sets them, as far as the tests' user can."""
+    if os.getuid() != 0:
+        return ["setpriv", "--no-new-privs"]
+    for path in (node.state.parent, *node.state.rglob("*"), node.state):
+        os.chown(path, 65534, 65534)
+    return ["setpriv", "--reuid=65534", "--regid=65534",
+            "--clear-groups", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+
+
+def test_each_system_call_of_a_whole_life_passes_the_unit(node, unit):
     """Start, serve, quote, replace a worker, stop: traced, and compared with the filter."""
-    trace = tmp_path / "trace"
+    command = as_the_unit(node)
+    trace = node.state / "trace"
     out = open(node.log, "ab")
     node.service = subprocess.Popen(
-        ["strace", "-f", "-qq", "-o", trace, "-e", "trace=all", "-e", "signal=none",
+        [*command, "strace", "-f", "-qq", "-o", trace, "-e", "trace=all", "-e", "signal=none",
          node.programs / "casemate", "serve", "--state", node.state, "--listen", "127.0.0.1:0"],
         stdout=out, stderr=out)
     end = time.monotonic() + 60
