@@ -92,12 +92,11 @@ static void status_print(const json_t *root)
     printf("tpm:      %s%s\n", text_of(root, "tpm"), development ? " (protects nothing)" : "");
     printf("keys:     %lld\n", number_of(json_object_get(root, "keys"), "count"));
     if (ready) {
-        bool locked = json_is_true(json_object_get(load, "arena_locked"));
         printf("load:     %lld bytes in %lld ms (read %lld, verify %lld, decrypt %lld)\n",
                number_of(load, "bytes"), number_of(load, "total_us") / 1000,
                number_of(load, "read_us") / 1000, number_of(load, "verify_us") / 1000,
                number_of(load, "decrypt_us") / 1000);
-        printf("weights:  %s\n", locked ? "locked" : "not locked");
+        printf("weights:  %s\n", text_of(load, "weights"));
     }
     roles_print(json_object_get(root, "roles"));
     ends_print(json_object_get(root, "ends"), 5);

@@ -268,15 +268,19 @@ static void on_key_page(struct service *service, struct child *keeper)
     worker_configure(service, worker);
 }
 
+/* The worker sees no /proc: whether there is a disk to swap to is ours to know. */
+const char *weights_word(const struct service *service)
+{
+    return service->loaded.arena_locked == 1 ? "locked"
+           : service->sandbox.swapless       ? "not locked; there is no swap"
+                                             : "not locked; swap may take them";
+}
+
 static void on_loaded(struct service *service)
 {
     memcpy(&service->loaded, service->frame.payload, sizeof(service->loaded));
     /* The keeper counts key pages by generation; the worker is never told its own. */
     service->loaded.generation = service->key_generation;
-    /* The worker sees no /proc: whether there is a disk to swap to is ours to know. */
-    if (service->loaded.arena_locked == 0 && service->sandbox.swapless) {
-        service->loaded.arena_locked = 1;
-    }
     frame_send(service, &service->children[CHILD_KEEPER], CM_FRAME_LOADED, &service->loaded,
                sizeof(service->loaded), NULL, 0);
     CM_LOG(&service->log, CM_LOG_INFO, "loaded", CM_LOG_I("bytes", service->loaded.bytes),
@@ -284,7 +288,7 @@ static void on_loaded(struct service *service)
            CM_LOG_I("verify_us", service->loaded.verify_us),
            CM_LOG_I("decrypt_us", service->loaded.decrypt_us),
            CM_LOG_I("total_us", service->loaded.total_us),
-           CM_LOG_I("arena_locked", service->loaded.arena_locked));
+           CM_LOG_S("weights", weights_word(service)));
     evidence_tick(service, clock_ms());
 }
 

@@ -86,9 +86,9 @@ static void child_retry(struct service *service, struct child *child)
     (void)got; /* without randomness the delay is merely less spread */
     if (!backoff_next(&child->backoff, child->started_ms, now, random, &delay)) {
         struct cm_error why;
-        cm_error_set(&why, (enum cm_status)child->error.status, child->error.id,
-                     "%s failed %u times within a minute; last: %.300s", child->name,
-                     BUDGET_DEATHS + 1, child->error.text);
+        cm_error_set(&why, (enum cm_status)child->error.status, "CM-SUP-LOOP",
+                     "%s failed %u times within a minute; last: %s: %.280s", child->name,
+                     BUDGET_DEATHS + 1, child->error.id, child->error.text);
         service_fail(service, &why);
         return;
     }

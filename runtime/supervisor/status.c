@@ -82,11 +82,13 @@ static void head_put(struct page *page, const struct service *service)
         (unsigned long long)service->keys_info.generation, service->keys_info.count);
     put(page,
         " \"load\": {\"stage\": %u, \"bytes\": %llu, \"read_us\": %llu, \"verify_us\": %llu, "
-        "\"decrypt_us\": %llu, \"total_us\": %llu, \"arena_locked\": %s},\n",
+        "\"decrypt_us\": %llu, \"total_us\": %llu, \"arena_locked\": %s, ",
         service->state.load.stage, (unsigned long long)loaded->bytes,
         (unsigned long long)loaded->read_us, (unsigned long long)loaded->verify_us,
         (unsigned long long)loaded->decrypt_us, (unsigned long long)loaded->total_us,
         truth(loaded->arena_locked == 1));
+    put_text(page, "weights", weights_word(service));
+    put(page, "},\n");
 }
 
 static void roles_put(struct page *page, struct service *service)

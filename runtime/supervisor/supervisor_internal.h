@@ -232,6 +232,8 @@ void frame_send(struct service *service, struct child *child, enum cm_frame_type
                 const void *payload, size_t bytes, const int *fds, size_t fd_count);
 void state_send(struct service *service, bool now);
 void ready_check(struct service *service);
+/* Where the weights may go: for log and status. */
+const char *weights_word(const struct service *service);
 void state_reason_set(struct service *service, const char *reason);
 
 /* measure.c: what goes into the PCR, in the order of loader/tpm/README.md. */

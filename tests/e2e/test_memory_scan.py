@@ -288,4 +288,6 @@ def test_nothing_of_a_role_is_in_swap_and_weights_cannot_get_there(scene):
     locked = "lo" in flags.split()
     print(f"weights: {'locked' if locked else 'not locked'}; swap: {len(swaps)} places")
     assert locked or not swaps
-    assert node.status()["load"]["arena_locked"] == (locked or not swaps)
+    load = node.status()["load"]
+    assert load["arena_locked"] == locked
+    assert load["weights"] == ("locked" if locked else "not locked; there is no swap")

@@ -207,7 +207,7 @@ def test_back_off_has_a_budget(service):
     service.start()
     assert service.process.wait(20) == 9
     assert len(service.seen("^worker .* start")) == 6
-    assert "failed 6 times within a minute" in service.log()
+    assert "casemate: CM-SUP-LOOP: worker failed 6 times within a minute; last: CM-END-SIGNAL" in service.log()
     assert len(service.seen("^gateway .* start")) == 1
 
 
