@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/sysinfo.h>
 #include <unistd.h>
 
 enum hierarchy { UNIFIED, MEMORY, PIDS };
@@ -77,6 +78,44 @@ static void own_folder(const char *controller, char ret_folder[static CM_CGROUP_
     }
     free(line);
     snprintf(ret_folder, CM_CGROUP_PATH_BYTES, "%s%s", mount, mount[0] != '\0' ? path : "");
+}
+
+uint64_t cm_cgroup_least(const char *folder, const char *file)
+{
+    uint64_t least = UINT64_MAX;
+    char at[CM_CGROUP_PATH_BYTES], path[CM_CGROUP_PATH_BYTES + 64];
+    snprintf(at, sizeof(at), "%s", folder);
+    while (at[0] != '\0') {
+        unsigned long long number = 0;
+        snprintf(path, sizeof(path), "%s/%s", at, file);
+        FILE *limit = fopen(path, "re");
+        /* "max" is no number, and no limit. */
+        if (limit != NULL && fscanf(limit, "%llu", &number) == 1 && number < least) {
+            least = number;
+        }
+        if (limit != NULL) {
+            fclose(limit);
+        }
+        char *slash = strrchr(at, '/');
+        if (slash == NULL) {
+            break;
+        }
+        *slash = '\0';
+    }
+    return least;
+}
+
+uint64_t cm_cgroup_memory_limit(void)
+{
+    struct sysinfo facts;
+    char folder[CM_CGROUP_PATH_BYTES];
+    uint64_t least = sysinfo(&facts) == 0 ? (uint64_t)facts.totalram * facts.mem_unit : UINT64_MAX;
+    own_folder(NULL, folder);
+    uint64_t unified = cm_cgroup_least(folder, "memory.max");
+    own_folder("memory", folder);
+    uint64_t first = cm_cgroup_least(folder, "memory.limit_in_bytes");
+    least = unified < least ? unified : least;
+    return first < least ? first : least;
 }
 
 static bool controllers_have(const char *folder, const char *word)

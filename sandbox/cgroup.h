@@ -42,6 +42,12 @@ struct cm_cgroups {
 /* Make the groups, as far as this machine lets us. */
 void cm_cgroups_make(const struct cm_cgroup_limits *limits, uint32_t count,
                      struct cm_cgroups *ret_groups);
+/* The least memory that the groups above us, of either version, or the machine itself allow. Before
+ * cm_cgroups_make, which moves us. */
+uint64_t cm_cgroup_memory_limit(void);
+/* The least number in `file` of `folder` and of each folder above it; UINT64_MAX: none. For tests.
+ */
+uint64_t cm_cgroup_least(const char *folder, const char *file);
 /* How many processes of this group the kernel has killed for memory; 0 where it cannot be told. */
 uint64_t cm_cgroup_oom_kills(const struct cm_cgroup *group);
 /* Remove the folders; they must be empty. False: not yet. */

@@ -172,9 +172,10 @@ struct cm_config_worker {
     uint32_t queue_max;     /* waiting requests */
     uint32_t kv_pages;      /* pages of 32 positions; 0: from kv_bytes */
     uint64_t kv_bytes;
-    uint32_t context_max;     /* 0: the model's */
-    uint32_t step_tokens_max; /* prompt tokens and decodes in one mixed step */
-    uint32_t prefix_cache;    /* 1: keep KV pages for equal prefixes of one tenant */
+    uint64_t memory_bytes_max; /* what control groups and the machine allow */
+    uint32_t context_max;      /* 0: the model's */
+    uint32_t step_tokens_max;  /* prompt tokens and decodes in one mixed step */
+    uint32_t prefix_cache;     /* 1: keep KV pages for equal prefixes of one tenant */
     uint32_t ring_data_bytes;
     uint32_t guard; /* 1: a RULES frame follows, and every reply passes its rules */
     uint32_t reserved;

@@ -87,6 +87,7 @@ static void groups_open(struct service *service)
         limits[i] = (struct cm_cgroup_limits){service->children[i].name, memory_bound(service, i),
                                               process_bound(service, i)};
     }
+    service->memory_limit = cm_cgroup_memory_limit();
     cm_cgroups_make(limits, CHILD_COUNT, &service->groups);
     if (service->groups.lacks[0] == '\0') {
         sandbox->host.available |= CM_LAYER_BIT(CM_LAYER_CGROUP);

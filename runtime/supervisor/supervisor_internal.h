@@ -135,7 +135,9 @@ struct service {
     char address[CM_NAME_BYTES + 16]; /* as bound */
     struct cm_config_keeper keeper_config;
     struct sandbox sandbox;
-    struct cm_cgroups groups; /* by enum child_index */
+    struct cm_cgroups groups;
+    uint64_t memory_limit;
+    /* of all roles together, by control groups or the machine */ /* by enum child_index */
     int launcher_fd, violation_fd;
     pid_t launcher_pid;
     struct ring_set rings;

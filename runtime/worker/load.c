@@ -91,6 +91,29 @@ static enum cm_status package_open(struct cm_worker *worker, struct cm_error *er
     return status == CM_OK ? cm_worker_model_make(&worker->manifest, &worker->model, err) : status;
 }
 
+/* Beside the arena: manifest, tokenizer, scheduler, rings, program. Held to by test_pressure.py. */
+#define MEMORY_BESIDE_BYTES (64ull << 20)
+
+/* What does not fit is refused now, not killed later. */
+static enum cm_status memory_check(const struct cm_worker *worker,
+                                   const struct cm_device_reserve *reserve, struct cm_error *err)
+{
+    uint64_t arena, page;
+    const uint64_t limit = worker->config.memory_bytes_max;
+    enum cm_status status = cm_device_need(worker->device, reserve, &arena, &page, err);
+    if (status == CM_OK && limit > 0 && arena + MEMORY_BESIDE_BYTES > limit) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-WRK-MEMORY",
+                            "model and cache need %llu MiB (weights %llu, %u KV pages %llu), this "
+                            "machine or its control group allows %llu MiB: lower kv_bytes, "
+                            "sequences_max or context_max, or allow more",
+                            (unsigned long long)((arena + MEMORY_BESIDE_BYTES) >> 20),
+                            (unsigned long long)(reserve->payload_bytes >> 20), reserve->kv_pages,
+                            (unsigned long long)(reserve->kv_pages * page >> 20),
+                            (unsigned long long)(limit >> 20));
+    }
+    return status;
+}
+
 /* Fill the limits: what the configuration leaves open follows from the model. */
 static enum cm_status limits_make(struct cm_worker *worker, struct cm_device_reserve *ret_reserve,
                                   struct cm_error *err)
@@ -128,7 +151,7 @@ static enum cm_status limits_make(struct cm_worker *worker, struct cm_device_res
                                                   .step_tokens_max = config->step_tokens_max,
                                                   .prefix_cache = config->prefix_cache == 1,
                                                   .steps_bounded = true};
-    return CM_OK;
+    return memory_check(worker, ret_reserve, err);
 }
 
 static void hello_make(struct cm_worker *worker)

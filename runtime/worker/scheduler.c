@@ -100,6 +100,12 @@ enum cm_status cm_scheduler_new(struct cm_device *device, const struct cm_schedu
         cm_scheduler_free(s);
         return status;
     }
+    /* Touched now, so that it is there later: a compiler may not leave this out. */
+    explicit_bzero(s->requests, s->request_count * sizeof(*s->requests));
+    explicit_bzero(s->token_memory,
+                   (size_t)s->request_count * limits->context_max * sizeof(uint32_t));
+    explicit_bzero(s->page_memory,
+                   (size_t)s->request_count * s->pages_per_context * sizeof(uint32_t));
     for (uint32_t i = 0; i < s->request_count; i++) {
         s->requests[i].tokens = s->token_memory + (size_t)i * limits->context_max;
         s->requests[i].pages = s->page_memory + (size_t)i * s->pages_per_context;

@@ -109,3 +109,28 @@ def test_without_the_prefix_cache_the_tokens_are_the_same(started):
         replies += [reply.choices[0].message.content for reply in pair]
         assert node.stop() == 0
     assert len(set(replies)) == 1
+
+
+def test_more_memory_than_there_is_is_refused_with_both_numbers(build, folder):
+    node = nodes.Node(build / "bin", folder / "node", folder / "owner")
+    node.make(folder / "tiny.gguf", "soak")
+    node.log.write_text("")
+    node.start("--kv_bytes", 1 << 40, wait=False)
+    assert node.service.wait(20) == 3, node.tail()
+    node.service = None
+    line = next(line for line in node.log.read_text().splitlines() if "CM-WRK-MEMORY" in line)
+    text = json.loads(line)["text"] if line.startswith("{") else line
+    numbers = [int(word.strip("(),:")) for word in text.split() if word.strip("(),:").isdigit()]
+    total = int(next(row for row in open("/proc/meminfo") if row.startswith("MemTotal")).split()[1])
+    assert numbers[0] > numbers[-1]  # MiB: what is needed, what is allowed
+    assert numbers[-1] <= total >> 10
+
+
+def test_the_worker_holds_weights_cache_and_little_else(started):
+    node = started("--kv_bytes", 64 << 20)
+    for i in range(3):
+        ask(node, f"hello {i} " * 20, max_tokens=100)
+    payload = node.package.stat().st_size
+    held = soak.resident(node)["worker"]
+    assert held <= payload + (64 << 20) + (64 << 20), held
+    assert held >= 64 << 20  # the cache is there from the start, not when it is first used

@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "runtime/worker/intake.h"
+#include "tests/unit/allocation_trap.h"
 #include "tests/unit/gguf_sample.h"
 #include "tests/unit/mutate.h"
 
@@ -40,7 +41,11 @@ static bool parse(const uint8_t *payload, size_t size, struct cm_scheduler_reque
     static uint32_t ids[CONTEXT];
     *request = (struct cm_scheduler_request){.id = 1};
     *list = (struct cm_token_list){ids, CONTEXT, 0};
-    return cm_intake_parse(payload, size, chat, tokenizer, &plan.manifest, request, list);
+    allocation_trap = true; /* after ready nothing is allocated */
+    bool good = cm_intake_parse(payload, size, chat, tokenizer, &plan.manifest, request, list);
+    allocation_trap = false;
+    cr_assert_gt(allocations_allowed, 10ul, "the trap is not linked in");
+    return good;
 }
 
 struct record {

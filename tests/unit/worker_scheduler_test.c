@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/cpu_internal.h"
 #include "runtime/worker/scheduler.h"
+#include "tests/unit/allocation_trap.h"
 #include "tests/unit/tiny_device.h"
 
 #define SLOTS      8u
@@ -126,7 +127,11 @@ static void step(void)
 {
     scene.steps++;
     cr_assert_lt(scene.steps, STEPS_MAX, "no end");
-    cr_assert_eq(cm_scheduler_step(scene.scheduler, &err), CM_OK, "%s", err.text);
+    allocation_trap = true; /* after ready nothing is allocated */
+    enum cm_status status = cm_scheduler_step(scene.scheduler, &err);
+    allocation_trap = false;
+    cr_assert_eq(status, CM_OK, "%s", err.text);
+    cr_assert_gt(allocations_allowed, 5ul, "the trap is not linked in");
 }
 
 static void run_to_end(void)
@@ -163,7 +168,9 @@ static uint64_t submit(const struct ask *ask)
         random = random * 6364136223846793005u + 1442695040888963407u;
         room[i] = (uint32_t)(random >> 40) % (VOCABULARY - 1);
     }
+    allocation_trap = true;
     cm_scheduler_submit(scene.scheduler, &request, ask->prompt_tokens);
+    allocation_trap = false;
     return request.id;
 }
 

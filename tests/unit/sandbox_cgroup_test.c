@@ -1,0 +1,53 @@
+/* The least memory limit of a tree of groups, as both versions write it. */
+#include <criterion/criterion.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+
+#include "sandbox/cgroup.h"
+
+static char root[64];
+
+static void folder_make(const char *name, const char *file, const char *text)
+{
+    char path[256];
+    snprintf(path, sizeof(path), "%s%s", root, name);
+    cr_assert(mkdir(path, 0700) == 0 || name[0] == '\0');
+    snprintf(path, sizeof(path), "%s%s/%s", root, name, file);
+    FILE *out = fopen(path, "w");
+    cr_assert_not_null(out);
+    fputs(text, out);
+    fclose(out);
+}
+
+Test(sandbox_cgroup, the_least_limit_of_a_group_and_those_above_it_holds)
+{
+    static const struct {
+        const char *top, *middle, *leaf;
+        uint64_t least;
+    } rows[] = {
+        {"max\n", "max\n", "max\n", UINT64_MAX},
+        {"max\n", "1000\n", "max\n", 1000},
+        {"900\n", "1000\n", "2000\n", 900},
+        {"max\n", "1000\n", "800\n", 800},
+        {"9223372036854771712\n", "9223372036854771712\n", "4096\n", 4096}, /* version 1: none */
+        {"max\n", "\n", "0\n", 0},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        char leaf[128], command[128];
+        snprintf(root, sizeof(root), "/tmp/casemate-cgroup-XXXXXX");
+        cr_assert_not_null(mkdtemp(root));
+        folder_make("", "memory.max", rows[i].top);
+        folder_make("/a", "memory.max", rows[i].middle);
+        folder_make("/a/b", "memory.max", rows[i].leaf);
+        snprintf(leaf, sizeof(leaf), "%s/a/b", root);
+        cr_assert_eq(cm_cgroup_least(leaf, "memory.max"), rows[i].least, "row %zu", i);
+        cr_assert_eq(cm_cgroup_least(leaf, "memory.none"), UINT64_MAX);
+        snprintf(command, sizeof(command), "rm -rf %s", root);
+        cr_assert_eq(system(command), 0);
+    }
+    cr_assert_eq(cm_cgroup_least("", "memory.max"), UINT64_MAX);
+    cr_assert_gt(cm_cgroup_memory_limit(), 1ull << 20);
+    cr_assert_lt(cm_cgroup_memory_limit(), 1ull << 50,
+                 "the machine's own memory is the least bound");
+}
