@@ -5,7 +5,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ptrace.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #define TEXT_BYTES 8192
@@ -147,4 +149,44 @@ void cm_observe(pid_t pid, const char *group, struct cm_observed *ret_observed)
                  strstr(text, " / / ro") != NULL);
     }
     *ret_observed = seen;
+}
+
+/* ------------------------------------------------------------------ filters, out of the kernel */
+
+#ifndef PTRACE_SECCOMP_GET_FILTER
+#define PTRACE_SECCOMP_GET_FILTER 0x420c
+#endif
+
+static void calls_narrow(struct cm_bpf filter, struct cm_call_set *calls)
+{
+    calls->count = 0;
+    for (uint32_t number = 0; number < CM_CALLS_MAX; number++) {
+        calls->allowed[number] = calls->allowed[number] && cm_bpf_may_allow(filter, number);
+        calls->count += calls->allowed[number];
+    }
+}
+
+bool cm_calls_read(pid_t pid, struct cm_call_set *ret_calls)
+{
+    static struct sock_filter code[BPF_MAXINSNS];
+    uintptr_t filters = 0;
+    int status;
+    if (ptrace(PTRACE_SEIZE, pid, NULL, NULL) != 0) {
+        return false;
+    }
+    bool stopped = ptrace(PTRACE_INTERRUPT, pid, NULL, NULL) == 0 &&
+                   waitpid(pid, &status, __WALL) == pid && WIFSTOPPED(status);
+    memset(ret_calls->allowed, true, sizeof(ret_calls->allowed));
+    while (stopped) {
+        long lines = ptrace(PTRACE_SECCOMP_GET_FILTER, pid, (void *)filters, code);
+        if (lines <= 0) {
+            break;
+        }
+        filters++;
+        calls_narrow((struct cm_bpf){code, (uint32_t)lines}, ret_calls);
+    }
+    if (stopped) {
+        ptrace(PTRACE_DETACH, pid, NULL, NULL);
+    }
+    return filters > 0;
 }

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <sys/types.h>
 
+#include "sandbox/filter.h"
 #include "sandbox/layers.h"
 
 struct cm_observed {
@@ -17,5 +18,14 @@ struct cm_observed {
 
 /* `group`: last part of the control group that the process belongs into. */
 void cm_observe(pid_t pid, const char *group, struct cm_observed *ret_observed);
+
+/* The calls that all filters of a process together allow, read back from the kernel
+ * (PTRACE_SECCOMP_GET_FILTER). The process is stopped for a moment. False: not permitted, which
+ * takes CAP_SYS_ADMIN, or no filter is there. */
+struct cm_call_set {
+    uint32_t count;
+    bool allowed[CM_CALLS_MAX];
+};
+bool cm_calls_read(pid_t pid, struct cm_call_set *ret_calls);
 
 #endif

@@ -33,6 +33,7 @@ enum cm_status command_serve(struct words *words, struct cm_error *err);
 enum cm_status command_keys(struct words *words, struct cm_error *err);
 enum cm_status command_check(struct words *words, struct cm_error *err);
 enum cm_status command_doctor(struct words *words, struct cm_error *err);
+enum cm_status command_sandbox(struct words *words, struct cm_error *err);
 enum cm_status command_status(struct words *words, struct cm_error *err);
 enum cm_status command_measure(struct words *words, struct cm_error *err);
 enum cm_status command_policy(struct words *words, struct cm_error *err);

@@ -82,6 +82,14 @@ static const struct command commands[] = {
      "(`casemate-pack challenge` made CHALLENGE). With a development TPM, not while it serves.\n\n"
      "example: casemate answer node1.bin.challenge --out node1.bin.answer --state node\n",
      command_answer},
+    {"sandbox", "what confines each role, read from the kernel",
+     "usage: casemate sandbox report [--config FILE | --state DIR] [--json]\n\n" WHERE
+     "  --json          for machines\n\n"
+     "Each layer of each running role: does it hold, and who says so. read: from /proc; probed: "
+     "the "
+     "role\ntried it at its start. As root, the system calls that the installed filters allow.\n\n"
+     "example: casemate sandbox report --state node\n",
+     command_sandbox},
     {"status", "show what runs, and what is not there yet",
      "usage: casemate status [--config FILE | --state DIR] [--json]\n\n" WHERE
      "  --json          for machines\n\n"

@@ -50,6 +50,16 @@ static void roles_print(const json_t *roles)
     }
 }
 
+/* What the machine lacks of the sandbox; `casemate sandbox report` has the rest. */
+static void lacks_print(const json_t *lacks)
+{
+    const char *before = "sandbox:  lacks ";
+    for (size_t i = 0; i < json_array_size(lacks); i++, before = ", ") {
+        printf("%s%s", before, json_string_value(json_array_get(lacks, i)));
+    }
+    printf("%s\n", json_array_size(lacks) == 0 ? "sandbox:  whole" : "");
+}
+
 static void time_text(long long unix_s, char ret_text[static 24])
 {
     struct tm day;
@@ -98,6 +108,7 @@ static void status_print(const json_t *root)
                number_of(load, "decrypt_us") / 1000);
         printf("weights:  %s\n", text_of(load, "weights"));
     }
+    lacks_print(json_object_get(json_object_get(root, "sandbox"), "lacks"));
     roles_print(json_object_get(root, "roles"));
     ends_print(json_object_get(root, "ends"), 5);
     for (size_t i = 0; i < json_array_size(not_yet); i++) {

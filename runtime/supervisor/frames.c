@@ -111,6 +111,7 @@ static void on_ready(struct service *service, struct child *child)
     struct cm_error err;
     uint64_t now = clock_ms();
     memcpy(&ready, service->frame.payload, sizeof(ready));
+    child->probed = ready.probed;
     if (!confinement_holds(service, child, ready.probed, &err)) {
         child_kill(service, child, CM_ROLE_END_START, &err);
         return;

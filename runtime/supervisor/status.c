@@ -108,13 +108,28 @@ static void roles_put(struct page *page, struct service *service)
         service->state.resident_bytes[places[i]] = child->resident_bytes;
         put(page,
             ",\n  \"%s\": {\"pid\": %d, \"state\": \"%s\", \"restarts\": %u, \"generation\": %u, "
-            "\"start_ms\": %llu, \"due_ms\": %llu, \"resident_bytes\": %llu}",
+            "\"start_ms\": %llu, \"due_ms\": %llu, \"probed\": %u, \"resident_bytes\": %llu}",
             child->name, (int)child->pid, states[child->state], child->restarts, child->generation,
             (unsigned long long)(child->ready_ms != 0 ? child->ready_ms - child->started_ms : 0),
-            (unsigned long long)(waits ? child->due_ms - now : 0),
+            (unsigned long long)(waits ? child->due_ms - now : 0), child->probed,
             (unsigned long long)child->resident_bytes);
     }
     put(page, "},\n");
+}
+
+/* What this machine lacks of the sandbox, in words. */
+static void sandbox_put(struct page *page, const struct service *service)
+{
+    const char *comma = "";
+    put(page, " \"sandbox\": {\"require\": \"%s\", \"lacks\": [",
+        service->configuration->require_sandbox);
+    for (uint32_t i = 0; i < CM_LAYER_COUNT; i++) {
+        if ((service->sandbox.missing & CM_LAYER_BIT(i)) != 0) {
+            put(page, "%s\"%s\"", comma, cm_layer_name((enum cm_confine_layer)i));
+            comma = ", ";
+        }
+    }
+    put(page, "]},\n");
 }
 
 /* Oldest first. */
@@ -163,6 +178,7 @@ void status_write(struct service *service, uint64_t now_ms)
     service->status_written_ms = now_ms;
     head_put(&page, service);
     roles_put(&page, service);
+    sandbox_put(&page, service);
     ends_put(&page, service);
     last_word_put(&page, service);
     put(&page, " \"not_yet\": [\"guard\", \"adapters\", \"GPU backend\"]}\n");

@@ -71,6 +71,7 @@ struct child {
     struct cm_error error; /* why it went, or is about to */
     enum cm_role_end kill; /* KILLED: what for */
     enum cm_role_end end;  /* of the last generation, once reaped */
+    uint32_t probed;       /* layers that it tried before READY */
     const char *forbidden; /* call that its filter killed it for, NULL: not known */
     uint64_t memory_kills; /* of its group, as counted at the last end */
     uint64_t policy_ms;    /* the last policy kill; 0: none */
