@@ -248,10 +248,10 @@ uint64_t cm_cgroup_oom_kills(const struct cm_cgroup *group)
 {
     char text[512];
     unsigned long long kills = 0;
-    if (group->oom_fd < 0 || lseek(group->oom_fd, 0, SEEK_SET) != 0) {
+    if (group->oom_fd < 0) {
         return 0;
     }
-    ssize_t got = read(group->oom_fd, text, sizeof(text) - 1);
+    ssize_t got = pread(group->oom_fd, text, sizeof(text) - 1, 0);
     text[got > 0 ? got : 0] = '\0';
     const char *line = strstr(text, "oom_kill ");
     return line != NULL && sscanf(line, "oom_kill %llu", &kills) == 1 ? kills : 0;

@@ -66,7 +66,7 @@ static int capabilities_lower(const struct cm_confinement *wanted, int *ret_iden
         *ret_identity = cm_step_identity(wanted->uid);
     }
     if (lower && error_number == 0) {
-        error_number = cm_step_capabilities();
+        error_number = cm_step_capabilities(0);
     }
     return error_number;
 }

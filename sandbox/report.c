@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/ptrace.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -66,7 +67,7 @@ static void note(struct cm_observed *seen, enum cm_confine_layer layer, int hold
     seen->layers |= holds > 0 ? CM_LAYER_BIT(layer) : 0;
 }
 
-static void status_observe(pid_t pid, struct cm_observed *seen)
+static void status_observe(pid_t pid, uint32_t filters_least, struct cm_observed *seen)
 {
     static const char *const sets[] = {"CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"};
     char text[TEXT_BYTES];
@@ -75,14 +76,15 @@ static void status_observe(pid_t pid, struct cm_observed *seen)
         return;
     }
     for (size_t i = 0; i < sizeof(sets) / sizeof(sets[0]); i++) {
-        capabilities |= i == 3 && geteuid() != 0 ? 0 : number_of(text, sets[i], 16);
+        capabilities |= i == 3 && getauxval(AT_EUID) != 0 ? 0 : number_of(text, sets[i], 16);
     }
     seen->uid = (uint32_t)number_of(text, "Uid:", 10);
     seen->filters = (uint32_t)number_of(text, "Seccomp_filters:", 10);
     note(seen, CM_LAYER_CAPABILITIES, capabilities == 0);
-    note(seen, CM_LAYER_IDENTITY, seen->uid != geteuid() && seen->uid != 0);
+    note(seen, CM_LAYER_IDENTITY, seen->uid != getauxval(AT_EUID) && seen->uid != 0);
     note(seen, CM_LAYER_NO_NEW, number_of(text, "NoNewPrivs:", 10) == 1);
-    note(seen, CM_LAYER_FILTER, number_of(text, "Seccomp:", 10) == 2 && seen->filters >= 2);
+    note(seen, CM_LAYER_FILTER,
+         number_of(text, "Seccomp:", 10) == 2 && seen->filters >= filters_least);
 }
 
 /* "Max core file size   0   0   bytes": the hard limit. */
@@ -137,7 +139,8 @@ void cm_observe(pid_t pid, const char *group, struct cm_observed *ret_observed)
     note(&seen, CM_LAYER_PID_NS, namespace_differs(pid, "pid"));
     note(&seen, CM_LAYER_NET_NS, namespace_differs(pid, "net"));
     note(&seen, CM_LAYER_OTHER_NS, ipc < 0 || uts < 0 ? -1 : ipc > 0 && uts > 0);
-    status_observe(pid, &seen);
+    /* A role has two, one over the other; the supervisor has one. */
+    status_observe(pid, strcmp(group, "supervisor") == 0 ? 1 : 2, &seen);
     limits_observe(pid, &seen);
     group_observe(pid, group, &seen);
     /* An empty root: nothing but itself is mounted. */

@@ -98,11 +98,18 @@ int cm_step_identity(uint32_t uid)
                : 0;
 }
 
-int cm_step_capabilities(void)
+int cm_step_capabilities(uint64_t keep)
 {
     struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
-    const struct __user_cap_data_struct none[2] = {{0}, {0}};
-    return result(syscall(SYS_capset, &head, none));
+    struct __user_cap_data_struct sets[2], now[2];
+    if (syscall(SYS_capget, &head, now) != 0) {
+        return errno;
+    }
+    for (int i = 0; i < 2; i++) {
+        uint32_t bits = now[i].permitted & (uint32_t)(keep >> (32 * i));
+        sets[i] = (struct __user_cap_data_struct){.effective = bits, .permitted = bits};
+    }
+    return result(syscall(SYS_capset, &head, sets));
 }
 
 int cm_step_mdwe(void)

@@ -21,6 +21,11 @@ static json_t *layers_json(const struct cm_observed *seen, uint32_t probed)
     json_t *rows = json_array();
     for (uint32_t i = 0; i < CM_LAYER_COUNT; i++) {
         const uint32_t bit = CM_LAYER_BIT(i);
+        /* A role has an identity of its own, or a user namespace instead. */
+        if ((i == CM_LAYER_USER_NS && (seen->layers & CM_LAYER_BIT(CM_LAYER_IDENTITY)) != 0) ||
+            (i == CM_LAYER_IDENTITY && (seen->layers & CM_LAYER_BIT(CM_LAYER_USER_NS)) != 0)) {
+            continue;
+        }
         const bool tells = (seen->readable & bit) != 0, said = (probed & bit) != 0;
         const char *by = tells ? "read" : (said ? "probed" : "not known");
         const bool holds = tells ? (seen->layers & bit) != 0 : said;

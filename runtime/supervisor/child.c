@@ -40,34 +40,23 @@ bool child_alive(const struct child *child)
 enum cm_status child_start(struct service *service, struct child *child, int input,
                            const int *rings, int page, int tpm, struct cm_error *err)
 {
-    int control[2] = {-1, -1};
-    int pipes[2] = {-1, -1};
     int fds[CM_FD_COUNT];
-    enum cm_status status = CM_OK;
+    struct spawned spawned;
     memset(fds, 0xff, sizeof(fds)); /* -1 each */
-    /* A role must never wait for its log: the pipe drops what does not fit. */
-    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, control) != 0 ||
-        pipe2(pipes, O_CLOEXEC | O_NONBLOCK) != 0) {
-        status = cm_error_errno(err, errno, "CM-SUP-CHANNEL", "cannot open channels for %s",
-                                child->name);
-        goto out;
-    }
-    fds[CM_FD_CONTROL] = control[1];
-    fds[CM_FD_LOG] = pipes[1];
     fds[CM_FD_INPUT] = input;
     fds[CM_FD_KEY_PAGE] = page;
     fds[CM_FD_TPM] = tpm;
     if (rings != NULL) {
         memcpy(fds + CM_FD_REQUEST_DATA, rings, CM_RING_FD_COUNT * sizeof(int));
     }
-    status = spawn(service, child, fds, &child->pid, &child->pidfd, err);
+    enum cm_status status = spawn(service, child, fds, &spawned, err);
     if (status != CM_OK) {
-        goto out;
+        return status;
     }
-    cm_channel_init(&child->channel, control[0], CM_ROLE_SUPERVISOR, child->role);
-    child->log_fd = pipes[0];
-    control[0] = -1;
-    pipes[0] = -1;
+    child->pid = spawned.pid;
+    child->pidfd = spawned.pidfd;
+    child->log_fd = spawned.log_fd;
+    cm_channel_init(&child->channel, spawned.control_fd, CM_ROLE_SUPERVISOR, child->role);
     child->state = CHILD_STARTING;
     child->generation++;
     child->started_ms = clock_ms();
@@ -80,16 +69,7 @@ enum cm_status child_start(struct service *service, struct child *child, int inp
     child->stop_sent = child->drain_sent = child->drained = child->error_set = false;
     CM_LOG(&service->log, CM_LOG_INFO, "role_started", CM_LOG_S("name", child->name),
            CM_LOG_I("pid", child->pid), CM_LOG_I("generation", child->generation));
-out:
-    for (int i = 0; i < 2; i++) {
-        if (control[i] >= 0) {
-            close(control[i]);
-        }
-        if (pipes[i] >= 0) {
-            close(pipes[i]);
-        }
-    }
-    return status;
+    return CM_OK;
 }
 
 void child_kill(struct service *service, struct child *child, enum cm_role_end end,

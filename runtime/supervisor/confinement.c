@@ -1,14 +1,18 @@
 /* What each role may, what this machine offers of it, and whether it then holds. */
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "runtime/supervisor/supervisor_internal.h"
 #include "sandbox/report.h"
+#include "sandbox/steps.h"
 #include "sandbox/violation.h"
 
 #define MIB      (1ull << 20)
@@ -177,6 +181,39 @@ enum cm_status confinement_open(struct service *service, struct cm_error *err)
            CM_LOG_I("landlock_abi", sandbox->host.landlock_abi),
            CM_LOG_S("switched_off", switches.off != 0 ? "yes" : "no"));
     return promises_check(service, err);
+}
+
+/* What is left: to end roles of other users, to look at their namespaces, and to write its files
+ * whoever owns the folder. */
+#define OWN_CAPABILITIES (1ull << CAP_KILL | 1ull << CAP_SYS_PTRACE | 1ull << CAP_DAC_OVERRIDE)
+
+enum cm_status confinement_self(struct service *service, struct cm_error *err)
+{
+    static char ready_line[1024];
+    const uint32_t wanted = service->sandbox.wanted;
+    const struct rlimit none = {0, 0};
+    int failed = 0;
+    setvbuf(stdout, ready_line, _IOFBF,
+            sizeof(ready_line)); /* else it takes memory when it is used */
+    if ((wanted & CM_LAYER_BIT(CM_LAYER_LIMITS)) != 0 && setrlimit(RLIMIT_CORE, &none) != 0) {
+        failed = errno;
+    }
+    if ((wanted & CM_LAYER_BIT(CM_LAYER_CAPABILITIES)) != 0 && geteuid() == 0 && failed == 0) {
+        failed = cm_step_bounding_drop();
+        failed = failed == 0 ? cm_step_capabilities(OWN_CAPABILITIES) : failed;
+    }
+    if ((wanted & CM_LAYER_BIT(CM_LAYER_NO_NEW)) != 0 && failed == 0 &&
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) {
+        failed = errno;
+    }
+    if (failed != 0) {
+        (void)cm_error_errno(err, failed, "CM-SANDBOX-STEP", "cannot confine the supervisor");
+        err->status = CM_E_SANDBOX;
+        return CM_E_SANDBOX;
+    }
+    return (wanted & CM_LAYER_BIT(CM_LAYER_FILTER)) != 0
+               ? cm_filter_install(CM_FILTER_SUPERVISOR, err)
+               : CM_OK;
 }
 
 bool confinement_holds(struct service *service, const struct child *child, uint32_t probed,

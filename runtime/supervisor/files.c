@@ -139,10 +139,11 @@ static bool keys_parse(const uint8_t *bytes, size_t size, struct cm_keys_info *r
 
 static bool keys_load(struct service *service, int fd)
 {
-    size_t most = KEYS_HEADER_BYTES + CM_API_KEYS_MAX * sizeof(struct cm_api_key);
+    /* Static: once the filter is closed there is no more memory to be had. */
+    static uint8_t bytes[KEYS_HEADER_BYTES + CM_API_KEYS_MAX * sizeof(struct cm_api_key) + 1];
+    const size_t most = sizeof(bytes) - 1;
     struct cm_keys_info info = {.generation = 0};
-    uint8_t *bytes = calloc(1, most + 1);
-    CM_ASSERT(bytes != NULL);
+    memset(bytes, 0, KEYS_HEADER_BYTES);
     ssize_t got = fd >= 0 ? file_read(fd, bytes, most + 1) : 0;
     bool good =
         fd < 0 || (got >= 0 && (size_t)got <= most && keys_parse(bytes, (size_t)got, &info));
@@ -154,7 +155,6 @@ static bool keys_load(struct service *service, int fd)
     }
     int memory = cm_memfd_sealed("casemate-keys", bytes + KEYS_HEADER_BYTES,
                                  info.count * sizeof(struct cm_api_key));
-    free(bytes);
     if (memory < 0) {
         return false;
     }
@@ -207,8 +207,8 @@ void run_file_write(struct service *service, const char *name, const void *bytes
     }
     bool good = file_write(fd, bytes, size);
     close(fd);
-    if (!good || renameat(service->run_fd, partial, service->run_fd, name) != 0) {
-        unlinkat(service->run_fd, partial, 0);
+    if (good) { /* half a file stays beside, and is written over next time */
+        (void)renameat(service->run_fd, partial, service->run_fd, name);
     }
 }
 

@@ -39,7 +39,7 @@ static void rings_renew(struct service *service, struct child *survivor)
     struct ring_set fresh;
     struct cm_error err;
     int view[CM_RING_FD_COUNT];
-    if (rings_make(cm_config_ring_bytes(service->configuration), &fresh, &err) != CM_OK) {
+    if (rings_ask(service, cm_config_ring_bytes(service->configuration), &fresh, &err) != CM_OK) {
         service_fail(service, &err);
         return;
     }
@@ -173,7 +173,8 @@ static void tpm_drain(struct service *service)
 {
     uint8_t stale[4096];
     if (service->keeper_config.development_tpm == 1) {
-        while (recv(service->tpm_fd, stale, sizeof(stale), MSG_DONTWAIT) > 0) {
+        struct pollfd late = {.fd = service->tpm_fd, .events = POLLIN};
+        while (poll(&late, 1, 0) == 1 && read(service->tpm_fd, stale, sizeof(stale)) > 0) {
         }
     }
 }
@@ -197,7 +198,6 @@ static void keeper_start(struct service *service, struct child *keeper)
 {
     struct cm_error err;
     tpm_drain(service);
-    lseek(service->head_fd, 0, SEEK_SET);
     if (child_start(service, keeper, service->head_fd, NULL, -1, service->tpm_fd, &err) != CM_OK) {
         service_fail(service, &err);
         return;
@@ -459,6 +459,7 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
 {
     memset(service, 0, sizeof(*service));
     service->configuration = configuration;
+    service->pid = getpid();
     service->log = (struct cm_log){STDERR_FILENO, "supervisor", CM_LOG_INFO};
     notify_open(&service->notify, &service->log);
     service->programs_fd = programs_fd;
@@ -493,6 +494,9 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     if (status == CM_OK) {
         keys_refresh(service);
         CM_LOG(&service->log, CM_LOG_INFO, "listening", CM_LOG_S("address", service->address));
+    }
+    if (status == CM_OK) {
+        status = confinement_self(service, err);
     }
     return status;
 }

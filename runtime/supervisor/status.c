@@ -63,7 +63,7 @@ static void head_put(struct page *page, const struct service *service)
     const struct cm_loaded *loaded = &service->loaded;
     put(page, "{");
     put_text(page, "version", CASEMATE_VERSION);
-    put(page, ", \"pid\": %d, \"ready\": %s, \"draining\": %s, ", (int)getpid(),
+    put(page, ", \"pid\": %d, \"ready\": %s, \"draining\": %s, ", (int)service->pid,
         truth(service->state.ready == 1), truth(service->state.draining == 1));
     put_text(page, "reason", service->state.reason);
     put(page, ",\n ");
@@ -96,11 +96,11 @@ static void roles_put(struct page *page, struct service *service)
     static const char *const states[] = {"absent", "starting", "serving", "killed"};
     static const size_t places[CHILD_COUNT] = {1, 3, 2, 4}; /* in cm_state.resident_bytes */
     uint64_t now = clock_ms();
-    service->state.resident_bytes[0] = resident_bytes(getpid());
+    service->state.resident_bytes[0] = resident_bytes(service->pid);
     put(page,
         " \"roles\": {\n  \"supervisor\": {\"pid\": %d, \"state\": \"serving\", \"restarts\": 0, "
         "\"resident_bytes\": %llu}",
-        (int)getpid(), (unsigned long long)service->state.resident_bytes[0]);
+        (int)service->pid, (unsigned long long)service->state.resident_bytes[0]);
     for (size_t i = 0; i < CHILD_COUNT; i++) {
         struct child *child = &service->children[i];
         bool waits = child->state == CHILD_ABSENT && child->due_ms > now;

@@ -140,7 +140,7 @@ struct service {
     uint64_t memory_limit;
     /* of all roles together, by control groups or the machine */ /* by enum child_index */
     int launcher_fd, violation_fd;
-    pid_t launcher_pid;
+    pid_t launcher_pid, pid; /* pid: our own */
     struct ring_set rings;
     struct child children[CHILD_COUNT];
     /* pages on their way from the keeper */
@@ -181,11 +181,18 @@ uint64_t clock_ms(void);
 /* spawn.c. The launcher keeps images and groups as they are when it is opened. */
 CM_MUST_USE enum cm_status launcher_open(struct service *service, struct cm_error *err);
 void launcher_close(struct service *service);
-/* fds[number] or -1 become the role's descriptors 3..; all others are closed there. Fails: SYSTEM.
- */
+struct spawned {
+    pid_t pid;
+    int pidfd, control_fd, log_fd; /* owned */
+};
+/* fds[number] or -1 become the role's descriptors 5..; the launcher makes its channel and log, and
+ * all others are closed there. Fails: SYSTEM. */
 CM_MUST_USE enum cm_status spawn(struct service *service, const struct child *child,
-                                 const int fds[static CM_FD_COUNT], pid_t *ret_pid, int *ret_pidfd,
+                                 const int fds[static CM_FD_COUNT], struct spawned *ret_spawned,
                                  struct cm_error *err);
+/* rings_make, in the launcher. */
+CM_MUST_USE enum cm_status rings_ask(struct service *service, uint32_t capacity,
+                                     struct ring_set *ret_rings, struct cm_error *err);
 
 /* confinement.c: find out what the machine offers and make the groups. Fails: SANDBOX. */
 CM_MUST_USE enum cm_status confinement_open(struct service *service, struct cm_error *err);
@@ -193,6 +200,8 @@ void confinement_make(const struct service *service, const struct child *child, 
                       struct cm_confinement *ret_confinement);
 /* A role has ended: if its filter killed it, which call was it? Into child->forbidden. */
 void violation_take(struct service *service, struct child *child, const siginfo_t *how);
+/* Everything is open and the launcher runs: the supervisor's own capabilities and filter. */
+CM_MUST_USE enum cm_status confinement_self(struct service *service, struct cm_error *err);
 /* A role is ready: does each layer hold that this machine has? `probed`: as the role tells. */
 CM_MUST_USE bool confinement_holds(struct service *service, const struct child *child,
                                    uint32_t probed, struct cm_error *err);

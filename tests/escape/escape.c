@@ -160,16 +160,17 @@ static void world_end(const struct world *world)
 }
 
 /* What the role writes goes on, until it ends. */
-static int copy_out(int log_fd)
+static void copy_out(int log_fd)
 {
     char bytes[4096];
-    ssize_t got;
-    while ((got = read(log_fd, bytes, sizeof(bytes))) > 0) {
-        if (write(STDOUT_FILENO, bytes, (size_t)got) != got) {
+    ssize_t got = 1;
+    struct pollfd more = {.fd = log_fd, .events = POLLIN};
+    while (got > 0 && poll(&more, 1, 30000) == 1) {
+        got = read(log_fd, bytes, sizeof(bytes));
+        if (got > 0 && write(STDOUT_FILENO, bytes, (size_t)got) != got) {
             die("write");
         }
     }
-    return 0;
 }
 
 static int confined(const char *role, const struct world *world)
@@ -179,8 +180,8 @@ static int confined(const char *role, const struct world *world)
         .require_sandbox = "best", .connections_max = 256, .kv_bytes = 256 << 20};
     struct cm_error err;
     siginfo_t how = {0};
-    int fds[CM_FD_COUNT], pipes[2], control[2], pidfd = -1;
-    pid_t pid;
+    int fds[CM_FD_COUNT];
+    struct spawned spawned;
     struct child *child = NULL;
     service = (struct service){.configuration = &configuration,
                                .log = {STDERR_FILENO, "escape", CM_LOG_INFO},
@@ -210,19 +211,12 @@ static int confined(const char *role, const struct world *world)
         die(err.text);
     }
     memset(fds, 0xff, sizeof(fds));
-    if (pipe2(pipes, O_CLOEXEC) != 0 ||
-        socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, control) != 0) {
-        die("pipe");
-    }
-    fds[CM_FD_CONTROL] = control[1];
-    fds[CM_FD_LOG] = pipes[1];
     fds[CM_FD_INPUT] = cm_memfd_sealed("world", world, sizeof(*world));
-    if (spawn(&service, child, fds, &pid, &pidfd, &err) != CM_OK) {
+    if (spawn(&service, child, fds, &spawned, &err) != CM_OK) {
         die(err.text);
     }
-    close(pipes[1]);
-    copy_out(pipes[0]);
-    waitid(P_PIDFD, (id_t)pidfd, &how, WEXITED);
+    copy_out(spawned.log_fd);
+    waitid(P_PIDFD, (id_t)spawned.pidfd, &how, WEXITED);
     launcher_close(&service);
     return how.si_code == CLD_EXITED ? how.si_status : 1;
 }
