@@ -5,10 +5,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <net/if.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -84,6 +87,9 @@ static void parent_bind(void)
 uint32_t cm_confine_apply(const struct cm_confinement *wanted, int ret_errors[CM_LAYER_COUNT])
 {
     memset(ret_errors, 0, CM_LAYER_COUNT * sizeof(*ret_errors));
+    if (has(wanted, CM_LAYER_USER_NS)) {
+        ret_errors[CM_LAYER_USER_NS] = cm_step_user_namespaces(wanted->layers);
+    }
     if (has(wanted, CM_LAYER_ROOT)) {
         ret_errors[CM_LAYER_ROOT] = cm_step_root();
     }
@@ -166,9 +172,30 @@ static enum cm_status canary(const struct cm_confinement *c, struct cm_error *er
     return CM_OK;
 }
 
-static uint32_t layers_probe(void)
+/* Is there a network? In an empty namespace loopback is down. */
+static bool network_up(void)
 {
-    uint32_t held = 0;
+    struct ifreq request = {.ifr_name = "lo"};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    bool up =
+        fd >= 0 && ioctl(fd, SIOCGIFFLAGS, &request) == 0 && (request.ifr_flags & IFF_UP) != 0;
+    if (fd >= 0) {
+        close(fd);
+    }
+    return up;
+}
+
+/* What can be tried from inside. `made`: namespaces that the kernel has just given this process; of
+ * an ordinary user's role nobody outside can read them. */
+static uint32_t layers_probe(uint32_t made)
+{
+    uint32_t held = made & (CM_LAYER_BIT(CM_LAYER_USER_NS) | CM_LAYER_BIT(CM_LAYER_OTHER_NS));
+    if (!network_up()) {
+        held |= CM_LAYER_BIT(CM_LAYER_NET_NS);
+    }
+    if (access("/proc", F_OK) != 0 && errno == ENOENT) {
+        held |= CM_LAYER_BIT(CM_LAYER_ROOT);
+    }
     int root = open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (root < 0 && errno == EACCES) {
         held |= CM_LAYER_BIT(CM_LAYER_LANDLOCK); /* the mode of the root would permit it */
@@ -206,7 +233,7 @@ enum cm_status cm_confine_begin(const char *name, struct cm_confinement *ret_con
                 return refuse(err, errors[i], cm_layer_name((enum cm_confine_layer)i));
             }
         }
-        c.probed = layers_probe();
+        c.probed = layers_probe(has(&c, CM_LAYER_USER_NS) ? held : 0);
     }
     if (status == CM_OK && has(&c, CM_LAYER_FILTER)) {
         status = canary(&c, err);

@@ -56,45 +56,10 @@ static bool descriptors_place(const int fds[static CM_LAUNCH_FDS])
     return syscall(SYS_close_range, CM_LAUNCH_FDS, ~0u, 0) == 0;
 }
 
+/* An ordinary user's role makes its namespaces itself, after its exec: cm_step_user_namespaces. */
 static uint64_t namespaces(uint32_t layers)
 {
-    static const struct {
-        enum cm_confine_layer layer;
-        uint64_t flags;
-    } rows[] = {
-        {CM_LAYER_USER_NS, CLONE_NEWUSER},
-        {CM_LAYER_PID_NS, CLONE_NEWPID},
-        {CM_LAYER_NET_NS, CLONE_NEWNET},
-        {CM_LAYER_OTHER_NS, CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP},
-        {CM_LAYER_ROOT, CLONE_NEWNS},
-    };
-    uint64_t flags = 0;
-    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
-        flags |= (layers & CM_LAYER_BIT(rows[i].layer)) != 0 ? rows[i].flags : 0;
-    }
-    return flags;
-}
-
-static bool file_put(const char *path, const char *text)
-{
-    int fd = open(path, O_WRONLY | O_CLOEXEC);
-    bool good = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
-    if (fd >= 0) {
-        close(fd);
-    }
-    return good;
-}
-
-/* Root inside is the user outside and nobody else; no user namespace below this one. */
-static bool user_map(uid_t uid, gid_t gid)
-{
-    char uids[32], gids[32];
-    snprintf(uids, sizeof(uids), "0 %u 1", uid);
-    snprintf(gids, sizeof(gids), "0 %u 1", gid);
-    bool good = file_put("/proc/self/setgroups", "deny") && file_put("/proc/self/uid_map", uids) &&
-                file_put("/proc/self/gid_map", gids);
-    (void)file_put("/proc/sys/user/max_user_namespaces", "0"); /* else the filter alone says no */
-    return good;
+    return (layers & CM_LAYER_BIT(CM_LAYER_USER_NS)) != 0 ? 0 : cm_step_namespaces(layers);
 }
 
 static void die(const char *why)
@@ -103,16 +68,12 @@ static void die(const char *why)
     _exit(127);
 }
 
-__attribute__((noreturn)) static void child_run(const struct cm_launch *launch, uid_t uid,
-                                                gid_t gid)
+__attribute__((noreturn)) static void child_run(const struct cm_launch *launch)
 {
     const struct rlimit none = {0, 0};
     char *const arguments[] = {(char *)launch->program, NULL};
     char *const environment[] = {NULL};
     uint32_t layers = launch->confinement.layers;
-    if ((layers & CM_LAYER_BIT(CM_LAYER_USER_NS)) != 0 && !user_map(uid, gid)) {
-        _exit(126);
-    }
     for (size_t i = 0; i < CM_LAUNCH_JOINS; i++) {
         if (launch->join_fds[i] >= 0 && write(launch->join_fds[i], "0", 1) != 1) {
             _exit(125);
@@ -149,12 +110,10 @@ static pid_t clone_call(uint64_t flags, int cgroup_fd, int *ret_pidfd)
 enum cm_status cm_launch(const struct cm_launch *launch, pid_t *ret_pid, int *ret_pidfd,
                          struct cm_error *err)
 {
-    uid_t uid = geteuid();
-    gid_t gid = getegid();
     int pidfd = -1;
     pid_t pid = clone_call(namespaces(launch->confinement.layers), launch->cgroup_fd, &pidfd);
     if (pid == 0) {
-        child_run(launch, uid, gid);
+        child_run(launch);
     }
     if (pid < 0) {
         return cm_error_errno(err, errno, "CM-SUP-FORK", "cannot start %s", launch->program);
@@ -170,8 +129,6 @@ enum cm_status cm_launch(const struct cm_launch *launch, pid_t *ret_pid, int *re
 static bool trial_run(uint32_t layers, uint32_t uid, struct cm_host *trial)
 {
     struct clone_args args = {.flags = namespaces(layers), .exit_signal = SIGCHLD};
-    uid_t outer_uid = geteuid();
-    gid_t outer_gid = getegid();
     int status = 0;
     pid_t pid = (pid_t)syscall(SYS_clone3, &args, sizeof(args));
     if (pid == 0) {
@@ -182,9 +139,6 @@ static bool trial_run(uint32_t layers, uint32_t uid, struct cm_host *trial)
                                    .file_bytes_max = 1u << 20,
                                    .memory_bytes_max = 1u << 30};
         int errors[CM_LAYER_COUNT];
-        if ((layers & CM_LAYER_BIT(CM_LAYER_USER_NS)) != 0 && !user_map(outer_uid, outer_gid)) {
-            _exit(1);
-        }
         trial->available = cm_confine_apply(&c, errors);
         memcpy(trial->errors, errors, sizeof(errors));
         _exit(0);
@@ -213,7 +167,8 @@ void cm_host_probe(struct cm_host *ret_host)
     /* As root without a user namespace; else with one; else what needs no namespace. */
     bool root = geteuid() == 0;
     bool good = (root && trial_run(rest | spaces | own, CM_CONFINE_UID, trial)) ||
-                trial_run(rest | spaces | users, 0, trial) || trial_run(rest, 0, trial);
+                trial_run((rest | spaces | users) & ~CM_LAYER_BIT(CM_LAYER_PID_NS), 0, trial) ||
+                trial_run(rest, 0, trial);
     if (good) {
         *ret_host = *trial;
     }

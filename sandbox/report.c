@@ -147,9 +147,11 @@ void cm_observe(pid_t pid, const char *group, struct cm_observed *ret_observed)
     char text[TEXT_BYTES];
     if (text_read(pid, "mountinfo", text)) {
         const char *first = strchr(text, '\n');
+        const int own = namespace_differs(pid, "mnt");
         note(&seen, CM_LAYER_ROOT,
-             namespace_differs(pid, "mnt") > 0 && first != NULL && first[1] == '\0' &&
-                 strstr(text, " / / ro") != NULL);
+             own < 0
+                 ? -1
+                 : own > 0 && first != NULL && first[1] == '\0' && strstr(text, " / / ro") != NULL);
     }
     *ret_observed = seen;
 }

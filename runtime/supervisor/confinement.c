@@ -222,7 +222,7 @@ bool confinement_holds(struct service *service, const struct child *child, uint3
     struct cm_observed seen;
     const struct sandbox *sandbox = &service->sandbox;
     cm_observe(child->pid, child->name, &seen);
-    uint32_t held = seen.layers | probed;
+    uint32_t held = seen.layers | (probed & ~seen.readable);
     uint32_t lost = sandbox->host.available & ~held & ~sandbox->accepted;
     struct pollfd ended = {.fd = child->pidfd, .events = POLLIN};
     if (lost == 0 || poll(&ended, 1, DYING_MS) == 1) {

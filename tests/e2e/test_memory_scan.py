@@ -210,6 +210,9 @@ def small(build):
     folder = pathlib.Path(tempfile.mkdtemp(prefix="casemate-cores-"))  # where any user may come
     folder.chmod(0o755)
     shutil.copytree(build / "bin", folder / "bin")
+    # Alone in a process namespace, a role would be deaf to the signals that this sends it.
+    shutil.copy(build / "harness" / "casemate-supervisor-switched", folder / "bin" / "casemate-supervisor")
+    os.environ.update({"CASEMATE_TEST_OFF": "pid_ns", "CASEMATE_TEST_ACCEPT": "1"})
     tiny_model.write(str(folder / "tiny.gguf"))
     node = nodes.Node(folder / "bin", folder / "node", folder / "owner")
     node.make(folder / "tiny.gguf", "tiny")
@@ -221,6 +224,8 @@ def small(build):
     yield node, folder
     resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
     os.chdir(here)
+    for name in ("CASEMATE_TEST_OFF", "CASEMATE_TEST_ACCEPT"):
+        os.environ.pop(name)
     node.stop()
     shutil.rmtree(folder)
 
