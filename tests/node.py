@@ -17,6 +17,7 @@ class Node:
         self.log = state / "service.log"
         self.address = ""
         self.pcrs: list[str] = []
+        self.chain = {4: "00" * 32, 7: "00" * 32}  # of the boot, where the TPM is no development TPM
 
     def run(self, program: str, *words, check=True):
         done = subprocess.run([self.programs / program, *map(str, words)], capture_output=True,
@@ -35,8 +36,8 @@ class Node:
                      self.owner / "owner.pub", "--policy-key", self.owner / "policy.pub", "--package",
                      self.package, "--node-name", "node-1", "--tpm", tpm,
                      "--attest-mode", mode)
-        self.pcrs = [] if tpm == "development" else ["--pcr", "4=" + "00" * 32, "--pcr",
-                                                     "7=" + "00" * 32]
+        self.pcrs = [] if tpm == "development" else [
+            word for pcr, value in self.chain.items() for word in ("--pcr", f"{pcr}={value}")]
         measure = self.measure()
         if not self.package.exists():
             self.run("casemate-pack", "pack", model, "--out", self.package, "--owner", self.owner,

@@ -8,12 +8,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "loader/evidence/boot_log.h"
 #include "loader/evidence/live.h"
 #include "loader/evidence/verify.h"
 #include "runtime/base/hex.h"
 
 struct arguments {
-    const char *subject, *trust, *nonce, *last, *at;
+    const char *subject, *trust, *nonce, *last, *at, *boot_log;
     bool json;
 };
 
@@ -25,6 +26,8 @@ static const char help[] =
     "  --nonce HEX    a file's evidence must answer this nonce\n"
     "  --last FILE    remember the TPM's clock there: evidence of an older one is refused\n"
     "  --at SECONDS   judge age as at this Unix time (for archived evidence)\n"
+    "  --boot-log FILE  the firmware's log (binary_bios_measurements) must lead to the quoted "
+    "PCRs\n"
     "  --json         evidence and verdict for machines\n\n"
     "Exit codes: 0 believed, 2 usage, 3 trust file, 7 refused, 9 network or file.\n"
     "example: casemate-verify https://127.0.0.1:8443 --trust node1.trust\n";
@@ -38,13 +41,14 @@ static enum cm_status arguments_read(int count, char **words, struct arguments *
     } rows[] = {{"--trust", &arguments->trust},
                 {"--nonce", &arguments->nonce},
                 {"--last", &arguments->last},
-                {"--at", &arguments->at}};
+                {"--at", &arguments->at},
+                {"--boot-log", &arguments->boot_log}};
     for (int i = 1; i < count; i++) {
         size_t row = 0;
-        while (row < 4 && strcmp(words[i], rows[row].name) != 0) {
+        while (row < sizeof(rows) / sizeof(rows[0]) && strcmp(words[i], rows[row].name) != 0) {
             row++;
         }
-        if (row < 4 && i + 1 < count) {
+        if (row < sizeof(rows) / sizeof(rows[0]) && i + 1 < count) {
             *rows[row].value = words[++i];
         } else if (strcmp(words[i], "--json") == 0) {
             arguments->json = true;
@@ -64,7 +68,12 @@ static enum cm_status file_read(const char *path, void *bytes, size_t size, size
                                 struct cm_error *err)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t got = fd >= 0 ? read(fd, bytes, size) : -1;
+    size_t used = 0;
+    ssize_t got = fd >= 0 ? 1 : -1;
+    while (got > 0 && used < size) { /* the kernel gives its log in pieces */
+        got = read(fd, (uint8_t *)bytes + used, size - used);
+        used += got > 0 ? (size_t)got : 0;
+    }
     int error_number = errno;
     if (fd >= 0) {
         close(fd);
@@ -72,7 +81,7 @@ static enum cm_status file_read(const char *path, void *bytes, size_t size, size
     if (got < 0) {
         return cm_error_errno(err, error_number, "CM-EVD-READ", "cannot read %s", path);
     }
-    *ret_used = (size_t)got;
+    *ret_used = used;
     return CM_OK;
 }
 
@@ -188,6 +197,22 @@ static void summary_print(const struct arguments *arguments, const struct cm_evi
     }
 }
 
+static enum cm_status boot_log_check(const char *path, const struct cm_evidence *evidence,
+                                     struct cm_error *err)
+{
+    static uint8_t bytes[CM_BOOT_LOG_BYTES_MAX + 1];
+    static struct cm_boot_log log;
+    size_t used = 0;
+    if (path == NULL) {
+        return CM_OK;
+    }
+    enum cm_status status = file_read(path, bytes, sizeof(bytes), &used, err);
+    if (status == CM_OK) {
+        status = cm_boot_log_parse(bytes, used, &log, err);
+    }
+    return status == CM_OK ? cm_boot_log_check(&log, evidence, err) : status;
+}
+
 static enum cm_status verify(const struct arguments *arguments, struct cm_error *err)
 {
     static struct cm_trust trust;
@@ -225,6 +250,9 @@ static enum cm_status verify(const struct arguments *arguments, struct cm_error 
         return status;
     }
     status = cm_evidence_verify(&question, &facts, err);
+    if (status == CM_OK) {
+        status = boot_log_check(arguments->boot_log, &evidence, err);
+    }
     if (arguments->json) {
         json_print(&evidence, &facts, status, err);
     } else if (status == CM_OK) {

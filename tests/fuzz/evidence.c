@@ -2,6 +2,7 @@
  * What is accepted must encode to the same bytes. */
 #include <string.h>
 
+#include "loader/evidence/boot_log.h"
 #include "loader/evidence/evidence.h"
 #include "loader/evidence/trust.h"
 #include "loader/evidence/verify.h"
@@ -72,10 +73,30 @@ static void trust_one(const uint8_t *data, size_t size)
     (void)!cm_trust_parse((const char *)data, size, "trust", &trust, &err);
 }
 
+static void boot_log_one(const uint8_t *data, size_t size)
+{
+    static struct cm_boot_log log;
+    struct cm_error err;
+    must(cm_boot_log_parse(data, size, &log, &err) != CM_OK || log.count <= CM_BOOT_LOG_EVENTS_MAX);
+}
+
+/* A certificate that a TPM holds may be anything. */
+static void ek_one(const uint8_t *data, size_t size)
+{
+    static struct cm_enrolment enrolment;
+    static struct cm_ek_authorities authorities;
+    struct cm_error err;
+    size_t used = size < CM_EK_CERTIFICATE_MAX ? size : CM_EK_CERTIFICATE_MAX;
+    memcpy(enrolment.ek_certificate, data, used);
+    enrolment.ek_certificate_bytes = (uint32_t)used;
+    must(cm_ek_certificate_check(&enrolment, &authorities, 0, &err) != CM_OK);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static void (*const ones[])(const uint8_t *data, size_t size) = {
-        evidence_one, log_one, attest_one, enrolment_one, policy_one, trust_one};
+        evidence_one, log_one,   attest_one,   enrolment_one,
+        policy_one,   trust_one, boot_log_one, ek_one};
     if (size > 0) {
         ones[data[0] % (sizeof(ones) / sizeof(ones[0]))](data + 1, size - 1);
     }
