@@ -108,12 +108,13 @@ static enum cm_status replacements_check(const struct pack *pack, struct cm_erro
     const struct cm_rules *rules = pack->rules;
     for (uint32_t i = 0; i < rules->count; i++) {
         const struct cm_rules_text *text = &rules->rules[i].replacement;
-        if (i > 0 && text->size == rules->rules[i - 1].replacement.size &&
-            memcmp(text->bytes, rules->rules[i - 1].replacement.bytes, text->size) == 0) {
-            continue; /* as the one before */
+        if (text->size == 0 ||
+            (i > 0 && text->size == rules->rules[i - 1].replacement.size &&
+             memcmp(text->bytes, rules->rules[i - 1].replacement.bytes, text->size) == 0)) {
+            continue; /* none, or as the one before */
         }
         for (uint32_t k = 0; k < rules->count; k++) {
-            if (text->size > 0 && finds(&pack->compiled[k].automaton, text->bytes, text->size)) {
+            if (finds(&pack->compiled[k].automaton, text->bytes, text->size)) {
                 char why[160];
                 snprintf(why, sizeof(why), "its replacement is itself found by rule '%s'",
                          rules->rules[k].id);

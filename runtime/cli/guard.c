@@ -194,7 +194,7 @@ static enum cm_status try_run(struct try *try, const struct words *files, const 
     enum cm_status status = cli_rules_load(&try->rules, files, err);
     if (status == CM_OK && try->rules.pack == NULL) {
         *err = try->rules.first;
-        return err->status;
+        return (enum cm_status)err->status;
     }
     if (status == CM_OK) {
         status = text_take(try, words, err);

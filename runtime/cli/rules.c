@@ -245,8 +245,8 @@ static enum cm_status rules_run(struct cli_rules *trial, bool each, const struct
                samples, trial->pack_bytes, trial->faults);
     }
     if (trial->faults > 0) {
-        return cm_error_set(err, trial->first.status, trial->first.id, "%u faults in %u rules",
-                            trial->faults, trial->rules.count);
+        return cm_error_set(err, (enum cm_status)trial->first.status, trial->first.id,
+                            "%u faults in %u rules", trial->faults, trial->rules.count);
     }
     return CM_OK;
 }
