@@ -48,6 +48,9 @@ CM_MUST_USE enum cm_status cli_file_read(const char *path, uint8_t *bytes, size_
                                          size_t *ret_used, struct cm_error *err);
 CM_MUST_USE enum cm_status cli_file_write(const char *path, const void *bytes, size_t size,
                                           unsigned mode, struct cm_error *err);
+/* What root writes into the folder of the service's user belongs to that user, as the folder does.
+ */
+void cli_owner_follow(const char *path);
 /* Folder of our own executable plus name. */
 CM_MUST_USE enum cm_status cli_program_path(const char *name, char *ret_path, size_t size,
                                             struct cm_error *err);

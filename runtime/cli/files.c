@@ -34,6 +34,23 @@ enum cm_status cli_file_read(const char *path, uint8_t *bytes, size_t size, size
     return CM_OK;
 }
 
+void cli_owner_follow(const char *path)
+{
+    char folder[CM_CONFIG_TEXT_BYTES + 32];
+    struct stat facts;
+    snprintf(folder, sizeof(folder), "%s", path);
+    char *slash = strrchr(folder, '/');
+    if (slash == NULL || geteuid() != 0) {
+        return;
+    }
+    slash[1] = '\0';
+    if (stat(folder, &facts) == 0 && facts.st_uid != 0) {
+        /* If it fails the service cannot read the file, and says which. */
+        int done = lchown(path, facts.st_uid, facts.st_gid);
+        (void)done;
+    }
+}
+
 enum cm_status cli_file_write(const char *path, const void *bytes, size_t size, unsigned mode,
                               struct cm_error *err)
 {
@@ -46,6 +63,7 @@ enum cm_status cli_file_write(const char *path, const void *bytes, size_t size, 
         good = put > 0;
         used += good ? (size_t)put : 0;
     }
+    cli_owner_follow(partial);
     good = good && fsync(fd) == 0 && rename(partial, path) == 0;
     int error_number = errno;
     if (fd >= 0) {

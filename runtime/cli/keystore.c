@@ -65,6 +65,7 @@ enum cm_status key_store_open(const char *state, struct key_store **ret_store, s
         key_store_close(store);
         return CM_E_SYSTEM;
     }
+    cli_owner_follow(path);
     mode_t before = umask(077);
     snprintf(path, sizeof(path), "%s/keys.sqlite", state);
     int opened = sqlite3_open(path, &store->db);
@@ -74,6 +75,7 @@ enum cm_status key_store_open(const char *state, struct key_store **ret_store, s
         key_store_close(store);
         return CM_E_SYSTEM;
     }
+    cli_owner_follow(path);
     *ret_store = store;
     return CM_OK;
 }

@@ -58,7 +58,7 @@ def unit(installed, tmp_path_factory):
 def node(installed):
     folder = open_folder()
     tiny_model.write(str(folder / "tiny.gguf"))
-    made = nodes.Node(installed / "usr/bin", folder / "node", folder / "owner")
+    made = nodes.Node(installed / "usr/bin", folder / "casemate", folder / "owner")
     made.make(folder / "tiny.gguf", "tiny")
     made.api_key = made.key("installed")
     yield made
@@ -155,13 +155,16 @@ def as_the_unit(node) -> list[str]:
 
 def test_each_system_call_of_a_whole_life_passes_the_unit(node, unit):
     """Start, serve, quote, replace a worker, stop: traced, and compared with the filter."""
+    assert "Environment=XDG_STATE_HOME=%S" in unit.read_text().splitlines()
     command = as_the_unit(node)
+    node.api_key = node.key("added-by-root")  # after the folder became the service's
+    assert all(p.stat().st_uid == node.state.stat().st_uid for p in node.state.glob("keys*"))
     trace = node.state / "trace"
     out = open(node.log, "ab")
     node.service = subprocess.Popen(
         [*command, "strace", "-f", "-qq", "-o", trace, "-e", "trace=all", "-e", "signal=none",
-         node.programs / "casemate", "serve", "--state", node.state, "--listen", "127.0.0.1:0"],
-        stdout=out, stderr=out)
+         node.programs / "casemate", "serve", "--listen", "127.0.0.1:0"],
+        stdout=out, stderr=out, env={**os.environ, "XDG_STATE_HOME": str(node.state.parent)})
     end = time.monotonic() + 60
     while not node.status().get("ready"):
         assert time.monotonic() < end and node.service.poll() is None, node.tail()
