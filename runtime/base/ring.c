@@ -114,7 +114,8 @@ static enum cm_status ring_open(struct cm_ring *ring, int data_fd, int cursor_fd
     }
     int data_protection = producer ? PROT_READ | PROT_WRITE : PROT_READ;
     int cursor_protection = producer ? PROT_READ : PROT_READ | PROT_WRITE;
-    void *data = mmap(NULL, data_bytes, data_protection, MAP_SHARED, data_fd, 0);
+    /* Populated: a ring is memory that is there before it is needed, not when it first turns. */
+    void *data = mmap(NULL, data_bytes, data_protection, MAP_SHARED | MAP_POPULATE, data_fd, 0);
     void *cursor = mmap(NULL, CM_RING_CURSOR_BYTES, cursor_protection, MAP_SHARED, cursor_fd, 0);
     if (data == MAP_FAILED || cursor == MAP_FAILED) {
         int error_number = errno;
