@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -265,6 +266,59 @@ static void arena_populate(void *context, struct cm_worker *worker)
     cm_pool_barrier(worker);
 }
 
+static void limit_lower(uint64_t value, const char *name, uint64_t *limit, const char **ret_name)
+{
+    if (value < *limit) {
+        *limit = value;
+        *ret_name = name;
+    }
+}
+
+/* The least of what this process may have: its own limits, its group's, the machine's. Files that
+ * cannot be read (a sandbox) say nothing: there the group's limit is the process's too. */
+static uint64_t memory_limit(const char **ret_name)
+{
+    static const char *const groups[] = {"/sys/fs/cgroup/memory.max",
+                                         "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+    struct rlimit own;
+    uint64_t limit = UINT64_MAX;
+    long pages = sysconf(_SC_PHYS_PAGES);
+    if (getrlimit(RLIMIT_DATA, &own) == 0 && own.rlim_cur != RLIM_INFINITY) {
+        limit_lower(own.rlim_cur, "RLIMIT_DATA", &limit, ret_name);
+    }
+    if (getrlimit(RLIMIT_AS, &own) == 0 && own.rlim_cur != RLIM_INFINITY) {
+        limit_lower(own.rlim_cur, "RLIMIT_AS", &limit, ret_name);
+    }
+    if (pages > 0) {
+        limit_lower((uint64_t)pages * 4096u, "the machine's memory", &limit, ret_name);
+    }
+    for (size_t i = 0; i < sizeof(groups) / sizeof(groups[0]); i++) {
+        FILE *file = fopen(groups[i], "re");
+        unsigned long long value;
+        if (file != NULL && fscanf(file, "%20llu", &value) == 1) {
+            limit_lower(value, groups[i], &limit, ret_name);
+        }
+        if (file != NULL) {
+            fclose(file);
+        }
+    }
+    return limit;
+}
+
+/* Better refused now, with both numbers, than killed when the last page is touched. */
+static enum cm_status memory_check(uint64_t bytes, struct cm_error *err)
+{
+    const char *name = "";
+    uint64_t limit = memory_limit(&name);
+    return bytes <= limit
+               ? CM_OK
+               : cm_error_set(err, CM_E_CONFIG, "CM-DEV-MEMORY",
+                              "weights, KV pages and scratch need %llu MiB, %s allows %llu MiB: "
+                              "lower kv_bytes, sequences_max or context_max, or raise the limit",
+                              (unsigned long long)(bytes >> 20), name,
+                              (unsigned long long)(limit >> 20));
+}
+
 enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_device_reserve *reserve,
                                  struct cm_error *err)
 {
@@ -273,6 +327,9 @@ enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_devic
         return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "reserved twice");
     }
     enum cm_status status = cm_device_need(device, reserve, &bytes, &page, err);
+    if (status == CM_OK) {
+        status = memory_check(bytes, err);
+    }
     if (status != CM_OK) {
         return status;
     }

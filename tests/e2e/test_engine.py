@@ -2,6 +2,8 @@
 import hashlib
 import json
 import pathlib
+import re
+import resource
 import struct
 import subprocess
 import sys
@@ -152,6 +154,20 @@ def test_paths_and_threads_are_bit_equal(build, request, which):
     runs = {engine(build, folder, "logits", tokens=tokens, CASEMATE_CPU=path, CASEMATE_THREADS=count)
             for path in available_paths() for count in "12"}
     assert len(runs) == 1
+
+
+def test_too_little_memory_is_refused_with_both_numbers(build, real):
+    def run(mebibytes):
+        limit = lambda: resource.setrlimit(resource.RLIMIT_DATA, (mebibytes << 20,) * 2)  # noqa: E731
+        return subprocess.run([build / "harness" / "engine", "greedy", real / "m.cmpkg",
+                               real / "key", "1", "1"], input=struct.pack("<2I", 1, 5),
+                              capture_output=True, text=False, preexec_fn=limit, timeout=60)
+    done = run(80)
+    said = done.stderr.decode()
+    assert done.returncode == 3 and "CM-DEV-MEMORY" in said and "allows 80 MiB" in said
+    need = int(re.search(r"need (\d+) MiB", said)[1])
+    assert 98 < need < 1000
+    assert run(need + 400).returncode == 0
 
 
 def available_paths():
