@@ -115,9 +115,10 @@ class Manifest:
             else:
                 assert tag not in self.records
                 self.records[tag] = body
-        assert [t for t in self.records if t not in (5, 13)] == [1, 2, 3, 4, 8, 9, 10, 11, 12, 16]
+        assert [t for t in self.records if t not in (5, 6, 13)] == [1, 2, 3, 4, 8, 9, 10, 11, 12, 16]
         assert list(self.records) == sorted(self.records)
         self.decoder = struct.unpack("<6I6f", self.records[5]) if 5 in self.records else None
+        self.loss = struct.unpack("<If", self.records[6]) if 6 in self.records else None
         self.ranks = numpy.frombuffer(self.records.get(13, b""), "<u4")
         self.name = self.records[1].decode()
         self.shape = dict(zip(self.SHAPE, struct.unpack_from("<11I", self.records[4])))

@@ -191,17 +191,22 @@ static enum cm_status row_convert(const struct cm_manifest_tensor *stored,
     return CM_OK;
 }
 
-static enum cm_status matrix_convert(const struct cm_plan *plan,
-                                     const struct cm_manifest_tensor *stored,
-                                     const struct cm_plan_source *source, uint8_t *ret_bytes,
-                                     struct cm_convert_loss *loss, struct cm_error *err)
+static uint64_t source_row_bytes(const struct cm_plan_source *source)
 {
     uint64_t row_bytes = 0;
     for (uint32_t i = 0; i < source->count; i++) {
         uint64_t bytes = source->parts[i].tensor->row_bytes;
         row_bytes = bytes > row_bytes ? bytes : row_bytes;
     }
-    uint8_t *row_buffer = calloc(1, (size_t)row_bytes + ROW_SPARE_BYTES);
+    return row_bytes;
+}
+
+static enum cm_status matrix_convert(const struct cm_plan *plan,
+                                     const struct cm_manifest_tensor *stored,
+                                     const struct cm_plan_source *source, uint8_t *ret_bytes,
+                                     struct cm_convert_loss *loss, struct cm_error *err)
+{
+    uint8_t *row_buffer = calloc(1, (size_t)source_row_bytes(source) + ROW_SPARE_BYTES);
     if (row_buffer == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "a row");
     }
@@ -217,6 +222,64 @@ static enum cm_status matrix_convert(const struct cm_plan *plan,
     }
     free(row_buffer);
     return status;
+}
+
+enum cm_status cm_plan_rows_open(const struct cm_plan *plan, uint32_t index,
+                                 struct cm_plan_rows *ret_rows, struct cm_error *err)
+{
+    const struct cm_manifest_tensor *stored = &plan->manifest.tensors[index];
+    size_t columns = ((size_t)stored->columns + CM_TILE_COLUMNS - 1) / CM_TILE_COLUMNS;
+    *ret_rows = (struct cm_plan_rows){
+        .plan = plan,
+        .index = index,
+        .bytes = calloc(1, (size_t)source_row_bytes(&plan->sources[index]) + ROW_SPARE_BYTES),
+        .source = calloc(columns, CM_TILE_COLUMNS * sizeof(float)),
+        .stored = calloc(columns, CM_TILE_COLUMNS * sizeof(float))};
+    return ret_rows->bytes != NULL && ret_rows->source != NULL && ret_rows->stored != NULL
+               ? CM_OK
+               : cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "a row");
+}
+
+enum cm_status cm_plan_rows_next(struct cm_plan_rows *rows, struct cm_error *err)
+{
+    const struct cm_manifest_tensor *stored = &rows->plan->manifest.tensors[rows->index];
+    const struct cm_source_tensor *tensor;
+    uint64_t from;
+    struct cm_convert_loss none = {.square = 0.0};
+    row_find(rows->plan, &rows->plan->sources[rows->index], rows->row++, &tensor, &from);
+    const struct cm_quant *quant = cm_quant_find(tensor->type);
+    enum cm_status status = cm_source_rows_read(tensor, from, 1, rows->bytes, err);
+    for (uint64_t b = 0; status == CM_OK && b * CM_TILE_COLUMNS < stored->columns; b++) {
+        struct cm_quant_block block;
+        quant->values(rows->bytes, b, rows->source + b * CM_TILE_COLUMNS);
+        if (block_convert(quant, stored->kind, rows->bytes, b, stored->columns, &block, &none)) {
+            cm_quant_values(stored->kind, &block, rows->stored + b * CM_TILE_COLUMNS);
+        } else {
+            status = refuse_value(tensor, from, b, err);
+        }
+    }
+    return status;
+}
+
+void cm_plan_rows_close(struct cm_plan_rows *rows)
+{
+    free(rows->bytes);
+    free(rows->source);
+    free(rows->stored);
+}
+
+bool cm_plan_exact(const struct cm_plan *plan)
+{
+    bool exact = true;
+    for (uint32_t i = 0; i < plan->manifest.tensor_count; i++) {
+        uint32_t kind = plan->manifest.tensors[i].kind;
+        for (uint32_t p = 0; kind != CM_TENSOR_F32 && p < plan->sources[i].count; p++) {
+            const struct cm_quant *quant = cm_quant_find(plan->sources[i].parts[p].tensor->type);
+            exact = exact && quant->carry != NULL && quant->kind == kind &&
+                    quant->type != CM_QUANT_Q4_K;
+        }
+    }
+    return exact;
 }
 
 enum cm_status cm_plan_convert(const struct cm_plan *plan, uint32_t index, uint8_t *ret_bytes,

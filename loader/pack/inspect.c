@@ -1,4 +1,4 @@
-/* `casemate-pack inspect`: explain a package without its key. */
+/* `casemate-pack inspect`: explain a package, without its key or with it. */
 #include "loader/pack/commands.h"
 
 #include <errno.h>
@@ -72,6 +72,57 @@ static json_t *head_describe(const struct cm_package_head *head, uint64_t file_b
                      head->slots_torn, "slots", slots, "parts", parts_describe(core));
 }
 
+/* What only the key shows, as more rows of the facts. */
+static enum cm_status model_describe(const struct cm_pack_arguments *arguments, int fd,
+                                     json_t *facts, struct cm_error *err)
+{
+    static struct cm_package_head head;
+    struct cm_secret *key = NULL;
+    struct cm_package *package = NULL;
+    struct cm_manifest m;
+    size_t bytes;
+    enum cm_status status = cm_recovery_open(arguments, fd, &head, &key, err);
+    if (status == CM_OK) {
+        status = cm_package_open(fd, cm_secret_view(key), head.core.owner_key, &package, err);
+    }
+    cm_secret_free(key);
+    if (status == CM_OK) {
+        const uint8_t *manifest = cm_package_manifest(package, &bytes);
+        status = cm_manifest_parse(manifest, bytes, head.core.payload_bytes, &m, err);
+    }
+    if (status == CM_OK) {
+        json_object_set_new(facts, "model",
+                            json_pack("{s:s%, s:s%, s:i, s:i, s:i, s:i, s:i, s:i, s:f}", "name",
+                                      m.model_name.bytes, (size_t)m.model_name.size, "origin",
+                                      m.origin.bytes, (size_t)m.origin.size, "architecture",
+                                      (int)m.architecture, "layers", (int)m.layers, "width",
+                                      (int)m.width, "vocabulary", (int)m.vocabulary, "context",
+                                      (int)m.context_max, "kl_positions", (int)m.loss_positions,
+                                      "kl_divergence", (double)m.loss_divergence));
+        cm_manifest_done(&m);
+    }
+    cm_package_close(package);
+    return status;
+}
+
+static void model_print(const json_t *model)
+{
+    printf("\nmodel %s: %lld layers, width %lld, vocabulary %lld, context %lld\n",
+           json_string_value(json_object_get(model, "name")),
+           json_integer_value(json_object_get(model, "layers")),
+           json_integer_value(json_object_get(model, "width")),
+           json_integer_value(json_object_get(model, "vocabulary")),
+           json_integer_value(json_object_get(model, "context")));
+    json_int_t positions = json_integer_value(json_object_get(model, "kl_positions"));
+    if (positions > 0) {
+        printf("rounding its weights cost a mean KL divergence of %.6f over %lld positions\n",
+               json_real_value(json_object_get(model, "kl_divergence")), positions);
+    } else {
+        printf(
+            "no loss is recorded: its weights are what they were, or the loss was not measured\n");
+    }
+}
+
 static void head_print(const json_t *facts)
 {
     size_t i;
@@ -111,12 +162,20 @@ static void head_print(const json_t *facts)
                json_string_value(json_object_get(row, "node")),
                json_integer_value(json_object_get(row, "size_bytes")));
     }
-    printf("\nModel, tokenizer and shapes are sealed: only the key opens them.\n");
+    if (json_object_get(facts, "model") != NULL) {
+        model_print(json_object_get(facts, "model"));
+    } else {
+        printf("\nModel, tokenizer and shapes are sealed: only the key opens them.\n");
+    }
 }
 
 enum cm_status cm_command_inspect(const struct cm_pack_arguments *arguments, struct cm_error *err)
 {
     struct stat facts;
+    if ((arguments->recovery != NULL) != (arguments->passphrase_file != NULL)) {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE",
+                            "--recovery and --passphrase-file go together");
+    }
     struct cm_package_head *head = calloc(1, sizeof(*head));
     uint8_t *bytes = malloc(CM_PACKAGE_HEAD_BYTES);
     int fd = open(arguments->input, O_RDONLY | O_CLOEXEC);
@@ -134,7 +193,12 @@ enum cm_status cm_command_inspect(const struct cm_pack_arguments *arguments, str
     }
     if (status == CM_OK) {
         json_t *described = head_describe(head, (uint64_t)facts.st_size);
-        if (arguments->json) {
+        if (arguments->recovery != NULL) {
+            status = model_describe(arguments, fd, described, err);
+        }
+        if (status != CM_OK) {
+            /* the caller says why */
+        } else if (arguments->json) {
             json_dumpf(described, stdout, JSON_INDENT(2));
             printf("\n");
         } else {

@@ -53,7 +53,8 @@ static const struct {
      "tokenizer.json) and seal it into a package for nodes",
      "casemate-pack pack model.gguf --out model.cmpkg --owner owner --node node1.bin --measurement "
      "node1.measure"},
-    {"inspect", cm_command_inspect, "PACKAGE", "", "", "explain a package without its key",
+    {"inspect", cm_command_inspect, "PACKAGE", "", " --recovery --passphrase-file ",
+     "explain a package; with its recovery file the model too, and what rounding cost",
      "casemate-pack inspect model.cmpkg"},
     {"recover", cm_command_recover, "PACKAGE", " --recovery --passphrase-file ", "",
      "prove that a recovery file opens a package",

@@ -149,10 +149,12 @@ static void summary_print(const struct cm_pack_arguments *arguments, const struc
     double relative = loss->square > 0 ? sqrt(loss->error_square / loss->square) : 0;
     const struct cm_manifest *m = &plan->manifest;
     if (arguments->json) {
-        json_t *facts = json_pack("{s:s, s:s, s:i, s:I, s:b, s:f, s:f}", "package", arguments->out,
-                                  "model", plan->name, "tensors", (int)m->tensor_count,
-                                  "payload_bytes", (json_int_t)plan->payload_bytes, "exact",
-                                  loss->exact, "relative_rms_error", relative, "seconds", seconds);
+        json_t *facts =
+            json_pack("{s:s, s:s, s:i, s:I, s:b, s:f, s:f, s:i, s:f}", "package", arguments->out,
+                      "model", plan->name, "tensors", (int)m->tensor_count, "payload_bytes",
+                      (json_int_t)plan->payload_bytes, "exact", loss->exact, "relative_rms_error",
+                      relative, "kl_divergence", (double)m->loss_divergence, "kl_positions",
+                      (int)m->loss_positions, "seconds", seconds);
         json_dumpf(facts, stdout, JSON_INDENT(2));
         printf("\n");
         json_decref(facts);
@@ -163,7 +165,10 @@ static void summary_print(const struct cm_pack_arguments *arguments, const struc
     if (loss->exact) {
         printf("weights are carried over exactly\n");
     } else {
-        printf("some weights were rounded: relative RMS error %.6f over the whole\n", relative);
+        printf(
+            "some weights were rounded: relative RMS error %.6f over the whole, mean KL %.6f over "
+            "%u positions\n",
+            relative, (double)m->loss_divergence, m->loss_positions);
     }
 }
 
@@ -283,6 +288,10 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
     enum cm_status status = cm_nodes_check(arguments, err);
     if (status == CM_OK) {
         status = input_plan(arguments->input, &options, &input, &plan, err);
+    }
+    if (status == CM_OK && !cm_plan_exact(&plan)) {
+        status =
+            cm_plan_loss(&plan, &plan.manifest.loss_divergence, &plan.manifest.loss_positions, err);
     }
     if (status == CM_OK) {
         status = cm_secret_new(CM_KEY_BYTES, &key, err);

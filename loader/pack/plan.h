@@ -65,6 +65,28 @@ CM_MUST_USE enum cm_status cm_plan_convert(const struct cm_plan *plan, uint32_t 
                                            uint8_t *ret_bytes, struct cm_convert_loss *ret_loss,
                                            struct cm_error *err);
 
+/* One tensor row by row, in stored order: what the file has, and what a device will make of it. Set
+ * `row` to go elsewhere. close is fine after a failed open. */
+struct cm_plan_rows {
+    const struct cm_plan *plan;
+    uint32_t index;
+    uint64_t row; /* the next one */
+    uint8_t *bytes;
+    float *source, *stored; /* [columns padded to 32] of the last one */
+};
+CM_MUST_USE enum cm_status cm_plan_rows_open(const struct cm_plan *plan, uint32_t index,
+                                             struct cm_plan_rows *ret_rows, struct cm_error *err);
+CM_MUST_USE enum cm_status cm_plan_rows_next(struct cm_plan_rows *rows, struct cm_error *err);
+void cm_plan_rows_close(struct cm_plan_rows *rows);
+
+/* Is every weight carried over as it is? */
+bool cm_plan_exact(const struct cm_plan *plan);
+/* Mean KL divergence of the next token over CM_LOSS_POSITIONS positions of a fixed text, of the
+ * stored weights from the file's. *ret_positions 0: the vocabulary does not know the text. */
+#define CM_LOSS_POSITIONS 32u
+CM_MUST_USE enum cm_status cm_plan_loss(const struct cm_plan *plan, float *ret_divergence,
+                                        uint32_t *ret_positions, struct cm_error *err);
+
 /* What the readers of model files share: they fill shape, decoder, texts, vocabulary and chat, then
  * the tensors are found and laid out. */
 CM_MUST_USE enum cm_status cm_plan_tensors(const struct cm_source *source, struct cm_plan *plan,

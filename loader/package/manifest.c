@@ -14,6 +14,7 @@ enum tag {
     TAG_ORIGIN = 3,
     TAG_SHAPE = 4,
     TAG_DECODER = 5,
+    TAG_LOSS = 6,
     TAG_TOKENIZER = 8,
     TAG_TOKEN_LENGTHS = 9,
     TAG_TOKEN_BYTES = 10,
@@ -173,6 +174,17 @@ static enum cm_status decoder_parse(struct parser *parser, struct cm_cursor *bod
     return ok && (other || d->activation != 0 || d->window != 0)
                ? CM_OK
                : refuse(parser, "decoder is out of bounds, or is llama's");
+}
+
+static enum cm_status loss_parse(struct parser *parser, struct cm_cursor *body)
+{
+    struct cm_manifest *m = parser->manifest;
+    m->loss_positions = cm_cursor_u32(body);
+    m->loss_divergence = cm_cursor_f32(body);
+    return within(m->loss_positions, 1, 1u << 20) && isfinite(m->loss_divergence) &&
+                   !signbit(m->loss_divergence)
+               ? CM_OK
+               : refuse(parser, "loss is out of bounds");
 }
 
 static enum cm_status tokenizer_parse(struct parser *parser, struct cm_cursor *body)
@@ -367,6 +379,7 @@ static const struct {
     {TAG_ORIGIN, ONCE, origin_parse},
     {TAG_SHAPE, ONCE, shape_parse},
     {TAG_DECODER, MAYBE, decoder_parse},
+    {TAG_LOSS, MAYBE, loss_parse},
     {TAG_TOKENIZER, ONCE, tokenizer_parse},
     {TAG_TOKEN_LENGTHS, ONCE, lengths_parse},
     {TAG_TOKEN_BYTES, ONCE, token_bytes_parse},
@@ -550,6 +563,11 @@ static void manifest_put(struct cm_writer *writer, const struct cm_manifest *m)
     f32_put(writer, m->rope_base);
     f32_put(writer, m->norm_epsilon);
     decoder_put(writer, &m->decoder);
+    if (m->loss_positions > 0) {
+        record_put(writer, TAG_LOSS, 8);
+        cm_writer_u32(writer, m->loss_positions);
+        f32_put(writer, m->loss_divergence);
+    }
     tokenizer_put(writer, m);
     record_put(writer, TAG_CHAT, 4 + (size_t)m->default_system.size);
     cm_writer_u32(writer, m->chat);

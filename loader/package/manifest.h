@@ -103,6 +103,10 @@ struct cm_manifest {
     float rope_base, norm_epsilon;
     bool tied_head;
     struct cm_manifest_decoder decoder;
+    /* what rounding the weights cost: mean KL divergence of the next token; 0 positions: not
+     * measured, or nothing was rounded */
+    uint32_t loss_positions;
+    float loss_divergence;
     /* tokenizer */
     uint32_t tokenizer; /* enum cm_manifest_tokenizer */
     uint32_t split;     /* enum cm_manifest_split */
