@@ -513,12 +513,18 @@ static void tokenizer_put(struct cm_writer *writer, const struct cm_manifest *m)
 
 static void decoder_put(struct cm_writer *writer, const struct cm_manifest_decoder *d)
 {
-    static const struct cm_manifest_decoder llama;
     const uint32_t numbers[] = {d->activation, d->qk_norm, d->post_norms,
                                 d->qkv_bias,   d->window,  d->window_period};
     const float reals[] = {d->embedding_scale, d->attention_scale,  d->attention_cap,
                            d->logits_cap,      d->window_rope_base, d->rope_scale};
-    if (memcmp(d, &llama, sizeof(llama)) == 0) {
+    bool other = false;
+    for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) {
+        other = other || numbers[i] != 0;
+    }
+    for (size_t i = 0; i < sizeof(reals) / sizeof(reals[0]); i++) {
+        other = other || reals[i] != 0.0f;
+    }
+    if (!other) { /* llama's */
         return;
     }
     record_put(writer, TAG_DECODER, sizeof(numbers) + sizeof(reals));
