@@ -70,8 +70,8 @@ CM_MUST_USE enum cm_status cm_device_need(const struct cm_device *device,
                                           const struct cm_device_reserve *reserve,
                                           uint64_t *ret_arena_bytes, uint64_t *ret_page_bytes,
                                           struct cm_error *err);
-/* Allocate, lock and populate the arena. Once. Fails: CONFIG with the bytes wanted and the limit that is
- * below them, SYSTEM. */
+/* Allocate, lock and populate the arena. Once. Fails: CONFIG with the bytes wanted and the limit
+ * that is below them, SYSTEM. */
 CM_MUST_USE enum cm_status cm_device_reserve(struct cm_device *device,
                                              const struct cm_device_reserve *reserve,
                                              struct cm_error *err);
