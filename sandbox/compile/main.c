@@ -79,6 +79,12 @@ static void table_write(const char *path)
 int main(int argc, char **argv)
 {
     if (argc >= 3 && strcmp(argv[1], "--table") == 0) {
+        puts("# System calls, by role and stage\n\nMade by `./run docs` from policies/seccomp. "
+             "What is "
+             "not listed kills the process, as does\nevery other architecture. The first filter of "
+             "a "
+             "role holds from its confinement on, the second\nnarrows it when the role is ready. "
+             "`casemate sandbox report` counts what the kernel has installed.");
         for (int i = 2; i < argc; i++) {
             table_write(argv[i]);
         }

@@ -106,6 +106,8 @@ def main() -> int:
     say("what runs there, proved on this connection")
     good = verification(node)
     print("The TPM here is a development TPM: it shows the plumbing and protects nothing.")
+    say("what each process may still do: casemate sandbox report")
+    print(node.run("casemate", "sandbox", "report", "--state", node.state).stdout)
     if options.keep:
         say("left running; ask it with")
         print(f"curl --cacert node/run/tls-certificate.pem https://{node.address}/v1/chat/completions "
