@@ -278,9 +278,13 @@ static void candidates_step(const struct cm_guard_pack *pack, struct cm_guard_st
             }
         }
         uint32_t column = pack->maps[rule->map * 256u + byte];
-        c->state = pack->cells[rule->cells + (uint32_t)c->state * rule->columns + column];
-        if (c->state != 0 && candidate_look(pack, state, c)) {
-            state->candidates[kept++] = *c;
+        uint16_t cell = pack->cells[rule->cells + (uint32_t)c->state * rule->columns + column];
+        c->state = cell & CM_GUARD_CELL_STATE;
+        if (cell != 0 && (cell <= CM_GUARD_CELL_STATE || candidate_look(pack, state, c))) {
+            if (kept != i) {
+                state->candidates[kept] = *c;
+            }
+            kept++;
         }
     }
     state->candidate_count = kept;
@@ -295,11 +299,14 @@ static void byte_take(const struct cm_guard_pack *pack, struct cm_guard_state *s
     if (state->candidate_count > 0) {
         candidates_step(pack, state, byte);
     }
-    for (uint32_t i = machine->start_first[byte]; i < machine->start_first[byte + 1]; i++) {
-        uint16_t rule = machine->start_rules[i];
+    uint64_t starts = machine->begin_with[byte];
+    starts &= at > 0 ? machine->stand_after[state->ring[(at - 1) & MASK]] : ~0ull;
+    for (; starts != 0; starts &= starts - 1) {
+        uint16_t rule = machine->starts[__builtin_ctzll(starts)];
         const struct cm_guard_rule *facts = &pack->rules[rule];
         uint32_t column = pack->maps[facts->map * 256u + byte];
-        candidate_start(pack, state, rule, pack->cells[facts->cells + facts->columns + column], at);
+        uint16_t cell = pack->cells[facts->cells + facts->columns + column];
+        candidate_start(pack, state, rule, cell & CM_GUARD_CELL_STATE, at);
     }
     state->node = machine->next[state->node * machine->columns + machine->column[byte]];
     for (uint32_t i = machine->hit_first[state->node]; i < machine->hit_first[state->node + 1];

@@ -22,26 +22,26 @@
 #include "runtime/base/error.h"
 #include "runtime/base/guard_pack.h"
 
-struct cm_guard_rule {
-    char id[CM_RULE_ID_BYTES];
-    char category[CM_CATEGORY_BYTES];
-    uint8_t replacement[CM_GUARD_REPLACEMENT_MAX];
-    uint16_t replacement_bytes;
-    uint8_t classes;   /* enum cm_guard_class bits */
+struct cm_guard_rule { /* what each byte needs first */
+    uint32_t map;      /* index into maps, × 256 */
+    uint32_t cells;    /* index of state 0's row; state 0 is dead, state 1 the start */
+    uint32_t flags;    /* index of state 0's flags */
+    uint16_t states, columns;
     uint8_t action;    /* enum cm_verdict_action */
     uint8_t validator; /* enum cm_guard_validator */
     uint8_t where;     /* enum cm_guard_where bits */
     bool has_right;
-    uint8_t firm_byte;   /* a candidate that holds it is firm; 0: none */
-    uint16_t firm_bytes; /* or one that is as long */
+    uint8_t classes;             /* enum cm_guard_class bits */
+    uint8_t firm_byte;           /* a candidate that holds it is firm; 0: none */
+    uint16_t firm_bytes;         /* or one that is as long */
+    uint8_t left[32], right[32]; /* sets of bytes: not before, not after */
     uint32_t argument;
     uint32_t hold_bytes;  /* proven bound */
     uint32_t least_bytes; /* of a span */
-    uint16_t states, columns;
-    uint32_t map;                /* index into maps, × 256 */
-    uint32_t cells;              /* index of state 0's row; state 0 is dead, state 1 the start */
-    uint32_t flags;              /* index of state 0's flags */
-    uint8_t left[32], right[32]; /* sets of bytes: not before, not after */
+    uint16_t replacement_bytes;
+    uint8_t replacement[CM_GUARD_REPLACEMENT_MAX];
+    char id[CM_RULE_ID_BYTES];
+    char category[CM_CATEGORY_BYTES];
 };
 
 struct cm_guard_hit { /* a trigger is complete */
@@ -58,14 +58,21 @@ struct cm_guard_machine {
     struct cm_guard_hit *hits;
     uint16_t start_first[257]; /* by byte: rules that begin with a class, in start_rules */
     uint16_t *start_rules;
+    /* the same as bits: of `starts`, which begin with a byte, and which may stand after one */
+    uint32_t start_count;
+    uint16_t starts[CM_GUARD_STARTS_MAX];
+    uint64_t begin_with[256], stand_after[256];
 };
+
+#define CM_GUARD_CELL_FLAGS 12u
+#define CM_GUARD_CELL_STATE ((1u << CM_GUARD_CELL_FLAGS) - 1u)
 
 struct cm_guard_pack {
     uint32_t rule_count;
     uint32_t hold_bytes; /* greatest of all rules */
     struct cm_guard_rule *rules;
     uint8_t *maps;   /* [][256] byte → column */
-    uint16_t *cells; /* next state */
+    uint16_t *cells; /* next state; its flags in the bits from CM_GUARD_CELL_FLAGS on */
     uint8_t *flags;
     struct cm_guard_machine machines[CM_GUARD_MACHINES]; /* by bit of enum cm_guard_class */
     uint8_t *memory;

@@ -162,6 +162,32 @@ static void hits_read(struct parse *parse, struct cm_guard_machine *m, uint32_t 
     }
 }
 
+/* The starts as bits, so that a byte asks all of them at once. */
+static void starts_index(struct parse *parse, struct cm_guard_machine *m)
+{
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        for (uint32_t i = m->start_first[byte]; i < m->start_first[byte + 1]; i++) {
+            uint32_t at = 0;
+            while (at < m->start_count && m->starts[at] != m->start_rules[i]) {
+                at++;
+            }
+            if (at == CM_GUARD_STARTS_MAX) {
+                refuse(parse, "more rules begin with a class than there is room for");
+                return;
+            }
+            m->start_count += at == m->start_count;
+            m->starts[at] = m->start_rules[i];
+            m->begin_with[byte] |= 1ull << at;
+        }
+    }
+    for (uint32_t at = 0; at < m->start_count; at++) {
+        const uint8_t *left = parse->pack->rules[m->starts[at]].left;
+        for (uint32_t byte = 0; byte < 256; byte++) {
+            m->stand_after[byte] |= (uint64_t)((left[byte >> 3] >> (byte & 7) & 1) == 0) << at;
+        }
+    }
+}
+
 static void machine_read(struct parse *parse, struct cm_guard_machine *m)
 {
     m->nodes = cm_cursor_u32(&parse->cursor);
@@ -190,6 +216,23 @@ static void machine_read(struct parse *parse, struct cm_guard_machine *m)
     }
     if (parse->refusal == NULL) {
         depths_check(parse, m);
+        starts_index(parse, m);
+    }
+}
+
+/* A step reads one cell and knows whether there is more to look at. */
+static void cells_flag(struct cm_guard_pack *pack)
+{
+    _Static_assert(CM_GUARD_STATES_MAX <= CM_GUARD_CELL_STATE + 1u, "a state and flags in a cell");
+    for (uint32_t r = 0; r < pack->rule_count; r++) {
+        const struct cm_guard_rule *rule = &pack->rules[r];
+        for (uint32_t i = 0; i < (uint32_t)rule->states * rule->columns; i++) {
+            uint16_t *cell = &pack->cells[rule->cells + i];
+            uint16_t state = *cell & CM_GUARD_CELL_STATE;
+            /* within the rule even in a pack whose rules share cells */
+            uint16_t flags = state < rule->states ? pack->flags[rule->flags + state] & 0xfu : 0;
+            *cell = (uint16_t)(*cell | flags << CM_GUARD_CELL_FLAGS);
+        }
     }
 }
 
@@ -211,6 +254,9 @@ static void tables_read(struct parse *parse)
     }
     if (!cm_cursor_ok(&parse->cursor) || cm_cursor_left(&parse->cursor) != 0) {
         refuse(parse, "it is cut, or followed by more");
+    }
+    if (parse->refusal == NULL) {
+        cells_flag(pack);
     }
 }
 

@@ -4,7 +4,9 @@ prove what runs, and refuse every other state. `./run demo` runs this; --keep le
 import argparse
 import json
 import pathlib
+import random
 import shutil
+import string
 import subprocess
 import sys
 import tempfile
@@ -76,6 +78,34 @@ def refusals(node: nodes.Node) -> bool:
     return refused == 3
 
 
+def redaction(node: nodes.Node, key: str, model: pathlib.Path) -> bool:
+    """A key that did not exist a second ago, in a text that only goes on in one way: what the service says,
+    and what a node of the same weights says whose configuration has the guard off."""
+    secret = "AKIA" + "".join(random.SystemRandom().choices(string.ascii_uppercase + "234567", k=16))
+    prompt = f"export AWS_ACCESS_KEY_ID={secret}\n" * 5 + "export AWS_ACCESS_KEY_ID="
+
+    def ask(at: nodes.Node, with_key: str) -> str:
+        return at.client(with_key).completions.create(
+            model="smollm2-135m-instruct", prompt=prompt, temperature=0, max_tokens=40,
+            stop=["\n"]).choices[0].text
+
+    with tempfile.TemporaryDirectory() as name:
+        control = nodes.Node(node.programs, pathlib.Path(name) / "node", node.owner)
+        control.make(model, "smollm2-135m-instruct")
+        yaml = control.state / "casemate.yaml"
+        yaml.write_text(yaml.read_text().replace("site:", "  guard: 'off'\nsite:"))
+        control.sign()
+        control.start()
+        control_key = control.key("control")
+        time.sleep(0.6)
+        said = ask(control, control_key)
+        control.stop()
+    reply = ask(node, key)
+    print(f"the model goes on with    {said}   (a node with the guard off)")
+    print(f"this service releases     {reply}")
+    return secret in said and not any(secret[:size] in reply for size in range(6, 21))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build")
@@ -103,8 +133,10 @@ def main() -> int:
         tokens = chunk.usage.completion_tokens if chunk.usage else tokens
     print(f"\n\n{tokens} tokens, first after {1000 * (first - begun):.0f} ms, then "
           f"{(tokens - 1) / (time.monotonic() - first):.0f} tokens per second")
+    say("a key made up just now, in a reply")
+    good = redaction(node, key, options.model)
     say("what runs there, proved on this connection")
-    good = verification(node)
+    good = verification(node) and good
     print("The TPM here is a development TPM: it shows the plumbing and protects nothing.")
     say("what each process may still do: casemate sandbox report")
     print(node.run("casemate", "sandbox", "report", "--state", node.state).stdout)

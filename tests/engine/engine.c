@@ -2,11 +2,14 @@
  * engine logits PACKAGE KEYFILE [FIRST]  stdin: u32 count, tokens; stdout: from position FIRST on,
  *                                        vocabulary f32 each
  * engine greedy PACKAGE KEYFILE N CHUNK  stdin the same; stdout: N tokens, one a line
+ * engine guard PACKAGE KEYFILE           decode with the built-in rules ÷ without, as JSON
  * CASEMATE_CPU and CASEMATE_THREADS force path and threads. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
+#include "policies/guard/rules.h"
 #include "tests/engine/open.h"
 
 #define CONTEXT 4608u
@@ -80,19 +83,76 @@ static void greedy_run(struct engine *e, uint32_t want, uint32_t chunk)
     }
 }
 
+static double seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+static int speed_order(const void *a, const void *b)
+{
+    const double *x = a, *y = b;
+    return *x < *y ? -1 : *x > *y;
+}
+
+/* Decode with the built-in rules and without, in turns: only the rules differ. */
+static void guard_run(struct engine *e)
+{
+    enum { ROUNDS = 15, PROMPT = 16, DECODES = 96 };
+    struct cm_rules rules = {.count = 0};
+    struct cm_guard_pack *pack;
+    uint8_t *bytes;
+    size_t size;
+    double speeds[2][ROUNDS];
+    must(cm_rules_built_in(&rules, &err));
+    must(cm_rules_compile(&rules, &bytes, &size, &err));
+    must(cm_device_guard_bind(e->device, bytes, size, &err));
+    pack = e->device->guard;
+    for (int i = 0; i < 2 * ROUNDS; i++) {
+        uint32_t prompt[PROMPT], slot = engine_slot(e), next;
+        e->device->guard = i % 2 == 0 ? pack : NULL;
+        for (uint32_t k = 0; k < PROMPT; k++) {
+            prompt[k] = 300 + 7 * k;
+        }
+        next = step(e, slot, 0, prompt, PROMPT, true).token;
+        double started = seconds();
+        for (uint32_t k = 0; k < DECODES; k++) {
+            next = step(e, slot, PROMPT + k, &next, 1, true).token;
+        }
+        speeds[i % 2][i / 2] = DECODES / (seconds() - started);
+        cm_device_slot_close(e->device, slot);
+    }
+    e->device->guard = pack;
+    for (int arm = 0; arm < 2; arm++) {
+        qsort(speeds[arm], ROUNDS, sizeof(double), speed_order);
+    }
+    printf("{\"decode_guard_on\": %.1f, \"decode_guard_off\": %.1f, \"on_by_off\": %.4f, "
+           "\"best_on_by_off\": %.4f}\n",
+           speeds[0][ROUNDS / 2], speeds[1][ROUNDS / 2],
+           speeds[0][ROUNDS / 2] / speeds[1][ROUNDS / 2],
+           speeds[0][ROUNDS - 1] / speeds[1][ROUNDS - 1]);
+    free(bytes);
+    cm_rules_free(&rules);
+}
+
 int main(int count, char **words)
 {
     static struct engine engine;
     const struct engine_limits limits = {1, CONTEXT, CONTEXT / CM_KV_PAGE_POSITIONS, CHUNK};
     bool logits = count >= 4 && strcmp(words[1], "logits") == 0;
     bool greedy = count == 6 && strcmp(words[1], "greedy") == 0;
-    if (!logits && !greedy) {
-        fprintf(stderr, "usage: engine logits PACKAGE KEYFILE | greedy PACKAGE KEYFILE N CHUNK\n");
+    bool guard = count == 4 && strcmp(words[1], "guard") == 0;
+    if (!logits && !greedy && !guard) {
+        fprintf(stderr, "usage: engine logits PACKAGE KEYFILE | greedy PACKAGE KEYFILE N CHUNK | "
+                        "guard PACKAGE KEYFILE\n");
         return 2;
     }
     engine_open(&engine, words[2], words[3], &limits);
     if (logits) {
         logits_run(&engine, count > 4 ? (uint32_t)atoi(words[4]) : 0);
+    } else if (guard) {
+        guard_run(&engine);
     } else {
         greedy_run(&engine, (uint32_t)atoi(words[4]), (uint32_t)atoi(words[5]));
     }

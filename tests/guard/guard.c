@@ -1,6 +1,7 @@
 /* The guard without roles: `guard exhaustive [LENGTH]`, `guard random [RUNS [SEED]]`, both against
  * the reference; exit 0: all equal; 1: the first difference is shown. `guard classify FILE...`: how
- * fast each file is read as a prompt, and what is found in it. */
+ * fast each file is read as a prompt, and what is found in it. `guard bench FILE...`: how fast the
+ * files are filtered as replies, by the number of rules. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +9,7 @@
 
 #include "kernels/guard/classify.h"
 #include "policies/guard/rules.h"
+#include "tests/guard/bench.h"
 #include "tests/guard/cases.h"
 
 static double seconds(void)
@@ -103,6 +105,10 @@ int main(int argc, char **argv)
     if (strcmp(command, "classify") == 0) {
         return classify(argc - 2, argv + 2);
     }
-    fprintf(stderr, "usage: guard exhaustive [LENGTH] | random [RUNS [SEED]] | classify FILE...\n");
+    if (strcmp(command, "bench") == 0) {
+        return bench_run(argc - 2, argv + 2) ? 0 : 1;
+    }
+    fprintf(stderr, "usage: guard exhaustive [LENGTH] | random [RUNS [SEED]] | classify FILE... | "
+                    "bench FILE...\n");
     return 2;
 }
