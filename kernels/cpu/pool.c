@@ -17,9 +17,20 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Waits within a step last microseconds; between steps, as long as the caller thinks. */
-#define SPIN_PHASE_NS 30000u
+/* Waits within a step last microseconds: a thread spins, then offers its core to whoever is queued
+ * there (it may be the one it waits for), and sleeps last: who sleeps on a core that others want
+ * may get it back only milliseconds later. */
+#define PAUSE_NS      20000u
+#define SPIN_PHASE_NS 1000000u
 #define SPIN_STEP_NS  150000u
+
+/* A core half stolen makes all threads wait for the one on it. Once such waits (over LATE_NS each)
+ * have taken a quarter of WINDOW_NS, the program runs with a thread less, which no longer meets the
+ * thief; later all threads are tried again, each time after twice as long. */
+#define LATE_NS     100000u
+#define WINDOW_NS   16000000u
+#define REST_NS     200000000u
+#define REST_NS_MAX 6400000000u
 
 /* A word that threads wait on. */
 struct gate {
@@ -32,16 +43,25 @@ struct cursor {
     _Alignas(64) _Atomic uint64_t at;
 };
 
+/* When to run with fewer threads. Kept by the caller's thread. */
+struct pace {
+    uint64_t window_ns; /* run time since the window began */
+    uint64_t rest_ns, rest_until_ns;
+};
+
 struct cm_pool {
-    struct gate start; /* the program's number */
-    struct gate phase; /* the barrier's number */
+    struct gate start[CM_THREADS_MAX]; /* of each helper: the programs that it has been given */
+    struct gate phase;                 /* the barrier's number */
     _Alignas(64) _Atomic uint32_t arrived;
     _Alignas(64) _Atomic uint32_t busy; /* helpers inside the program */
     struct gate done;
     _Atomic uint32_t ending;
+    _Alignas(64) _Atomic uint64_t late_ns; /* of this window, all threads */
     cm_pool_program program;
     void *context;
     uint32_t threads;
+    uint32_t active; /* threads of the running program */
+    struct pace pace;
     struct cursor cursors[CM_THREADS_MAX];
     struct cm_worker workers[CM_THREADS_MAX];
     pthread_t ids[CM_THREADS_MAX];
@@ -54,18 +74,21 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
 }
 
-/* Wait until the gate's word differs from value. */
-static void gate_wait(struct gate *gate, uint32_t value, uint64_t spin_ns)
+/* Wait until the gate's word differs from value. Returns for how long, 0 if it was short. */
+static uint64_t gate_wait(struct gate *gate, uint32_t value, uint64_t spin_ns)
 {
-    uint64_t until = 0;
+    uint64_t begun = 0;
     for (uint32_t i = 1; atomic_load_explicit(&gate->word, memory_order_acquire) == value; i++) {
         _mm_pause();
         if (i % 64 != 0) {
             continue;
         }
         uint64_t now = now_ns();
-        until = until == 0 ? now + spin_ns : until;
-        if (now < until) {
+        begun = begun == 0 ? now : begun;
+        if (now < begun + spin_ns) {
+            if (now > begun + PAUSE_NS) {
+                sched_yield();
+            }
             continue;
         }
         atomic_fetch_add(&gate->sleepers, 1);
@@ -74,6 +97,7 @@ static void gate_wait(struct gate *gate, uint32_t value, uint64_t spin_ns)
         }
         atomic_fetch_sub(&gate->sleepers, 1);
     }
+    return begun == 0 ? 0 : now_ns() - begun;
 }
 
 static void gate_open(struct gate *gate)
@@ -88,14 +112,14 @@ void cm_pool_barrier(struct cm_worker *worker)
 {
     struct cm_pool *pool = worker->pool;
     uint32_t phase = worker->phase++;
-    if (pool->threads == 1) {
-        return;
-    }
-    if (atomic_fetch_add_explicit(&pool->arrived, 1, memory_order_acq_rel) + 1 == pool->threads) {
+    if (atomic_fetch_add_explicit(&pool->arrived, 1, memory_order_acq_rel) + 1 == pool->active) {
         atomic_store_explicit(&pool->arrived, 0, memory_order_relaxed);
         gate_open(&pool->phase);
-    } else {
-        gate_wait(&pool->phase, phase, SPIN_PHASE_NS);
+        return;
+    }
+    uint64_t waited = gate_wait(&pool->phase, phase, SPIN_PHASE_NS);
+    if (waited > LATE_NS) {
+        atomic_fetch_add_explicit(&pool->late_ns, waited, memory_order_relaxed);
     }
 }
 
@@ -112,7 +136,7 @@ void cm_pool_phase(struct cm_worker *worker, uint32_t count)
     worker->victim = 0;
     atomic_store_explicit(&worker->pool->cursors[worker->index].at,
                           (uint64_t)worker->phase << 32 |
-                              share(count, worker->index, worker->pool->threads),
+                              share(count, worker->index, worker->pool->active),
                           memory_order_release);
 }
 
@@ -120,7 +144,7 @@ static bool range_take(struct cm_worker *worker, uint32_t owner, uint32_t want, 
                        uint32_t *ret_last)
 {
     struct cursor *cursor = &worker->pool->cursors[owner];
-    uint32_t end = share(worker->count, owner + 1, worker->pool->threads);
+    uint32_t end = share(worker->count, owner + 1, worker->pool->active);
     uint64_t at = atomic_load_explicit(&cursor->at, memory_order_acquire);
     if (at >> 32 != worker->phase || (uint32_t)at >= end) {
         return false;
@@ -133,7 +157,7 @@ static bool range_take(struct cm_worker *worker, uint32_t owner, uint32_t want, 
 
 bool cm_pool_take(struct cm_worker *worker, uint32_t *ret_first, uint32_t *ret_last)
 {
-    uint32_t threads = worker->pool->threads;
+    uint32_t threads = worker->pool->active;
     uint32_t want = worker->count / (threads * CM_TAKES);
     if (range_take(worker, worker->index, want > 1 ? want : 1, ret_first, ret_last)) {
         return true;
@@ -147,16 +171,22 @@ bool cm_pool_take(struct cm_worker *worker, uint32_t *ret_first, uint32_t *ret_l
     return false;
 }
 
+static void program_run(struct cm_pool *pool, struct cm_worker *worker)
+{
+    worker->phase = atomic_load(&pool->phase.word);
+    pool->program(pool->context, worker);
+}
+
 static void *helper_main(void *argument)
 {
     struct cm_worker *worker = argument;
     struct cm_pool *pool = worker->pool;
     for (uint32_t round = 0;; round++) {
-        gate_wait(&pool->start, round, SPIN_STEP_NS);
+        gate_wait(&pool->start[worker->index], round, SPIN_STEP_NS);
         if (atomic_load_explicit(&pool->ending, memory_order_acquire) != 0) {
             return NULL;
         }
-        pool->program(pool->context, worker);
+        program_run(pool, worker);
         if (atomic_fetch_sub_explicit(&pool->busy, 1, memory_order_acq_rel) == 1) {
             gate_open(&pool->done);
         }
@@ -177,6 +207,7 @@ enum cm_status cm_pool_new(uint32_t threads, struct cm_pool **ret_pool, struct c
         atomic_store(&pool->cursors[i].at, UINT64_MAX); /* no phase yet */
     }
     pool->threads = 1;
+    pool->pace.rest_ns = REST_NS;
     /* Signals belong to the role's own thread. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -200,26 +231,53 @@ void cm_pool_free(struct cm_pool *pool)
         return;
     }
     atomic_store_explicit(&pool->ending, 1, memory_order_release);
-    gate_open(&pool->start);
     for (uint32_t i = 1; i < pool->threads; i++) {
+        gate_open(&pool->start[i]);
         pthread_join(pool->ids[i], NULL);
     }
     free(pool);
 }
 
+/* How many threads the next program gets. */
+static uint32_t pace_choose(struct cm_pool *pool, uint64_t now)
+{
+    return pool->threads > 1 && now < pool->pace.rest_until_ns ? pool->threads - 1 : pool->threads;
+}
+
+static void pace_keep(struct cm_pool *pool, uint64_t took)
+{
+    struct pace *pace = &pool->pace;
+    uint64_t late = atomic_load_explicit(&pool->late_ns, memory_order_relaxed);
+    pace->window_ns += took;
+    if (pool->active < pool->threads || (pace->window_ns < WINDOW_NS && late < WINDOW_NS / 4)) {
+        return;
+    }
+    if (late >= WINDOW_NS / 4) {
+        pace->rest_until_ns = now_ns() + pace->rest_ns;
+        pace->rest_ns = pace->rest_ns < REST_NS_MAX ? 2 * pace->rest_ns : REST_NS_MAX;
+    } else {
+        pace->rest_ns = REST_NS;
+    }
+    pace->window_ns = 0;
+    atomic_store_explicit(&pool->late_ns, 0, memory_order_relaxed);
+}
+
 void cm_pool_run(struct cm_pool *pool, cm_pool_program program, void *context)
 {
     uint32_t done = atomic_load(&pool->done.word);
+    uint64_t begun = now_ns();
     pool->program = program;
     pool->context = context;
-    if (pool->threads > 1) {
-        atomic_store_explicit(&pool->busy, pool->threads - 1, memory_order_release);
-        gate_open(&pool->start);
+    pool->active = pace_choose(pool, begun);
+    atomic_store_explicit(&pool->busy, pool->active - 1, memory_order_release);
+    for (uint32_t i = 1; i < pool->active; i++) {
+        gate_open(&pool->start[i]);
     }
-    program(context, &pool->workers[0]);
-    if (pool->threads > 1) {
+    program_run(pool, &pool->workers[0]);
+    if (pool->active > 1) {
         gate_wait(&pool->done, done, SPIN_PHASE_NS);
     }
+    pace_keep(pool, now_ns() - begun);
 }
 
 uint32_t cm_pool_threads(const struct cm_pool *pool)

@@ -331,7 +331,7 @@ static void count_program(void *context, struct cm_worker *worker)
             }
         }
         cm_pool_barrier(worker);
-        for (uint32_t i = worker->index; i < count; i += cm_pool_threads(worker->pool)) {
+        for (uint32_t i = 0; worker->index == 0 && i < count; i++) {
             counted->wrong += counted->taken[i] != 1;
             counted->taken[i] = 0;
         }
