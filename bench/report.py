@@ -2,7 +2,8 @@
 import html
 
 # Rows that the speed table has and no arm measures yet.
-ABSENT = ("guard on ÷ off", "sandbox on ÷ off", "TLS on ÷ off", "filter rules × 10", "adapters in one batch")
+ABSENT = ("class P (AMX-bf16)", "guard on ÷ off", "TLS on ÷ off", "filter rules × 10",
+          "adapters in one batch")
 
 
 def figure(part: dict, name: str, key: str = "rate") -> dict | None:
@@ -88,17 +89,20 @@ def long_rows(part: dict) -> list[Row]:
                 at_most=True, unit="")]
 
 
+def pair_rows(part: dict, name: str, decode: float | None, prefill: float | None) -> list[Row]:
+    return [Row(f"{name}, {what}{count}: ours ÷ llama.cpp", ratio(part, f"ours: {what}", f"llama.cpp: {what}"),
+                goal, f"{show(figure(part, f'ours: {what}'), 'tok/s')}; "
+                f"{show(figure(part, f'llama.cpp: {what}'), 'tok/s')}")
+            for what, count, goal in (("decode", "", decode), ("prefill", f" {part['prompt']}", prefill))]
+
+
 def growth_rows(parts: dict) -> list[Row]:
     part = parts["growth"]
     share = stream_share(part, "ours: decode", part["weight_bytes"])
     rows = [Row("1B shape, decode: share of the stream", share, 0.85,
                 f"{show(figure(part, 'ours: decode'), 'tok/s')}; {part['weight_bytes'] / 1e6:.0f} MB; "
                 f"{show(figure(part, 'stream', 'gb_per_s'), 'GB/s')}", unit="")]
-    for what in ("decode", "prefill 128"):
-        rows.append(Row(f"1B shape, {what}: ours ÷ llama.cpp",
-                        ratio(part, f"ours: {what}", f"llama.cpp: {what}"), None,
-                        f"{show(figure(part, f'ours: {what}'), 'tok/s')}; "
-                        f"{show(figure(part, f'llama.cpp: {what}'), 'tok/s')}"))
+    rows += pair_rows(part, "1B shape", None, None)
     if "engine" in parts and share:
         small = stream_share(parts["engine"], "ours: decode", parts["engine"]["weight_bytes"])
         rows.append(Row("share of the stream, 135M ÷ 1B", small / share, 0.85, ""))
@@ -142,11 +146,21 @@ def service_rows(part: dict) -> list[Row]:
                 f"MB: {resident}", unit="MB (worker)")]
 
 
+def sandbox_rows(part: dict) -> list[Row]:
+    on, off = part["on_tokens_per_s"], part["off_tokens_per_s"]
+    return [Row("decode over the service: sandbox on ÷ off", on["median"] / off["median"], 0.95,
+                f"{show(on, 'tok/s')}; {show(off, 'tok/s')}; start "
+                f"{part['on_start_ms']['median']:.0f} and {part['off_start_ms']['median']:.0f} ms")]
+
+
 def rows(result: dict) -> list[Row]:
     parts, intel = result["parts"], "amx_int8" in result["machine"]["features"]
     makers = {"engine": lambda: engine_rows(parts, intel), "long": lambda: long_rows(parts["long"]),
-              "growth": lambda: growth_rows(parts), "stolen": lambda: stolen_rows(parts["stolen"]),
-              "load": lambda: load_rows(parts["load"]), "service": lambda: service_rows(parts["service"])}
+              "growth": lambda: growth_rows(parts),
+              "gemma": lambda: pair_rows(parts["gemma"], "Gemma 3 270M", 1.8, 2),
+              "stolen": lambda: stolen_rows(parts["stolen"]),
+              "load": lambda: load_rows(parts["load"]), "service": lambda: service_rows(parts["service"]),
+              "sandbox": lambda: sandbox_rows(parts["sandbox"])}
     return [row for name, make in makers.items() if name in parts for row in make()]
 
 

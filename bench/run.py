@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -126,15 +127,24 @@ class Bench:
 
     def growth(self) -> dict:
         """The 1B shape, seeded: speed alone."""
-        model, rounds = self.options.cache / "seeded-1b.gguf", arms.Rounds()
+        model = self.options.cache / "seeded-1b.gguf"
         if not model.exists():
             seeded.write(str(model))
-        ours, peer = self.ours("seeded-1b", model), self.peer(model)
-        asked = [("ours: decode", ours, "decode 16 24"), ("ours: prefill 128", ours, "prefill 128")]
-        asked += [("llama.cpp: decode", peer, "decode 16 12"),
-                  ("llama.cpp: prefill 128", peer, "prefill 128")] if peer else []
+        return self.pair(model, "seeded-1b", 24, 128)
+
+    def gemma(self) -> dict:
+        """Gemma 3 270M, Q4_K_M: another family, formats that the packer converts."""
+        return self.pair(self.options.gemma, "gemma", 64, 512)
+
+    def pair(self, model: pathlib.Path, name: str, tokens: int, prompt: int) -> dict:
+        """Decode and prefill of one model, ours and the peer's."""
+        rounds, ours, peer = arms.Rounds(), self.ours(name, model), self.peer(model)
+        asked = [(f"{who}: {what}", arm, line) for what, line in
+                 (("decode", f"decode 16 {tokens}"), ("prefill", f"prefill {prompt}"))
+                 for who, arm in (("ours", ours), ("llama.cpp", peer)) if arm]
         self.rounds(rounds, asked, ours.greeting["weight_bytes"])
-        return {"weight_bytes": ours.greeting["weight_bytes"], "figures": rounds.figures(self.threads)}
+        return {"weight_bytes": ours.greeting["weight_bytes"], "prompt": prompt,
+                "figures": rounds.figures(self.threads)}
 
     def stolen(self) -> dict:
         """A process that computes all the time on one of our cores."""
@@ -167,44 +177,78 @@ class Bench:
             found[words[0] if words else "warm"] = json.loads(done.stdout)
         return found
 
+    def node(self, programs: pathlib.Path, name: str) -> nodes.Node:
+        node = nodes.Node(programs, self.folder / name, self.folder / "owner")
+        node.make(self.options.model, "bench")
+        return node
+
+    def replies(self, node: nodes.Node, key: str, count: int) -> tuple[list[float], list[float]]:
+        """First tokens in ms and rates of `count` streamed replies, after one that warms up."""
+        client, first, rates = node.client(key), [], []
+        for number in range(count + 1):
+            sent, at, tokens = time.monotonic(), 0.0, 0
+            for chunk in client.chat.completions.create(
+                    model="bench", stream=True, max_tokens=128, temperature=0,
+                    stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+                    messages=[{"role": "user", "content": "Count from one to one hundred."}]):
+                if chunk.choices and chunk.choices[0].delta.content:
+                    at = at or time.monotonic()
+                tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+            if number > 0:
+                first.append(1000 * (at - sent))
+                rates.append((tokens - 1) / (time.monotonic() - at))
+        return first, rates
+
     def service(self) -> dict:
         """A whole node, from start to stop, through TLS and the openai client."""
-        node = nodes.Node(self.options.build / "bin", self.folder / "node", self.folder / "owner")
-        node.make(self.options.model, "bench")
-        starts, first, rates, resident = [], [], [], {}
+        node = self.node(self.options.build / "bin", "node")
+        starts, firsts, rates, resident = [], [], [], {}
         for _ in range(min(self.options.rounds, 3)):
             begun = time.monotonic()
             node.start()
             starts.append(1000 * (time.monotonic() - begun))
-            client = node.client(node.key("bench"))
+            key = node.key("bench")
             time.sleep(0.6)
-            for measured in (False, True):
-                sent, at, tokens = time.monotonic(), 0.0, 0
-                for chunk in client.chat.completions.create(
-                        model="bench", stream=True, max_tokens=128, temperature=0,
-                        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
-                        messages=[{"role": "user", "content": "Count from one to one hundred."}]):
-                    if chunk.choices and chunk.choices[0].delta.content:
-                        at = at or time.monotonic()
-                    tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-                if measured:
-                    first.append(1000 * (at - sent))
-                    rates.append((tokens - 1) / (time.monotonic() - at))
+            first, rate = self.replies(node, key, 2)
+            firsts, rates = firsts + first, rates + rate
             time.sleep(1.1)
             resident = {role: facts["resident_bytes"] / 1e6
                         for role, facts in node.status()["roles"].items()}
             node.stop()
-        return {"start_to_ready_ms": arms.spread(starts), "first_token_ms": arms.spread(first),
+        return {"start_to_ready_ms": arms.spread(starts), "first_token_ms": arms.spread(firsts),
                 "decode_tokens_per_s": arms.spread(rates), "resident_mb": resident}
 
+    def sandbox(self) -> dict:
+        """The same service with every layer of the sandbox, and with none."""
+        programs = self.folder / "switched"
+        shutil.copytree(self.options.build / "bin", programs)
+        shutil.copy(self.harness / "casemate-supervisor-switched", programs / "casemate-supervisor")
+        node, rates, starts = self.node(programs, "switched-node"), {"on": [], "off": []}, {"on": [], "off": []}
+        key = node.key("bench")
+        for _ in range(min(self.options.rounds, 4)):
+            for arm in ("on", "off"):
+                for name, value in (("CASEMATE_TEST_OFF", "all"), ("CASEMATE_TEST_ACCEPT", "1")):
+                    os.environ.pop(name, None)
+                    if arm == "off":
+                        os.environ[name] = value
+                node.sign()  # what is confined is part of the measurement
+                begun = time.monotonic()
+                node.start()
+                starts[arm].append(1000 * (time.monotonic() - begun))
+                rates[arm] += self.replies(node, key, 3)[1]
+                node.stop()
+        return {f"{arm}_{what}": arms.spread(values[arm]) for arm in ("on", "off")
+                for what, values in (("tokens_per_s", rates), ("start_ms", starts))}
 
-PARTS = ("engine", "long", "growth", "stolen", "load", "service")
+
+PARTS = ("engine", "long", "growth", "gemma", "stolen", "load", "service", "sandbox")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build")
     parser.add_argument("--model", type=pathlib.Path, required=True)
+    parser.add_argument("--gemma", type=pathlib.Path, required=True)
     parser.add_argument("--cache", type=pathlib.Path, default=ROOT / ".cache" / "bench")
     parser.add_argument("--peers", type=pathlib.Path, help="folder of bench/peers.sh; none: ours alone")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
