@@ -127,10 +127,10 @@ def load_rows(part: dict) -> list[Row]:
     rows = []
     for kind, goal in (("warm", 1.4), ("cold", 1.05)):
         found = part[kind]
-        sealed, plain = (found[arm]["total"]["median"] for arm in ("sealed", "plain"))
-        stages = ", ".join(f"{name} {value['median']:.1f}" for name, value in found["sealed"].items())
+        sealed, plain = (found[arm]["total"]["median"] for arm in ("sealed_ms", "plain_ms"))
+        stages = ", ".join(f"{name} {value['median']:.1f}" for name, value in found["sealed_ms"].items())
         rows.append(Row(f"load, {kind} file: sealed ÷ plain", sealed / plain, goal,
-                        f"{found['payload_bytes'] / 1e6:.1f} MB; ms: {stages}", at_most=True))
+                        f"ms: {stages}", at_most=True))
     return rows
 
 
@@ -199,3 +199,23 @@ def picture(result: dict, found: list[Row]) -> str:
                   f'<text x="{376 + width:.0f}" y="{y + 15}">{row.value:.2f} {row.unit}</text>']
     lines += [f'<line x1="570" y1="34" x2="570" y2="{height - 12}" stroke="black"/>', "</svg>"]
     return "\n".join(lines) + "\n"
+
+
+def table_of_two(first: dict, second: dict) -> str:
+    """Two runs side by side; the details are the second one's."""
+    one = {row.what: row for row in rows(first)}
+    lines = ["| what | run 1 | run 2 | goal | met | run 2 from |", "|---|---|---|---|---|---|"]
+    for row in rows(second):
+        before = one.get(row.what)
+        cell = "–" if before is None or before.value is None else f"{before.value:.2f}"
+        parts = row.text().split(" | ")
+        met = row.met() if before is None or before.met() == row.met() else "once"
+        lines.append(" | ".join([parts[0], cell, parts[1], parts[2], met, parts[4]]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    import json
+    import pathlib
+    import sys
+    print(table_of_two(*(json.loads(pathlib.Path(path).read_text()) for path in sys.argv[1:3])))

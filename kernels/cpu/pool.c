@@ -247,12 +247,18 @@ static uint32_t pace_choose(struct cm_pool *pool, uint64_t now)
 static void pace_keep(struct cm_pool *pool, uint64_t took)
 {
     struct pace *pace = &pool->pace;
-    uint64_t late = atomic_load_explicit(&pool->late_ns, memory_order_relaxed);
-    pace->window_ns += took;
-    if (pool->active < pool->threads || (pace->window_ns < WINDOW_NS && late < WINDOW_NS / 4)) {
+    if (pool->active < pool->threads || pool->threads == 1) {
         return;
     }
-    if (late >= WINDOW_NS / 4) {
+    /* What each waiting thread lost; a long step's phases may end unevenly without any thief. */
+    uint64_t late =
+        atomic_load_explicit(&pool->late_ns, memory_order_relaxed) / (pool->threads - 1);
+    pace->window_ns += took;
+    bool slow = late >= WINDOW_NS / 4 && late >= pace->window_ns / 4;
+    if (!slow && pace->window_ns < WINDOW_NS) {
+        return;
+    }
+    if (slow) {
         pace->rest_until_ns = now_ns() + pace->rest_ns;
         pace->rest_ns = pace->rest_ns < REST_NS_MAX ? 2 * pace->rest_ns : REST_NS_MAX;
     } else {
