@@ -17,11 +17,9 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Waits within a step last microseconds: a thread spins, then offers its core to whoever is queued
- * there (it may be the one it waits for), and sleeps last: who sleeps on a core that others want
- * may get it back only milliseconds later. */
-#define PAUSE_NS      20000u
-#define SPIN_PHASE_NS 1000000u
+/* Waits within a step last microseconds. A thread spins for somewhat longer, then sleeps: the core
+ * may be the one that the late thread is queued on. */
+#define SPIN_PHASE_NS 50000u
 #define SPIN_STEP_NS  150000u
 
 /* A core half stolen makes all threads wait for the one on it. Once such waits (over LATE_NS each)
@@ -29,8 +27,8 @@
  * thief; later all threads are tried again, each time after twice as long. */
 #define LATE_NS     100000u
 #define WINDOW_NS   16000000u
-#define REST_NS     200000000u
-#define REST_NS_MAX 6400000000u
+#define REST_NS     20000000u
+#define REST_NS_MAX 1280000000u
 
 /* A word that threads wait on. */
 struct gate {
@@ -86,9 +84,6 @@ static uint64_t gate_wait(struct gate *gate, uint32_t value, uint64_t spin_ns)
         uint64_t now = now_ns();
         begun = begun == 0 ? now : begun;
         if (now < begun + spin_ns) {
-            if (now > begun + PAUSE_NS) {
-                sched_yield();
-            }
             continue;
         }
         atomic_fetch_add(&gate->sleepers, 1);
