@@ -187,7 +187,7 @@ static void plain_refuse(struct connection *connection)
                                 "Content-Length: 42\r\nConnection: close\r\n\r\n"
                                 "This port speaks TLS only: use https://.\r\n";
     connection->gateway->metrics.plain_http++;
-    ssize_t sent = send(connection->fd, reply, sizeof(reply) - 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+    ssize_t sent = write(connection->fd, reply, sizeof(reply) - 1); /* nonblocking */
     (void)sent; /* best effort: a fresh socket has room */
     shutdown(connection->fd, SHUT_WR);
     connection->state = CONNECTION_LINGER;
@@ -200,7 +200,7 @@ static void on_raw(evutil_socket_t fd, short what, void *context)
     uint8_t bytes[4096];
     (void)what;
     bool lingering = connection->state == CONNECTION_LINGER;
-    ssize_t got = recv(fd, bytes, lingering ? sizeof(bytes) : 1, lingering ? 0 : MSG_PEEK);
+    ssize_t got = lingering ? read(fd, bytes, sizeof(bytes)) : recv(fd, bytes, 1, MSG_PEEK);
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) {
         return;
     }

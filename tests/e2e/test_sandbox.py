@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -120,6 +121,15 @@ def test_with_nothing_off_it_serves_and_names_nothing_missing(node):
     assert answers(node)
     lacks = [line for line in node.log.read_text().splitlines() if "sandbox_lacks" in line]
     assert not ROOT or lacks == []
+
+
+def test_who_speaks_plain_http_kills_nobody(node):
+    node.start()
+    host, port = node.address.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=5) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(64).startswith(b"HTTP/1.1 400")
+    assert answers(node) and node.status()["roles"]["gateway"]["restarts"] == 0
 
 
 def test_the_old_kernel_s_set_holds_every_promise(node, monkeypatch):
