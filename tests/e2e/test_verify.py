@@ -10,7 +10,11 @@ import sys
 import threading
 import time
 
+import numpy
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
@@ -136,16 +140,60 @@ class Relay(threading.Thread):
         far.close()
 
 
-def test_a_relay_is_refused_by_key_and_by_exporter(node, tmp_path):
+def relay_verify(node, certificate):
+    relay = Relay(node.address, certificate)
+    relay.start()
+    return verify(node, f"https://{relay.address}")
+
+
+def test_a_relay_with_a_key_of_its_own_is_refused(node, tmp_path):
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
                     "ec_paramgen_curve:P-256", "-nodes", "-keyout", tmp_path / "key", "-out",
                     tmp_path / "pem", "-subj", "/CN=x", "-days", "1"], check=True,
                    capture_output=True)
     (tmp_path / "both").write_text((tmp_path / "key").read_text() + (tmp_path / "pem").read_text())
-    relay = Relay(node.address, tmp_path / "both")
-    relay.start()
-    done = verify(node, f"https://{relay.address}")
+    done = relay_verify(node, tmp_path / "both")
     assert done.returncode == 7 and "CM-EVD-TLS-KEY" in done.stderr
+
+
+def gateway_key(node):
+    """The gateway's TLS key as root finds it: four words in its memory that make the certificate's point."""
+    certificate = x509.load_pem_x509_certificate(ssl.get_server_certificate(
+        tuple(node.address.split(":"))).encode())
+    point = certificate.public_key().public_numbers()
+    tried, pid = set(), node.status()["roles"]["gateway"]["pid"]
+    with open(f"/proc/{pid}/mem", "rb", 0) as memory:
+        for line in pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, rights = line.split()[:2]
+            start, end = (int(x, 16) for x in span.split("-"))
+            if not rights.startswith("rw-p"):
+                continue
+            memory.seek(start)
+            words = numpy.frombuffer(memory.read(end - start), "<u8")
+            # Words of a key are large, all four of them; addresses and counts are not.
+            large = words >= 1 << 50
+            for at in numpy.flatnonzero(large[:-3] & large[1:-2] & large[2:-1] & large[3:]):
+                tried.add(words[at:at + 4].tobytes())
+    for candidate in tried:
+        try:
+            key = ec.derive_private_key(int.from_bytes(candidate, "little"), ec.SECP256R1())
+        except ValueError:
+            continue
+        if key.public_key().public_numbers() == point:
+            return key, certificate
+    raise AssertionError(f"no key among {len(tried)} places")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root reads the gateway's memory")
+def test_a_relay_that_stole_the_key_is_refused_by_the_exporter(node, tmp_path):
+    key, certificate = gateway_key(node)
+    (tmp_path / "both").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                          serialization.NoEncryption()) +
+        certificate.public_bytes(serialization.Encoding.PEM))
+    done = relay_verify(node, tmp_path / "both")
+    assert done.returncode == 7 and "CM-EVD-EXPORTER" in done.stderr
+    assert verify(node, f"https://{node.address}").returncode == 0
 
 
 @pytest.mark.parametrize("subject,code", [("https://127.0.0.1:1", 9), ("http://x:1", 9),
