@@ -111,6 +111,20 @@ CM_MUST_USE enum cm_status cm_device_guard_bind(struct cm_device *device, const 
 void cm_device_guard_name(const struct cm_device *device, uint32_t rule,
                           struct cm_wire_verdict *verdict);
 
+#define CM_PROMPT_VERDICTS_MAX 16u /* kept of one prompt; what refuses is kept first */
+
+struct cm_prompt_verdicts {
+    uint32_t count;
+    bool refused;
+    struct cm_wire_verdict each[CM_PROMPT_VERDICTS_MAX];
+};
+
+/* Classify one message of a prompt by the pack's input rules (kernels/guard/classify.h), before it
+ * is computed; nothing of it is kept. Verdicts are added to those of the messages before. Without
+ * guard_bind there are none. */
+void cm_device_classify(struct cm_device *device, uint32_t part, const uint8_t *text, size_t bytes,
+                        struct cm_prompt_verdicts *verdicts);
+
 struct cm_slot_params {
     struct cm_sampling sampling;
     uint32_t max_tokens; /* >= 1: finish LENGTH when reached */

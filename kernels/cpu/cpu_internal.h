@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 
 #include "kernels/device.h"
+#include "kernels/guard/classify.h"
 #include "kernels/guard/guard.h"
 
 #define CM_ATTENTION_CHUNK 256u
@@ -307,6 +308,8 @@ struct cm_device {
     const float *out_norm;
     uint8_t *tables;             /* copies of the token tables */
     struct cm_guard_pack *guard; /* NULL: nothing is filtered */
+    struct cm_classifier *classifier;
+    struct cm_findings findings;
     /* the step in flight */
     struct cm_step_entry entries[CM_STEP_ENTRIES_MAX];
     struct cm_step_result *results; /* [CM_STEP_ENTRIES_MAX] */

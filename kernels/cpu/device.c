@@ -64,6 +64,7 @@ void cm_device_close(struct cm_device *device)
     free(device->layers);
     free(device->tables);
     cm_guard_pack_free(device->guard);
+    cm_classifier_free(device->classifier);
     free(device);
 }
 
@@ -463,7 +464,8 @@ enum cm_status cm_device_guard_bind(struct cm_device *device, const uint8_t *pac
     if (device->poisoned || !device->bound || device->guard != NULL) {
         return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "guard_bind out of order");
     }
-    return cm_guard_pack_new(pack, bytes, &device->guard, err);
+    enum cm_status status = cm_classifier_new(&device->classifier, err);
+    return status == CM_OK ? cm_guard_pack_new(pack, bytes, &device->guard, err) : status;
 }
 
 void cm_device_guard_name(const struct cm_device *device, uint32_t rule,
@@ -476,6 +478,37 @@ void cm_device_guard_name(const struct cm_device *device, uint32_t rule,
     } else { /* CM_GUARD_RULE_OVERFLOW: more candidates at once than a slot has room for */
         snprintf(verdict->rule, sizeof(verdict->rule), "overflow");
         snprintf(verdict->category, sizeof(verdict->category), "guard");
+    }
+}
+
+static void verdict_keep(struct cm_prompt_verdicts *verdicts, const struct cm_wire_verdict *verdict)
+{
+    bool refuses = verdict->action == CM_VERDICT_REFUSE;
+    if (verdicts->count < CM_PROMPT_VERDICTS_MAX) {
+        verdicts->each[verdicts->count++] = *verdict;
+    } else if (refuses && !verdicts->refused) {
+        verdicts->each[CM_PROMPT_VERDICTS_MAX - 1] = *verdict;
+    }
+    verdicts->refused = verdicts->refused || refuses;
+}
+
+void cm_device_classify(struct cm_device *device, uint32_t part, const uint8_t *text, size_t bytes,
+                        struct cm_prompt_verdicts *verdicts)
+{
+    if (device->guard == NULL) {
+        return;
+    }
+    cm_classify(device->classifier, device->guard, text, bytes, &device->findings);
+    for (uint32_t i = 0; i < device->findings.count; i++) {
+        const struct cm_finding *finding = &device->findings.each[i];
+        struct cm_wire_verdict verdict = {.action = finding->action,
+                                          .stage = CM_VERDICT_INPUT,
+                                          .part = part,
+                                          .offset = finding->start,
+                                          .bytes = finding->end - finding->start};
+        memcpy(verdict.rule, finding->rule, sizeof(verdict.rule));
+        memcpy(verdict.category, finding->category, sizeof(verdict.category));
+        verdict_keep(verdicts, &verdict);
     }
 }
 

@@ -75,7 +75,7 @@ static void finding_add(struct cm_findings *findings, const struct cm_finding *f
 /* More at once than the machine has room for. */
 static void overflow_add(struct cm_findings *findings, struct cm_finding *finding)
 {
-    static const char rule[] = "guard-overflow", category[] = "guard/overflow";
+    static const char rule[] = "overflow", category[] = "guard";
     memcpy(finding->rule, rule, sizeof(rule));
     memcpy(finding->category, category, sizeof(category));
     finding->action = CM_VERDICT_REFUSE;

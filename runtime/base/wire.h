@@ -88,6 +88,7 @@ struct cm_wire_accepted {
 };
 
 enum cm_refusal {
+    CM_REFUSAL_NONE = 0,    /* never sent */
     CM_REFUSAL_CONTEXT = 1, /* prompt_tokens over limit: 400 */
     CM_REFUSAL_QUEUE = 2,   /* 429 */
     CM_REFUSAL_INPUT = 3,   /* malformed: 400 */

@@ -118,10 +118,9 @@ static void finding_of(const struct cm_guard_pack *pack, const struct cm_guard_v
     ret_finding->start = (uint32_t)verdict->start;
     ret_finding->end = (uint32_t)verdict->end;
     snprintf(ret_finding->rule, sizeof(ret_finding->rule), "%s",
-             verdict->rule < pack->rule_count ? pack->rules[verdict->rule].id : "guard-overflow");
+             verdict->rule < pack->rule_count ? pack->rules[verdict->rule].id : "overflow");
     snprintf(ret_finding->category, sizeof(ret_finding->category), "%s",
-             verdict->rule < pack->rule_count ? pack->rules[verdict->rule].category
-                                              : "guard/overflow");
+             verdict->rule < pack->rule_count ? pack->rules[verdict->rule].category : "guard");
 }
 
 bool cli_output_read(const struct cm_guard_pack *pack, const uint8_t *text, size_t size,

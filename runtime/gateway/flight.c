@@ -366,6 +366,7 @@ static void refusal_fill(const struct flight *flight, const struct cm_wire_refus
     case CM_REFUSAL_FILTER:
         filter_fill(flight, ret_error);
         return;
+    case CM_REFUSAL_NONE:
     case CM_REFUSAL_FAILED:
         break;
     }

@@ -181,7 +181,7 @@ void status_write(struct service *service, uint64_t now_ms)
     sandbox_put(&page, service);
     ends_put(&page, service);
     last_word_put(&page, service);
-    put(&page, " \"not_yet\": [\"guard\", \"adapters\", \"GPU backend\"]}\n");
+    put(&page, " \"not_yet\": [\"guard: learned tiers\", \"adapters\", \"GPU backend\"]}\n");
     service->state_dirty = true; /* the gateway's metrics show resident bytes */
     run_file_write(service, "status.json", page.text, page.used);
 }

@@ -42,40 +42,66 @@ static bool parts_parse(struct cm_cursor *cursor, uint32_t count, struct cm_chat
     return cm_cursor_left(cursor) == 0;
 }
 
-bool cm_intake_parse(const uint8_t *payload, size_t size, struct cm_chat *chat,
-                     struct cm_tokenizer *tokenizer, const struct cm_manifest *manifest,
-                     struct cm_scheduler_request *ret_request, struct cm_token_list *list)
+static bool head_valid(const struct cm_wire_generate *head)
+{
+    bool kind = head->prompt_kind == CM_PROMPT_CHAT ||
+                (head->prompt_kind == CM_PROMPT_TEXT && head->part_count == 1);
+    return kind && head->stop_count <= CM_STOPS_MAX && head->part_count > 0 &&
+           head->part_count <= CM_MESSAGES_MAX && sampling_valid(&head->sampling);
+}
+
+static bool parts_classify(const struct cm_intake *intake, const struct cm_chat_part *parts,
+                           uint32_t count, struct cm_prompt_verdicts *verdicts)
+{
+    verdicts->count = 0;
+    verdicts->refused = false;
+    for (uint32_t i = 0; i < count && intake->device != NULL; i++) {
+        if (parts[i].role != CM_CHAT_SYSTEM) {
+            cm_device_classify(intake->device, i, parts[i].text, parts[i].bytes, verdicts);
+        }
+    }
+    return !verdicts->refused;
+}
+
+static bool tokenise(const struct cm_intake *intake, const struct cm_wire_generate *head,
+                     const struct cm_chat_part *parts, struct cm_token_list *list)
+{
+    if (intake->manifest->add_begin) {
+        cm_token_add(list, intake->manifest->begin_token);
+    }
+    if (head->prompt_kind == CM_PROMPT_CHAT) {
+        return cm_chat_render(intake->chat, parts, head->part_count, list);
+    }
+    cm_tokenizer_text(intake->tokenizer, parts[0].text, parts[0].bytes, list);
+    return parts[0].role == 0;
+}
+
+enum cm_refusal cm_intake_parse(const struct cm_intake *intake, const uint8_t *payload, size_t size,
+                                struct cm_scheduler_request *ret_request,
+                                struct cm_token_list *list, struct cm_prompt_verdicts *ret_verdicts)
 {
     struct cm_wire_generate head;
     struct cm_chat_part parts[CM_MESSAGES_MAX];
     struct cm_scheduler_request request = {.id = ret_request->id};
     struct cm_cursor cursor = cm_cursor_init(payload, size);
     cm_cursor_copy(&cursor, &head, sizeof(head));
-    if (!cm_cursor_ok(&cursor) || head.stop_count > CM_STOPS_MAX || head.part_count == 0 ||
-        head.part_count > CM_MESSAGES_MAX || !sampling_valid(&head.sampling)) {
-        return false;
-    }
-    if (!stops_parse(&cursor, head.stop_count, &request.slot) ||
+    ret_verdicts->count = 0;
+    if (!cm_cursor_ok(&cursor) || !head_valid(&head) ||
+        !stops_parse(&cursor, head.stop_count, &request.slot) ||
         !parts_parse(&cursor, head.part_count, parts)) {
-        return false;
+        return CM_REFUSAL_INPUT;
+    }
+    if (!parts_classify(intake, parts, head.part_count, ret_verdicts)) {
+        return CM_REFUSAL_FILTER;
     }
     request.tenant = head.tenant;
     request.max_tokens = head.max_tokens;
     request.slot.sampling = head.sampling;
     request.slot.min_tokens = head.min_tokens;
     request.slot.ignore_eos = head.ignore_eos != 0;
-    if (manifest->add_begin) {
-        cm_token_add(list, manifest->begin_token);
-    }
-    if (head.prompt_kind == CM_PROMPT_CHAT) {
-        if (!cm_chat_render(chat, parts, head.part_count, list)) {
-            return false;
-        }
-    } else if (head.prompt_kind == CM_PROMPT_TEXT && head.part_count == 1 && parts[0].role == 0) {
-        cm_tokenizer_text(tokenizer, parts[0].text, parts[0].bytes, list);
-    } else {
-        return false;
+    if (!tokenise(intake, &head, parts, list)) {
+        return CM_REFUSAL_INPUT;
     }
     *ret_request = request;
-    return true;
+    return CM_REFUSAL_NONE;
 }

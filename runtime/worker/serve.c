@@ -76,19 +76,30 @@ static void refuse(struct cm_worker *worker, uint64_t id, enum cm_refusal reason
     record_put(worker, CM_WIRE_REFUSED, id, &refused, sizeof(refused));
 }
 
-/* Whatever becomes of it, the payload is wiped; so is a prompt that is not submitted. */
+/* Whatever becomes of it, the payload is wiped; so is a prompt that is not submitted. What the
+ * guard found is said first. */
 static void generate_take(struct cm_worker *worker, uint64_t id, size_t bytes)
 {
+    const struct cm_intake intake = {worker->device, worker->chat, worker->tokenizer,
+                                     &worker->manifest};
     struct cm_scheduler_request request = {.id = id};
+    struct cm_prompt_verdicts verdicts;
     struct cm_token_list list = {.ids = cm_scheduler_prompt(worker->scheduler),
                                  .capacity = worker->limits.context_max};
     if (worker->draining || list.ids == NULL) {
         refuse(worker, id, worker->draining ? CM_REFUSAL_DRAIN : CM_REFUSAL_QUEUE);
-    } else if (cm_intake_parse(worker->payload, bytes, worker->chat, worker->tokenizer,
-                               &worker->manifest, &request, &list)) {
+        explicit_bzero(worker->payload, bytes);
+        return;
+    }
+    enum cm_refusal refusal =
+        cm_intake_parse(&intake, worker->payload, bytes, &request, &list, &verdicts);
+    for (uint32_t i = 0; i < verdicts.count; i++) {
+        record_put(worker, CM_WIRE_VERDICT, id, &verdicts.each[i], sizeof(verdicts.each[i]));
+    }
+    if (refusal == CM_REFUSAL_NONE) {
         cm_scheduler_submit(worker->scheduler, &request, list.count);
     } else {
-        refuse(worker, id, CM_REFUSAL_INPUT);
+        refuse(worker, id, refusal);
         explicit_bzero(list.ids, list.capacity * sizeof(*list.ids));
     }
     explicit_bzero(worker->payload, bytes);

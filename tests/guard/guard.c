@@ -1,7 +1,9 @@
 /* The guard without roles: `guard exhaustive [LENGTH]`, `guard random [RUNS [SEED]]`, both against
  * the reference; exit 0: all equal; 1: the first difference is shown. `guard classify FILE...`: how
  * fast each file is read as a prompt, and what is found in it. `guard bench FILE...`: how fast the
- * files are filtered as replies, by the number of rules. */
+ * files are filtered as replies, by the number of rules. `guard messages`: each line of stdin is a
+ * message in hexadecimal; the line of stdout says "passes" or "refused", then rule:start:end of all
+ * that was found. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,6 +64,25 @@ static bool classify_file(struct cm_classifier *classifier, const struct cm_guar
     return true;
 }
 
+static void message_line(struct cm_classifier *classifier, const struct cm_guard_pack *pack,
+                         const char *line)
+{
+    static uint8_t text[1u << 20];
+    static struct cm_findings findings;
+    size_t size = 0;
+    for (unsigned byte; size < sizeof(text) && sscanf(line + 2 * size, "%2x", &byte) == 1; size++) {
+        text[size] = (uint8_t)byte;
+    }
+    cm_classify(classifier, pack, text, size, &findings);
+    printf("%s", findings.refused ? "refused" : "passes");
+    for (uint32_t i = 0; i < findings.count; i++) {
+        const struct cm_finding *f = &findings.each[i];
+        printf(" %s:%u:%u", f->rule, f->start, f->end);
+    }
+    putchar('\n');
+}
+
+/* Files, or without any the messages of stdin. */
 static int classify(int count, char **paths)
 {
     struct cm_rules rules = {0};
@@ -79,6 +100,10 @@ static int classify(int count, char **paths)
     }
     for (int i = 0; good && i < count; i++) {
         good = classify_file(classifier, pack, paths[i]);
+    }
+    static char line[(2u << 20) + 2];
+    while (good && count == 0 && fgets(line, sizeof(line), stdin) != NULL) {
+        message_line(classifier, pack, line);
     }
     free(bytes);
     cm_guard_pack_free(pack);
@@ -102,13 +127,13 @@ int main(int argc, char **argv)
         bool good = cases_random(&cases, runs, seed);
         return report(&cases, good, started);
     }
-    if (strcmp(command, "classify") == 0) {
+    if (strcmp(command, "classify") == 0 || strcmp(command, "messages") == 0) {
         return classify(argc - 2, argv + 2);
     }
     if (strcmp(command, "bench") == 0) {
         return bench_run(argc - 2, argv + 2) ? 0 : 1;
     }
     fprintf(stderr, "usage: guard exhaustive [LENGTH] | random [RUNS [SEED]] | classify FILE... | "
-                    "bench FILE...\n");
+                    "bench FILE... | messages\n");
     return 2;
 }

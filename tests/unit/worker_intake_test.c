@@ -41,8 +41,11 @@ static bool parse(const uint8_t *payload, size_t size, struct cm_scheduler_reque
     static uint32_t ids[CONTEXT];
     *request = (struct cm_scheduler_request){.id = 1};
     *list = (struct cm_token_list){ids, CONTEXT, 0};
+    const struct cm_intake intake = {NULL, chat, tokenizer, &plan.manifest};
+    struct cm_prompt_verdicts verdicts;
     allocation_trap = true; /* after ready nothing is allocated */
-    bool good = cm_intake_parse(payload, size, chat, tokenizer, &plan.manifest, request, list);
+    bool good =
+        cm_intake_parse(&intake, payload, size, request, list, &verdicts) == CM_REFUSAL_NONE;
     allocation_trap = false;
     cr_assert_gt(allocations_allowed, 10ul, "the trap is not linked in");
     return good;
