@@ -539,6 +539,9 @@ void service_close(struct service *service)
     }
     notify_close(&service->notify);
     launcher_close(service);
+    if (service->launcher_pid == 0) {
+        (void)cm_cgroups_remove(&service->groups); /* else the launcher has done it */
+    }
     cm_cgroups_close(&service->groups);
     rings_close(&service->rings);
     cm_image_store_close(&service->store);
