@@ -41,7 +41,7 @@ struct cm_device_facts {
     char name[64]; /* "cpu: …" */
     char path[32]; /* instruction path in use */
     uint32_t threads;
-    uint32_t arena_locked; /* 1: arena is mlocked, or there is no swap to go to */
+    uint32_t arena_locked; /* 1: arena is mlocked */
     uint64_t arena_bytes;
     uint64_t kv_page_bytes;
 };

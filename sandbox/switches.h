@@ -11,6 +11,7 @@ struct cm_switches {
     uint32_t lacks;            /* layers to take as missing from this machine */
     uint32_t landlock_abi_max; /* 0: the kernel's */
     bool accept;               /* serve in spite of `off` (bench) */
+    bool swap;                 /* as if this machine had swap that memory can go to */
 };
 struct cm_switches cm_switches_get(void);
 

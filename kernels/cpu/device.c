@@ -232,22 +232,6 @@ enum cm_status cm_device_need(const struct cm_device *device,
     return status;
 }
 
-/* No swap in this machine: memory that cannot be locked still never reaches a disk. */
-static bool swap_absent(void)
-{
-    char line[256];
-    FILE *file = fopen("/proc/swaps", "re");
-    int lines = 0;
-    if (file == NULL) {
-        return false;
-    }
-    while (fgets(line, sizeof(line), file) != NULL) {
-        lines++;
-    }
-    fclose(file);
-    return lines <= 1;
-}
-
 /* All threads take huge pages; what limits is how fast the kernel zeroes them (bench/README.md). A
  * kernel older than 5.14 does not know the advice: then every page is touched. */
 static void arena_populate(void *context, struct cm_worker *worker)
@@ -360,7 +344,7 @@ enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_devic
     (void)madvise(device->arena, bytes, MADV_DONTDUMP);
     (void)madvise(device->arena, bytes, MADV_DONTFORK);
     cm_pool_run(device->pool, arena_populate, device);
-    device->arena_locked = mlock(device->arena, bytes) == 0 || swap_absent();
+    device->arena_locked = mlock(device->arena, bytes) == 0;
     device->limits = *reserve;
     device->model = *reserve->model;
     device->limits.model = NULL;

@@ -158,7 +158,7 @@ enum cm_status confinement_open(struct service *service, struct cm_error *err)
     cm_host_probe(&sandbox->host);
     service->violation_fd = cm_violation_open();
     groups_open(service);
-    sandbox->swapless = swap_absent(service);
+    sandbox->swapless = swap_absent(service) && !switches.swap;
     for (uint32_t i = 0; i < CM_LAYER_COUNT; i++) {
         if ((switches.lacks & CM_LAYER_BIT(i)) != 0) {
             sandbox->host.errors[i] = ENOSYS;

@@ -273,16 +273,32 @@ static void on_key_page(struct service *service, struct child *keeper)
 /* The worker sees no /proc: whether there is a disk to swap to is ours to know. */
 const char *weights_word(const struct service *service)
 {
-    return service->loaded.arena_locked == 1 ? "locked"
-           : service->sandbox.swapless       ? "not locked; there is no swap"
-                                             : "not locked; swap may take them";
+    return service->loaded.arena_locked == 1 ? "locked" : "not locked; there is no swap";
+}
+
+/* Weights never reach a disk: memory that could is not served from. */
+static bool weights_stay(const struct service *service, struct cm_error *err)
+{
+    if (service->loaded.arena_locked == 1 || service->sandbox.swapless) {
+        return true;
+    }
+    (void)cm_error_set(err, CM_E_SANDBOX, "CM-SUP-SWAP",
+                       "the weights could not be locked in memory, and swap may take them to a "
+                       "disk: raise the memlock limit (systemd: LimitMEMLOCK), or switch swap off "
+                       "for this service (cgroup memory.swap.max 0, or swapoff)");
+    return false;
 }
 
 static void on_loaded(struct service *service)
 {
+    struct cm_error err;
     memcpy(&service->loaded, service->frame.payload, sizeof(service->loaded));
     /* The keeper counts key pages by generation; the worker is never told its own. */
     service->loaded.generation = service->key_generation;
+    if (!weights_stay(service, &err)) {
+        service_fail(service, &err);
+        return;
+    }
     frame_send(service, &service->children[CHILD_KEEPER], CM_FRAME_LOADED, &service->loaded,
                sizeof(service->loaded), NULL, 0);
     CM_LOG(&service->log, CM_LOG_INFO, "loaded", CM_LOG_I("bytes", service->loaded.bytes),

@@ -132,6 +132,21 @@ def test_who_speaks_plain_http_kills_nobody(node):
     assert answers(node) and node.status()["roles"]["gateway"]["restarts"] == 0
 
 
+def test_weights_that_could_be_swapped_out_are_not_served(node, monkeypatch):
+    """Locked they stay; not locked they may lie in memory only where there is no swap."""
+    node.start()
+    locked = node.status()["load"]["arena_locked"]
+    assert answers(node) and node.stop() == 0
+    monkeypatch.setenv("CASEMATE_TEST_SWAP", "1")
+    node.start(wait=False)
+    if locked:
+        node.ready()
+        assert answers(node)
+    else:
+        assert node.service.wait(30) == 8, node.tail()
+        assert "CM-SUP-SWAP" in node.tail() and "LimitMEMLOCK" in node.tail()
+
+
 def test_the_old_kernel_s_set_holds_every_promise(node, monkeypatch):
     """Debian 12's 6.1: no MDWE, Landlock ABI 2."""
     monkeypatch.setenv("CASEMATE_TEST_KERNEL", "6.1")

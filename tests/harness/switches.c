@@ -3,7 +3,8 @@
  * CASEMATE_TEST_OFF      layers not applied: words of sandbox/layers.c joined by ',', or "all"
  * CASEMATE_TEST_LACKS    layers that the machine is said to lack
  * CASEMATE_TEST_KERNEL   "6.1": lacks MDWE, Landlock ABI 2
- * CASEMATE_TEST_ACCEPT   serve without what is off (bench) */
+ * CASEMATE_TEST_ACCEPT   serve without what is off (bench)
+ * CASEMATE_TEST_SWAP     the machine is said to have swap */
 #include "sandbox/switches.h"
 
 #include <stdio.h>
@@ -40,7 +41,8 @@ struct cm_switches cm_switches_get(void)
     const char *kernel = getenv("CASEMATE_TEST_KERNEL");
     struct cm_switches switches = {.off = layers_of("CASEMATE_TEST_OFF"),
                                    .lacks = layers_of("CASEMATE_TEST_LACKS"),
-                                   .accept = getenv("CASEMATE_TEST_ACCEPT") != NULL};
+                                   .accept = getenv("CASEMATE_TEST_ACCEPT") != NULL,
+                                   .swap = getenv("CASEMATE_TEST_SWAP") != NULL};
     if (kernel != NULL && strcmp(kernel, "6.1") == 0) {
         switches.lacks |= CM_LAYER_BIT(CM_LAYER_MDWE);
         switches.landlock_abi_max = 2;
