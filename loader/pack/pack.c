@@ -215,20 +215,11 @@ static enum cm_status head_load(const char *path, struct cm_package_head *ret_he
                                 struct cm_error *err)
 {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    uint8_t *bytes = malloc(CM_PACKAGE_HEAD_BYTES);
-    enum cm_status status = CM_OK;
-    if (fd < 0 || bytes == NULL) {
-        status = cm_error_errno(err, errno, "CM-PKG-READ", "cannot open %s", path);
-    } else {
-        status = cm_read_exact(fd, bytes, CM_PACKAGE_HEAD_BYTES, 0, "head", err);
+    if (fd < 0) {
+        return cm_error_errno(err, errno, "CM-PKG-READ", "cannot open %s", path);
     }
-    if (status == CM_OK) {
-        status = cm_package_head_parse(bytes, CM_PACKAGE_HEAD_BYTES, ret_head, err);
-    }
-    if (fd >= 0) {
-        close(fd);
-    }
-    free(bytes);
+    enum cm_status status = cm_package_head_read(fd, ret_head, err);
+    close(fd);
     return status;
 }
 

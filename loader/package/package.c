@@ -15,7 +15,7 @@ struct cm_package {
     uint8_t *table; /* [segment_count][48] */
 };
 
-static enum cm_status head_read(int fd, struct cm_package_head *ret_head, struct cm_error *err)
+enum cm_status cm_package_head_read(int fd, struct cm_package_head *ret_head, struct cm_error *err)
 {
     struct stat facts;
     uint8_t *bytes = malloc(CM_PACKAGE_HEAD_BYTES);
@@ -156,7 +156,7 @@ enum cm_status cm_package_open(int fd, const uint8_t key[static CM_KEY_BYTES],
     if (package == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "package");
     }
-    enum cm_status status = head_read(fd, &package->head, err);
+    enum cm_status status = cm_package_head_read(fd, &package->head, err);
     if (status == CM_OK) {
         status = cm_package_head_authenticate(&package->head, key, owner_key, err);
     }
@@ -242,8 +242,8 @@ static enum cm_status digest_check(const struct cm_package *package, uint64_t in
     enum cm_status status = CM_OK;
     const uint8_t *wanted = table_entry(package, index, bytes) + CM_AEAD_TAG_BYTES;
     if (memcmp(found, wanted, CM_DIGEST_BYTES) != 0) {
-        status =
-            cm_error_set(err, CM_E_PACKAGE, "CM-PKG-HASH", "SHA-256 is not the one in the table");
+        status = cm_error_set(err, CM_E_PACKAGE, "CM-PKG-HASH",
+                              "SHA-256 is not the one in the table: copy the package again");
     }
     return segment_refused(package, index, status, err);
 }

@@ -83,6 +83,10 @@ CM_MUST_USE enum cm_status cm_package_head_parse(const uint8_t *bytes, size_t si
                                                  struct cm_package_head *ret_head,
                                                  struct cm_error *err);
 
+/* The same from a file, which must be as long as its head says. Fails: PACKAGE, SYSTEM. */
+CM_MUST_USE enum cm_status cm_package_head_read(int fd, struct cm_package_head *ret_head,
+                                                struct cm_error *err);
+
 /* Find the slot for a node. Fails: POLICY CM-PKG-SLOT naming the labels there are. */
 CM_MUST_USE enum cm_status cm_package_slot_select(const struct cm_package_head *head, uint32_t kind,
                                                   const uint8_t node[static CM_DIGEST_BYTES],

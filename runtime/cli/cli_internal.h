@@ -43,6 +43,11 @@ enum cm_status command_rules(struct words *words, struct cm_error *err);
 enum cm_status command_guard(struct words *words, struct cm_error *err);
 enum cm_status command_version(struct words *words, struct cm_error *err);
 
+/* status.c: the supervisor of that state folder lives: it holds its lock as long. */
+bool cli_service_runs(const char *state);
+/* That it lives and listens there. */
+bool cli_service_listens(const char *state, const char *address);
+
 /* files.c: whole small files; writing is beside, fsync, rename. */
 CM_MUST_USE enum cm_status cli_file_read(const char *path, uint8_t *bytes, size_t size,
                                          size_t *ret_used, struct cm_error *err);
@@ -57,7 +62,8 @@ CM_MUST_USE enum cm_status cli_program_path(const char *name, char *ret_path, si
 /* That folder, as a close-on-exec O_PATH descriptor. */
 CM_MUST_USE enum cm_status cli_programs_open(int *ret_fd, struct cm_error *err);
 
-/* The head of the package at `path`, parsed; authenticates nothing. Fails: PACKAGE. */
+/* The head of the package at `path`, parsed, and the file as long as it says; authenticates
+ * nothing. Fails: PACKAGE. */
 struct cm_package_head;
 CM_MUST_USE enum cm_status cli_package_head(const char *path, struct cm_package_head *ret_head,
                                             struct cm_error *err);
@@ -89,7 +95,12 @@ CM_MUST_USE enum cm_status cli_keeper_look(const char *tpm_path, const char *dev
 /* tpm.c: the same by the configuration. Fails: SYSTEM while a development TPM serves. */
 CM_MUST_USE enum cm_status cli_tpm_look(const struct cm_configuration *configuration,
                                         struct cli_tpm_facts *ret_facts, struct cm_error *err);
-/* policy.c: signed states that a start would match after one more step of the counter. */
+/* policy.c: the list beside the package, each state signed by the pinned authority. Fails: POLICY.
+ */
+struct cm_policy_list;
+CM_MUST_USE enum cm_status cli_policy_list(const struct cm_configuration *configuration,
+                                           struct cm_policy_list *ret_list, struct cm_error *err);
+/* Signed states that a start would match after one more step of the counter. */
 CM_MUST_USE enum cm_status cli_policy_survivors(struct words *words, uint32_t *ret_count,
                                                 struct cm_error *err);
 

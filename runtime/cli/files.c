@@ -107,16 +107,12 @@ enum cm_status cli_programs_open(int *ret_fd, struct cm_error *err)
 enum cm_status cli_package_head(const char *path, struct cm_package_head *ret_head,
                                 struct cm_error *err)
 {
-    static uint8_t bytes[CM_PACKAGE_HEAD_BYTES];
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         return cm_error_set(err, CM_E_PACKAGE, "CM-PKG-OPEN", "cannot open package %s: %s", path,
                             strerrordesc_np(errno));
     }
-    ssize_t got = pread(fd, bytes, sizeof(bytes), 0);
+    enum cm_status status = cm_package_head_read(fd, ret_head, err);
     close(fd);
-    return got == (ssize_t)sizeof(bytes)
-               ? cm_package_head_parse(bytes, sizeof(bytes), ret_head, err)
-               : cm_error_set(err, CM_E_PACKAGE, "CM-PKG-SHORT",
-                              "%s is shorter than a package's head", path);
+    return status == CM_OK ? CM_OK : cm_error_wrap(err, "%.200s", path);
 }
