@@ -190,8 +190,11 @@ enum cm_status cm_policy_list_parse(const uint8_t *bytes, size_t size, const uin
         if (policy_key != NULL &&
             (cm_policy_state_to_sign(&list.states[i], digest, err) != CM_OK ||
              !cm_tpm_signature_good(policy_key, digest, list.states[i].signature))) {
-            return cm_error_set(err, CM_E_POLICY, "CM-SEAL-SIGNATURE",
-                                "policy list: state %u is not signed by the pinned authority", i);
+            return cm_error_set(
+                err, CM_E_POLICY, "CM-SEAL-SIGNATURE",
+                "policy list: state %u is not signed by the pinned authority: sealed: "
+                "policy_authority must name its public key",
+                i);
         }
     }
     if (!cm_cursor_ok(&cursor) || cm_cursor_left(&cursor) != 0) {

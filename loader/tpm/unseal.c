@@ -104,8 +104,8 @@ static enum cm_status state_choose(struct unsealing *u, const struct cm_policy_l
                 answer = cm_error_set(
                     err, CM_E_POLICY, "CM-SEAL-PCR",
                     "PCR %u is %02x%02x%02x%02x..., the signed state has "
-                    "%02x%02x%02x%02x...: reboot into the approved state, or ask the "
-                    "owner to sign this one",
+                    "%02x%02x%02x%02x... (`casemate policy explain --against FILE` names what "
+                    "differs): reboot into the approved state, or ask the owner to sign this one",
                     state->pcrs[k], value[0], value[1], value[2], value[3], state->pcr_values[k][0],
                     state->pcr_values[k][1], state->pcr_values[k][2], state->pcr_values[k][3]);
             }

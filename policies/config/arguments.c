@@ -42,6 +42,17 @@ static int option_take(int count, char *const *argv, char ret_name[static 40],
     return equals != NULL ? 1 : 2;
 }
 
+/* A word that is no option with a value: say which of the two it lacks. */
+static enum cm_status option_refuse(const char *word, struct cm_error *err)
+{
+    if (strncmp(word, "--", 2) != 0) {
+        return cm_error_set(err, CM_E_USAGE, "CM-CONFIG-OPTION",
+                            "expected --option VALUE, found \"%.64s\"", word);
+    }
+    return cm_error_set(err, CM_E_USAGE, "CM-CONFIG-OPTION",
+                        "%.64s is unknown here, or needs a value after it", word);
+}
+
 static void path_settle(struct cm_config_arguments *arguments, const char *config,
                         const char *state)
 {
@@ -82,8 +93,7 @@ enum cm_status cm_config_arguments_parse(int count, char *const *argv,
         const char *value = NULL;
         int used = option_take(count - i, argv + i, name, &value);
         if (used == 0) {
-            return cm_error_set(err, CM_E_USAGE, "CM-CONFIG-OPTION",
-                                "\"%.64s\": expected --option VALUE", argv[i]);
+            return option_refuse(argv[i], err);
         }
         i += used;
         if (strcmp(name, "config") == 0) {

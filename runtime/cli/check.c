@@ -7,9 +7,11 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "loader/package/package.h"
+#include "loader/tpm/enrolment.h"
 #include "runtime/cli/cli_internal.h"
 
 struct report {
@@ -44,14 +46,17 @@ static enum cm_status package_check(const struct cm_configuration *configuration
     enum cm_status status = cli_package_head(configuration->package, &head, err);
     if (status == CM_OK && owner != NULL &&
         memcmp(head.core.owner_key, owner, CM_PUBLIC_KEY_BYTES) != 0) {
-        status = cm_error_set(err, CM_E_PACKAGE, "CM-PKG-OWNER",
-                              "%s is signed by another owner than package_owner %s",
-                              configuration->package, configuration->package_owner);
+        status =
+            cm_error_set(err, CM_E_PACKAGE, "CM-PKG-OWNER",
+                         "%s is signed by another owner than package_owner %s: pin the key of who "
+                         "sealed it, or take the package from the pinned owner",
+                         configuration->package, configuration->package_owner);
     }
     return status;
 }
 
-static enum cm_status address_check(const char *text, struct cm_error *err)
+/* Can be listened on, or this node's running service does already. */
+static enum cm_status address_check(const char *text, const char *state, struct cm_error *err)
 {
     char host[CM_NAME_BYTES];
     uint16_t port = 0;
@@ -75,9 +80,11 @@ static enum cm_status address_check(const char *text, struct cm_error *err)
     if (fd >= 0) {
         close(fd);
     }
-    return error_number == 0 ? CM_OK
-                             : cm_error_errno(err, error_number, "CM-CLI-LISTEN",
-                                              "cannot listen on %.100s", text);
+    if (error_number == 0 || (error_number == EADDRINUSE && cli_service_listens(state, text))) {
+        return CM_OK;
+    }
+    return cm_error_errno(err, error_number, "CM-CLI-LISTEN",
+                          "cannot listen on %.100s (choose with --listen)", text);
 }
 
 static enum cm_status file_check(const char *path, enum cm_status kind, struct cm_error *err)
@@ -89,8 +96,24 @@ static enum cm_status file_check(const char *path, enum cm_status kind, struct c
                         strerrordesc_np(errno));
 }
 
+/* Who may write there decides which keys are let in. */
+static enum cm_status folder_check(const char *path, struct cm_error *err)
+{
+    struct stat facts;
+    if (stat(path, &facts) != 0) {
+        return cm_error_errno(err, errno, "CM-CLI-STATE", "cannot look at %s", path);
+    }
+    if ((facts.st_mode & S_IWOTH) != 0) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-CLI-STATE",
+                            "%s has mode %04o, everybody may write there: chmod 700 %s", path,
+                            facts.st_mode & 07777, path);
+    }
+    return CM_OK;
+}
+
 static void files_check(struct report *report, const struct cm_configuration *configuration)
 {
+    static struct cm_policy_list list;
     uint8_t owner[CM_PUBLIC_KEY_BYTES];
     uint8_t authority[CM_PUBLIC_KEY_BYTES];
     char path[CM_CONFIG_TEXT_BYTES + 32];
@@ -103,15 +126,18 @@ static void files_check(struct report *report, const struct cm_configuration *co
     status = package_check(configuration, owner_known ? owner : NULL, &err);
     report_add(report, "package head", configuration->package, status, &err);
     snprintf(path, sizeof(path), "%s.policy", configuration->package);
-    report_add(report, "policy list", path, file_check(path, CM_E_POLICY, &err), &err);
+    status = cli_policy_list(configuration, &list, &err);
+    report_add(report, "policy list", path, status, &err);
     snprintf(path, sizeof(path), "%s/enrolment.bin", configuration->state);
     report_add(report, "enrolment", path, file_check(path, CM_E_CONFIG, &err), &err);
+    report_add(report, "state folder", configuration->state,
+               folder_check(configuration->state, &err), &err);
     if (!cm_config_tpm_development(configuration->tpm)) {
         status = file_check(configuration->tpm, CM_E_TPM, &err);
         report_add(report, "tpm", configuration->tpm, status, &err);
     }
-    report_add(report, "address", configuration->listen, address_check(configuration->listen, &err),
-               &err);
+    report_add(report, "address", configuration->listen,
+               address_check(configuration->listen, configuration->state, &err), &err);
 }
 
 static void keys_print(void)

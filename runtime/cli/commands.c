@@ -20,7 +20,8 @@ enum cm_status command_version(struct words *words, struct cm_error *err)
         return cm_error_set(err, CM_E_USAGE, "CM-CLI-USAGE", "version does not know \"%.64s\"",
                             words->at[0]);
     }
-    printf(as_json ? "{\"version\": \"%s\", \"compiler\": \"%s\"}\n" : "casemate %s (%s)\n",
+    printf(as_json ? "{\"version\": \"%s\", \"compiler\": \"%s\"}\n"
+                   : "casemate %s (compiler %s)\n",
            CASEMATE_VERSION, __VERSION__);
     return CM_OK;
 }
@@ -212,7 +213,7 @@ enum cm_status command_keys(struct words *words, struct cm_error *err)
     bool revoke = strcmp(verb, "revoke") == 0;
     int used = add || revoke ? 2 : 1;
     if ((!add && !revoke && strcmp(verb, "list") != 0) || words->count < used ||
-        (days != NULL && !add)) {
+        (used == 2 && words->at[1][0] == '-') || (days != NULL && !add)) {
         return cm_error_set(
             err, CM_E_USAGE, "CM-CLI-USAGE",
             "expected keys add NAME [--expires-days N], keys list, or keys revoke ID");

@@ -393,7 +393,8 @@ static void clock_check(struct host *host, struct finding *finding)
                 strncmp(host->text, "hyperv", 6) == 0 || strncmp(host->text, "arch_", 5) == 0;
     if (!fast) {
         finding_set(finding, LEVEL_WARN, "boot with clocksource=tsc if the CPU's is stable",
-                    "clock source %.40s needs a system call for each look", host->text);
+                    "clock source %.40s needs a system call for each look",
+                    host->text[0] != '\0' ? host->text : "(none)");
     } else if (synchronised != 1) {
         finding_set(finding, LEVEL_WARN, "run chrony or systemd-timesyncd",
                     "the clock is not synchronised: keys and certificates expire by it");
@@ -490,6 +491,9 @@ enum cm_status command_doctor(struct words *words, struct cm_error *err)
     if (words->count != 0) {
         return cm_error_set(err, CM_E_USAGE, "CM-CLI-USAGE", "doctor does not know \"%.64s\"",
                             words->at[0]);
+    }
+    if (root != NULL && access(root, X_OK) != 0) {
+        return cm_error_errno(err, errno, "CM-CLI-OPEN", "cannot look into --root %s", root);
     }
     host.root = root != NULL ? root : "";
     if (root != NULL && host_read(&host, "/probes")) {

@@ -21,6 +21,7 @@
 struct key_store {
     sqlite3 *db;
     int lock_fd;
+    char path[CM_CONFIG_TEXT_BYTES + 16];
     char table_path[CM_CONFIG_TEXT_BYTES + 16];
 };
 
@@ -36,8 +37,8 @@ static const char schema[] =
 static enum cm_status database_refuse(struct key_store *store, const char *what,
                                       struct cm_error *err)
 {
-    return cm_error_set(err, CM_E_SYSTEM, "CM-CLI-KEYS", "key store: cannot %s: %s", what,
-                        sqlite3_errmsg(store->db));
+    return cm_error_set(err, CM_E_SYSTEM, "CM-CLI-KEYS", "cannot %s the key store %.300s: %s", what,
+                        store->path, sqlite3_errmsg(store->db));
 }
 
 void key_store_close(struct key_store *store)
@@ -67,15 +68,15 @@ enum cm_status key_store_open(const char *state, struct key_store **ret_store, s
     }
     cli_owner_follow(path);
     mode_t before = umask(077);
-    snprintf(path, sizeof(path), "%s/keys.sqlite", state);
-    int opened = sqlite3_open(path, &store->db);
+    snprintf(store->path, sizeof(store->path), "%s/keys.sqlite", state);
+    int opened = sqlite3_open(store->path, &store->db);
     umask(before);
     if (opened != SQLITE_OK || sqlite3_exec(store->db, schema, NULL, NULL, NULL) != SQLITE_OK) {
         database_refuse(store, "open", err);
         key_store_close(store);
         return CM_E_SYSTEM;
     }
-    cli_owner_follow(path);
+    cli_owner_follow(store->path);
     *ret_store = store;
     return CM_OK;
 }

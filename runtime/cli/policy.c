@@ -32,33 +32,37 @@ static enum cm_status enrolment_load(struct explanation *x, struct cm_error *err
     return status == CM_OK ? cm_enrolment_parse(bytes, used, &x->enrolment, err) : status;
 }
 
-/* The policy list beside the package, under the pinned authority; and the package's event. */
-static enum cm_status package_load(struct explanation *x, struct cm_error *err)
+enum cm_status cli_policy_list(const struct cm_configuration *configuration,
+                               struct cm_policy_list *ret_list, struct cm_error *err)
 {
-    static uint8_t list[CM_POLICY_LIST_BYTES_MAX];
-    static struct cm_package_head head;
+    static uint8_t bytes[CM_POLICY_LIST_BYTES_MAX];
     char path[CM_CONFIG_TEXT_BYTES + 16];
     uint8_t authority[CM_PUBLIC_KEY_BYTES];
     size_t used = 0;
-    enum cm_status status = cli_package_head(x->configuration.package, &head, err);
-    if (status == CM_OK) {
-        status = cm_measurement_add(&x->now, CM_EVENT_PACKAGE, head.core.core_digest,
-                                    CM_DIGEST_BYTES, err);
-    }
-    if (status == CM_OK) {
-        status = cm_config_point_read(x->configuration.policy_authority, authority, err);
-    }
-    snprintf(path, sizeof(path), "%s.policy", x->configuration.package);
-    if (status == CM_OK && access(path, R_OK) != 0) {
+    enum cm_status status = cm_config_point_read(configuration->policy_authority, authority, err);
+    snprintf(path, sizeof(path), "%s.policy", configuration->package);
+    if (status == CM_OK && access(path, F_OK) != 0) {
         status = cm_error_set(err, CM_E_POLICY, "CM-SEAL-POLICY",
                               "there is no policy list beside the package (%s): copy it there, it "
                               "comes from `casemate-pack`",
                               path);
     }
     if (status == CM_OK) {
-        status = cli_file_read(path, list, sizeof(list), &used, err);
+        status = cli_file_read(path, bytes, sizeof(bytes), &used, err);
     }
-    return status == CM_OK ? cm_policy_list_parse(list, used, authority, &x->list, err) : status;
+    return status == CM_OK ? cm_policy_list_parse(bytes, used, authority, ret_list, err) : status;
+}
+
+/* The policy list beside the package; and the package's event. */
+static enum cm_status package_load(struct explanation *x, struct cm_error *err)
+{
+    static struct cm_package_head head;
+    enum cm_status status = cli_package_head(x->configuration.package, &head, err);
+    if (status == CM_OK) {
+        status = cm_measurement_add(&x->now, CM_EVENT_PACKAGE, head.core.core_digest,
+                                    CM_DIGEST_BYTES, err);
+    }
+    return status == CM_OK ? cli_policy_list(&x->configuration, &x->list, err) : status;
 }
 
 static enum cm_status signed_load(struct explanation *x, const char *path, struct cm_error *err)

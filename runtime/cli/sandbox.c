@@ -111,7 +111,7 @@ static enum cm_status report(const char *state, bool as_json, struct cm_error *e
     json_t *role, *all = json_object();
     snprintf(path, sizeof(path), "%s/run/status.json", state);
     json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, NULL);
-    bool runs = root != NULL && json_object_get(root, "over") == NULL;
+    bool runs = root != NULL && cli_service_runs(state);
     json_object_foreach(json_object_get(root, "roles"), name, role)
     {
         if (runs && number_of(role, "pid") > 0) {
@@ -139,7 +139,9 @@ static enum cm_status report(const char *state, bool as_json, struct cm_error *e
     json_decref(root);
     return runs ? CM_OK
                 : cm_error_set(err, CM_E_SYSTEM, "CM-CLI-STOPPED",
-                               "no service runs from %.300s: there is nothing to report", state);
+                               "no service runs from %.200s: there is nothing to report. Start: "
+                               "casemate serve --state %.200s",
+                               state, state);
 }
 
 enum cm_status command_sandbox(struct words *words, struct cm_error *err)

@@ -10,8 +10,7 @@
 
 #include "runtime/cli/cli_internal.h"
 
-/* The supervisor holds the lock as long as it lives. */
-static bool service_runs(const char *state)
+bool cli_service_runs(const char *state)
 {
     char path[CM_CONFIG_TEXT_BYTES + 16];
     snprintf(path, sizeof(path), "%s/run/lock", state);
@@ -33,6 +32,16 @@ static const char *text_of(const json_t *object, const char *name)
 static long long number_of(const json_t *object, const char *name)
 {
     return json_integer_value(json_object_get(object, name));
+}
+
+bool cli_service_listens(const char *state, const char *address)
+{
+    char path[CM_CONFIG_TEXT_BYTES + 32];
+    snprintf(path, sizeof(path), "%s/run/status.json", state);
+    json_t *root = cli_service_runs(state) ? json_load_file(path, 0, NULL) : NULL;
+    bool listens = root != NULL && strcmp(text_of(root, "listen"), address) == 0;
+    json_decref(root);
+    return listens;
 }
 
 static void roles_print(const json_t *roles)
@@ -158,7 +167,7 @@ enum cm_status command_status(struct words *words, struct cm_error *err)
     if (status != CM_OK) {
         return status;
     }
-    bool runs = service_runs(configuration.state);
+    bool runs = cli_service_runs(configuration.state);
     snprintf(path, sizeof(path), "%s/run/status.json", configuration.state);
     json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &where);
     if (!runs) {

@@ -124,7 +124,8 @@ static enum cm_status listener_open(struct service *service, struct cm_error *er
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)) != 0 ||
         bind(fd, &address.any, size) != 0 || listen(fd, 1024) != 0 ||
         getsockname(fd, &address.any, &size) != 0) {
-        return cm_error_errno(err, errno, "CM-SUP-LISTEN", "cannot listen on %s", text);
+        return cm_error_errno(err, errno, "CM-SUP-LISTEN",
+                              "cannot listen on %s (choose with --listen)", text);
     }
     snprintf(service->address, sizeof(service->address), six ? "[%s]:%u" : "%s:%u", host,
              ntohs(six ? address.six.sin6_port : address.four.sin_port));

@@ -196,6 +196,41 @@ def test_check_of_a_busy_address(casemate, node):
                                    "127.0.0.1:0").stdout
 
 
+def test_check_of_a_folder_that_everybody_may_write(casemate, node):
+    os.chmod(node, 0o777)
+    done = run(casemate, "check", "--state", node)
+    assert "FAILED state folder" in done.stdout and f"chmod 700 {node}" in done.stdout
+    os.chmod(node, 0o755)
+    assert "ok     state folder" in run(casemate, "check", "--state", node).stdout
+
+
+def test_words_that_are_no_options_are_named(casemate, node, tmp_path):
+    for words, text in [(["check", "--bogus"], "--bogus is unknown here, or needs a value"),
+                        (["status", "extra"], 'expected --option VALUE, found "extra"'),
+                        (["keys", "add", "--state", node], "expected keys add NAME"),
+                        (["doctor", "extra"], 'doctor does not know "extra"')]:
+        done = run(casemate, *words)
+        assert done.returncode == 2 and text in done.stderr, done.stderr
+    done = run(casemate, "doctor", "--root", tmp_path / "absent")
+    assert done.returncode == 9 and "CM-CLI-OPEN" in done.stderr and done.stdout == ""
+
+
+def test_a_damaged_key_store_is_named(casemate, node):
+    run(casemate, "keys", "add", "a", "--state", node)
+    (node / "keys.sqlite").write_bytes(os.urandom(8192))
+    done = run(casemate, "keys", "list", "--state", node)
+    assert done.returncode == 9 and str(node / "keys.sqlite") in done.stderr
+
+
+def test_sandbox_report_of_a_killed_supervisor_tells_of_nobody(casemate, node):
+    """What it leaves behind names pids that may be anybody's by now."""
+    (node / "run").mkdir(exist_ok=True)
+    (node / "run" / "status.json").write_text(json.dumps(
+        {"roles": {"worker": {"pid": os.getpid(), "state": "ready", "probed": 0}}}))
+    done = run(casemate, "sandbox", "report", "--state", node)
+    assert done.returncode == 9 and "CM-CLI-STOPPED" in done.stderr and done.stdout == ""
+
+
 def test_status_of_a_stopped_and_of_a_running_service(casemate, node, build, tmp_path):
     done = run(casemate, "status", "--state", node)
     assert done.returncode == 9 and "no service runs" in done.stderr
