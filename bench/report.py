@@ -2,8 +2,7 @@
 import html
 
 # Rows that the speed table has and no arm measures yet.
-ABSENT = ("class P (AMX-bf16)", "guard on ÷ off", "TLS on ÷ off", "filter rules × 10",
-          "adapters in one batch")
+ABSENT = ("class P (AMX-bf16)", "TLS on ÷ off", "adapters in one batch")
 
 
 def figure(part: dict, name: str, key: str = "rate") -> dict | None:
@@ -153,6 +152,18 @@ def sandbox_rows(part: dict) -> list[Row]:
                 f"{part['on_start_ms']['median']:.0f} and {part['off_start_ms']['median']:.0f} ms")]
 
 
+def guard_rows(part: dict) -> list[Row]:
+    decode = part["decode"]
+    few, many = (next(f for f in part["filter"] if f["rules"] == rules) for rules in (200, 2000))
+    return [Row("decode: guard on ÷ off", decode["on_by_off"], 0.99,
+                f"{decode['decode_guard_on']:.1f} and {decode['decode_guard_off']:.1f} tok/s"),
+            Row("output filter, 200 rules", few["mb_per_s"], 40,
+                f"[{few['least']} … {few['greatest']}]; held back: median {few['held_bytes_p50']}, "
+                f"99 % within {few['held_bytes_p99']} bytes", unit="MB/s a core"),
+            Row("output filter, 10 × the rules: time", few["mb_per_s"] / many["mb_per_s"], 1.25,
+                f"{many['mb_per_s']} MB/s; 2,000 rules compile in {many['compile_ms']} ms", at_most=True)]
+
+
 def rows(result: dict) -> list[Row]:
     parts, intel = result["parts"], "amx_int8" in result["machine"]["features"]
     makers = {"engine": lambda: engine_rows(parts, intel), "long": lambda: long_rows(parts["long"]),
@@ -160,7 +171,8 @@ def rows(result: dict) -> list[Row]:
               "gemma": lambda: pair_rows(parts["gemma"], "Gemma 3 270M", 1.8, 2),
               "stolen": lambda: stolen_rows(parts["stolen"]),
               "load": lambda: load_rows(parts["load"]), "service": lambda: service_rows(parts["service"]),
-              "sandbox": lambda: sandbox_rows(parts["sandbox"])}
+              "sandbox": lambda: sandbox_rows(parts["sandbox"]),
+              "guard": lambda: guard_rows(parts["guard"])}
     return [row for name, make in makers.items() if name in parts for row in make()]
 
 

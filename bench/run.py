@@ -240,8 +240,19 @@ class Bench:
         return {f"{arm}_{what}": arms.spread(values[arm]) for arm in ("on", "off")
                 for what, values in (("tokens_per_s", rates), ("start_ms", starts))}
 
+    def guard(self) -> dict:
+        """Decode with the output guard and without; the filter alone, with ten times the rules."""
+        package, key = self.seal(self.options.model, "smollm2")
+        decode = subprocess.run([self.harness / "engine", "guard", package, key], check=True,
+                                capture_output=True, text=True, env={"CASEMATE_THREADS": str(self.threads)})
+        texts = sorted((ROOT / "tests" / "engine" / "texts").glob("*.txt"))
+        alone = subprocess.run([self.harness / "guard", "bench", *texts], check=True,
+                               capture_output=True, text=True)
+        lines = [line for line in alone.stdout.splitlines() if line.startswith("{")]
+        return {"decode": json.loads(decode.stdout), "filter": [json.loads(line) for line in lines]}
 
-PARTS = ("engine", "long", "growth", "gemma", "stolen", "load", "service", "sandbox")
+
+PARTS = ("engine", "long", "growth", "gemma", "stolen", "load", "service", "sandbox", "guard")
 
 
 def main() -> int:
