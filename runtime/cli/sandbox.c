@@ -82,13 +82,17 @@ static void role_print(const char *name, const json_t *row)
     const json_t *names = json_object_get(row, "call_names");
     size_t i;
     json_t *layer;
-    printf("%s (pid %lld, uid %lld)\n", name, number_of(row, "pid"), number_of(row, "uid"));
+    printf("%s (pid %lld, uid %lld)%s\n", name, number_of(row, "pid"), number_of(row, "uid"),
+           strcmp(name, "supervisor") == 0
+               ? ": opens and watches for the others; its filter is what holds it"
+               : "");
     json_array_foreach(json_object_get(row, "layers"), i, layer)
     {
         const char *by = json_string_value(json_object_get(layer, "by"));
-        bool holds = json_is_true(json_object_get(layer, "holds"));
-        printf("  %-4s %-40s %s\n", holds ? "yes" : "no",
-               json_string_value(json_object_get(layer, "name")), by);
+        const char *holds = json_is_true(json_object_get(layer, "holds")) ? "yes"
+                            : strcmp(by, "not known") == 0                ? "?"
+                                                                          : "no";
+        printf("  %-4s %-40s %s\n", holds, json_string_value(json_object_get(layer, "name")), by);
     }
     if (json_is_integer(calls)) {
         printf("  %-4lld %-40s read:", (long long)json_integer_value(calls),
