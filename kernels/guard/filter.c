@@ -169,11 +169,25 @@ static bool span_valid(const struct cm_guard_state *state, const struct cm_guard
                           (uint32_t)(end - start));
 }
 
+/* A candidate for which there is no room could be anything: it ends the reply. */
+static void overflow(struct cm_guard_state *state, uint64_t start)
+{
+    if (state->stage == OUTPUT) {
+        span_mark(state, CM_GUARD_RULE_OVERFLOW - 1u, start, start, start + 1);
+    }
+    refuse_from(state, start);
+    span_add(state, CM_GUARD_RULE_OVERFLOW, CM_VERDICT_REFUSE, start, start + 1);
+}
+
 /* The pattern and its right condition accept [c->start, end). False: the candidate is over. */
 static bool span_confirm(struct cm_guard_state *state, const struct cm_guard_rule *rule,
                          struct cm_guard_candidate *c, uint64_t end)
 {
     bool gate = rule->validator == CM_GUARD_VALID_ENTROPY; /* asked once, of the shortest span */
+    if (end - c->start < rule->least_bytes) { /* a pack that lies: its replacement has no room */
+        overflow(state, c->start);
+        return false;
+    }
     if (rule->validator != CM_GUARD_VALID_ALWAYS && !(gate && c->end != 0) &&
         !span_valid(state, rule, c->start, end)) {
         return !gate;
@@ -218,16 +232,6 @@ static void candidates_merge(const struct cm_guard_pack *pack, struct cm_guard_s
         }
     }
     state->candidate_count = kept;
-}
-
-/* A candidate for which there is no room could be anything: it ends the reply. */
-static void overflow(struct cm_guard_state *state, uint64_t start)
-{
-    if (state->stage == OUTPUT) {
-        span_mark(state, CM_GUARD_RULE_OVERFLOW - 1u, start, start, start + 1);
-    }
-    refuse_from(state, start);
-    span_add(state, CM_GUARD_RULE_OVERFLOW, CM_VERDICT_REFUSE, start, start + 1);
 }
 
 /* It is in `c->state` now, `count` bytes were taken. False: it is over. */

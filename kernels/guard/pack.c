@@ -125,7 +125,8 @@ static void rule_check(struct parse *parse, const struct cm_guard_rule *rule)
     }
 }
 
-/* No node claims more text than was seen on every way to it. */
+/* No node claims more text than was seen on every way to it, and none ends a trigger that began
+ * before what it claims: that could have left already. */
 static void depths_check(struct parse *parse, const struct cm_guard_machine *m)
 {
     bool good = m->depth[0] == 0;
@@ -134,6 +135,9 @@ static void depths_check(struct parse *parse, const struct cm_guard_machine *m)
     }
     for (uint32_t i = 0; i < m->nodes; i++) {
         good = good && m->depth[i] <= CM_GUARD_TRIGGER_MAX;
+        for (uint32_t hit = m->hit_first[i]; hit < m->hit_first[i + 1]; hit++) {
+            good = good && m->hits[hit].length <= m->depth[i];
+        }
     }
     if (!good) {
         refuse(parse, "a trigger is longer than its text");

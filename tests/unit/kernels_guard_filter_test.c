@@ -140,21 +140,22 @@ Test(guard_filter, a_stop_string_decides)
     cm_guard_pack_free(pack);
 }
 
-/* A pack of one wrong byte is refused, or runs within its bounds: nothing else under sanitizers. */
+/* A pack of one wrong bit is refused, or runs within its bounds: nothing else under sanitizers. */
 Test(guard_filter, damaged_packs_do_no_harm)
 {
     size_t size;
     uint8_t *good = pack_bytes(
         "rules:\n" RULE("one", "ab[cd]{2,9}e", REDACT) RULE("two", "[xy]{3}z+", REFUSE), &size);
     uint8_t *bad = malloc(size);
+    static const char text[] = "abcdcdcdcdcdcdeabcdcde xyxzzz ab";
     uint32_t refused = 0;
     struct cm_guard_pack *pack;
     for (size_t cut = 0; cut < size; cut++) {
         cr_assert_eq(cm_guard_pack_new(good, cut, &pack, &err), CM_E_CONFIG, "cut at %zu", cut);
     }
-    for (size_t at = 0; at < size; at++) {
+    for (size_t at = 0; at < size * 8; at++) {
         memcpy(bad, good, size);
-        bad[at] ^= (uint8_t)(1 << (at % 8));
+        bad[at / 8] ^= (uint8_t)(1 << (at % 8));
         if (cm_guard_pack_new(bad, size, &pack, &err) != CM_OK) {
             refused++;
             continue;
@@ -163,7 +164,12 @@ Test(guard_filter, damaged_packs_do_no_harm)
         used = 0;
         for (int i = 0; i < 40; i++) {
             used = 0;
-            (void)feed(pack, "abcdcdcdcdcdcdeabcdcde xyxzzz ab");
+            (void)feed(pack, text);
+        }
+        cm_guard_begin(&state, CM_GUARD_OUTPUT);
+        for (const char *byte = text; *byte != '\0'; byte++) { /* each is decided at once */
+            used = 0;
+            (void)feed(pack, (char[]){*byte, '\0'});
         }
         used = 0;
         (void)!cm_guard_finish(pack, &state, CM_GUARD_TEXT_END, NULL, 0, out, &used);
@@ -172,4 +178,29 @@ Test(guard_filter, damaged_packs_do_no_harm)
     cr_assert_gt(refused, 100);
     free(bad);
     free(good);
+}
+
+/* A replacement has room because the shortest span is known: one that is shorter ends the reply. */
+Test(guard_filter, a_span_shorter_than_its_rule_says_ends_the_reply)
+{
+    const size_t room = CM_GUARD_REPLACEMENT_MAX;
+    size_t size;
+    struct cm_guard_pack *pack;
+    uint8_t *bytes = pack_bytes(
+        "rules:\n" RULE("one", "abc", "    action: redact\n    replacement: '@#@'\n"), &size);
+    uint8_t *replacement = memmem(bytes, size, "@#@", 3);
+    cr_assert_not_null(replacement);
+    memset(replacement, '@', room);
+    replacement[room] =
+        (uint8_t)room; /* its bytes; 24 bytes further on the least bytes of a span */
+    cr_assert_eq(replacement[room + 24], 3, "control: least bytes");
+    replacement[room + 24] = (uint8_t)room;
+    cr_assert_eq(cm_guard_pack_new(bytes, size, &pack, &err), CM_OK, "%s", err.text);
+    cm_guard_begin(&state, CM_GUARD_OUTPUT);
+    used = 0;
+    cr_assert_not(feed(pack, "xyabc."));
+    cr_assert_leq(used, CM_GUARD_OUT_BYTES(6));
+    cr_assert_str_eq((char *)out, "xy");
+    cm_guard_pack_free(pack);
+    free(bytes);
 }
