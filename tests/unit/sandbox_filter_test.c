@@ -2,6 +2,7 @@
  * text: all call numbers, three architectures, arguments at and around every constant. */
 #include <criterion/criterion.h>
 #include <linux/audit.h>
+#include <linux/futex.h>
 #include <seccomp.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -185,6 +186,25 @@ Test(sandbox_filter, a_serving_filter_only_narrows)
                 cr_assert(cm_bpf_may_allow(cm_filters[pairs[i][0]].program, number), "%s: %s",
                           cm_filters[pairs[i][1]].name, cm_call_name(number));
             }
+        }
+    }
+}
+
+/* The kernel's priority inheritance has been a way out of sandboxes before (CVE-2014-3153): the
+ * worker's threads only wait and wake. */
+Test(sandbox_filter, the_worker_s_futexes_only_wait_and_wake)
+{
+    const enum cm_filter_id filters[] = {CM_FILTER_WORKER_SERVE, CM_FILTER_WORKER_LOAD};
+    const uint32_t wait = FUTEX_WAIT_BITSET & FUTEX_CMD_MASK;
+    for (size_t i = 0; i < 2; i++) {
+        for (uint32_t op = 0; op < 1024; op++) {
+            const struct seccomp_data data = {
+                .nr = SYS_futex, .arch = AUDIT_ARCH_X86_64, .args = {0, op}};
+            uint32_t command = op & (uint32_t)FUTEX_CMD_MASK;
+            bool allowed = cm_bpf_run(cm_filters[filters[i]].program, &data) == SECCOMP_RET_ALLOW;
+            bool harmless = command == FUTEX_WAIT || command == FUTEX_WAKE || command == wait;
+            cr_assert(!allowed || harmless, "%s: operation %u", cm_filters[filters[i]].name, op);
+            cr_assert(allowed || (op != FUTEX_WAIT_PRIVATE && op != FUTEX_WAKE_PRIVATE));
         }
     }
 }
