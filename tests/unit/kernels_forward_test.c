@@ -21,20 +21,9 @@ struct outcome {
 
 static struct cm_device *device_open_for(const struct way *way)
 {
-    struct cm_device *device;
     const struct cm_device_options options = {.threads = way->threads, .path = way->path};
-    const struct cm_device_cipher cipher = {segment_copy, NULL};
-    const struct cm_device_reserve reserve = {&model,        payload_bytes,     SEGMENT_BYTES,
-                                              SEQUENCES,     SEQUENCES * SPACE, CONTEXT,
-                                              SEQUENCES * 64};
-    cr_assert_eq(cm_device_open("cpu", &options, &device, &err), CM_OK, "%s", err.text);
-    cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK, "%s", err.text);
-    for (uint64_t i = 0; i * SEGMENT_BYTES < payload_bytes; i++) {
-        cr_assert_eq(cm_device_segment_submit(device, &cipher, i, payload + i * SEGMENT_BYTES,
-                                              SEGMENT_BYTES, &err),
-                     CM_OK);
-    }
-    cr_assert_eq(cm_device_load_finish(device, &err), CM_OK, "%s", err.text);
+    struct cm_device *device =
+        device_load_by(&options, SEQUENCES, SEQUENCES * SPACE, CONTEXT, SEQUENCES * 64);
     cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_OK, "%s", err.text);
     return device;
 }
