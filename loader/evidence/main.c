@@ -223,7 +223,7 @@ static enum cm_status verify(const struct arguments *arguments, struct cm_error 
     struct cm_evidence_last last;
     uint8_t nonce[CM_EVIDENCE_NONCE_BYTES];
     size_t used = 0;
-    bool is_live = strncmp(arguments->subject, "https:", 6) == 0;
+    bool is_live = strstr(arguments->subject, "://") != NULL;
     struct cm_evidence_question question = {.evidence = &evidence, .trust = &trust};
     question.now_unix_s =
         arguments->at != NULL ? strtoull(arguments->at, NULL, 10) : (uint64_t)time(NULL);

@@ -187,9 +187,10 @@ enum cm_status cm_command_inspect(const struct cm_pack_arguments *arguments, str
     }
     if (status == CM_OK) {
         status = cm_read_exact(fd, bytes, CM_PACKAGE_HEAD_BYTES, 0, "head", err);
-    }
-    if (status == CM_OK) {
-        status = cm_package_head_parse(bytes, CM_PACKAGE_HEAD_BYTES, head, err);
+        if (status == CM_OK) {
+            status = cm_package_head_parse(bytes, CM_PACKAGE_HEAD_BYTES, head, err);
+        }
+        status = status == CM_OK ? CM_OK : cm_error_wrap(err, "%.200s", arguments->input);
     }
     if (status == CM_OK) {
         json_t *described = head_describe(head, (uint64_t)facts.st_size);

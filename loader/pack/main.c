@@ -129,9 +129,8 @@ static void help(void)
         printf("  %-12s %s\n               %s\n", commands[i].name, commands[i].help,
                commands[i].example);
     }
-    printf(
-        "\ncasemate-pack COMMAND --help says more. Exit codes: 0 ok, 2 usage, 4 model or package "
-        "refused, 9 system.\n");
+    printf("\ncasemate-pack COMMAND --help says more. Exit codes: 0 ok, 2 usage, 4 model or "
+           "package, 5 policy, seal or a TPM that nobody vouches for, 9 system.\n");
 }
 
 /* Parse the words after the command. */
@@ -204,7 +203,8 @@ int main(int count, char **words)
         row++;
     }
     if (row == COMMAND_COUNT) {
-        fprintf(stderr, "casemate-pack: unknown command '%s'; see casemate-pack --help\n",
+        fprintf(stderr,
+                "casemate-pack: CM-PACK-USAGE: unknown command '%s'; see casemate-pack --help\n",
                 words[1]);
         return cm_status_exit_code(CM_E_USAGE);
     }
@@ -219,7 +219,9 @@ int main(int count, char **words)
         status = commands[row].run(&arguments, &err);
     }
     if (status != CM_OK) {
-        fprintf(stderr, "casemate-pack: %s (%s)\n", err.text, err.id);
+        bool hint = strcmp(err.id, "CM-PACK-USAGE") == 0;
+        fprintf(stderr, "casemate-pack: %s: %s%s%s%s\n", err.id, err.text,
+                hint ? "; see casemate-pack " : "", hint ? words[1] : "", hint ? " --help" : "");
     }
     return cm_status_exit_code(status);
 }
