@@ -2,7 +2,9 @@
 rules says it too."""
 import json
 import random
+import re
 import string
+import subprocess
 import sys
 import time
 
@@ -11,7 +13,9 @@ import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS / "guard"))
 import node as nodes  # noqa: E402
+import tokens  # noqa: E402
 
 MODEL = "smollm2-135m-instruct"
 
@@ -107,3 +111,12 @@ def test_own_rules_refuse_and_other_rules_are_another_state(build, folder, smoll
     node.start(wait=False)
     assert node.service.wait(30) == 3, node.tail()
     assert "CM-RULES-PATTERN" in node.tail()
+
+
+def test_samples_cut_at_the_borders_of_real_tokens(build, smollm_gguf):
+    # 50 segmentations of each text; `./run guard` tries 1,000.
+    done = subprocess.run([build / "harness" / "guard", "tokens", "50", "7"], input=tokens.lines(smollm_gguf),
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs, texts = (int(n) for n in re.search(r"tokens: (\d+) runs over (\d+) texts", done.stdout).groups())
+    assert texts > 500 and runs == 50 * texts

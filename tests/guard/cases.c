@@ -5,7 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define OUT_MAX (4 * REFERENCE_TEXT_MAX)
+#define OUT_MAX        (4 * REFERENCE_TEXT_MAX)
+#define EXHAUSTIVE_MAX 16 /* bytes of a text of which every split is tried */
 
 struct set { /* rules, compiled both ways */
     struct cm_rules rules;
@@ -261,26 +262,35 @@ static bool set_hand_made(struct set *set, size_t index)
 
 /* ------------------------------------------------------------------ exhaustive */
 
+/* Bit i of `borders`: a piece ends behind byte i. */
+static uint32_t pieces_by_borders(uint32_t borders, size_t size, uint32_t *ret_pieces)
+{
+    uint32_t count = 0;
+    for (uint32_t i = 0, from = 0; i < size; i++) {
+        if ((borders >> i & 1) != 0 || i + 1 == size) {
+            ret_pieces[count++] = i + 1 - from;
+            from = i + 1;
+        }
+    }
+    return count;
+}
+
 static bool text_exhaust(struct cases *cases, const struct set *set, const uint8_t *text,
                          size_t size)
 {
     static const uint8_t stop[] = "ab";
-    static const uint32_t ones[REFERENCE_TEXT_MAX] = {[0 ... REFERENCE_TEXT_MAX - 1] = 1};
     static struct reference_result wanted;
+    uint32_t pieces[EXHAUSTIVE_MAX];
     for (int end = 0; end < 3; end++) {
-        struct way way = {.name = "byte by byte",
-                          .pieces = ones,
-                          .piece_count = REFERENCE_TEXT_MAX,
+        struct way way = {.name = "every split",
+                          .pieces = pieces,
                           .cut = end > 0,
                           .unseen = end == 2 ? stop : NULL,
                           .unseen_size = end == 2 ? 2 : 0};
         reference_run(set->reference, text, size, way.cut, way.unseen, way.unseen_size, &wanted);
         cases->redacted += wanted.bytes != size;
-        if (!run(cases, set, &way, text, size, &wanted)) {
-            return false;
-        }
-        for (uint32_t split = 0; split < size; split++) { /* 0: in one piece */
-            way = (struct way){"two pieces", &split, 1, way.cut, way.unseen, way.unseen_size};
+        for (uint32_t borders = 0; borders < 1u << (size > 0 ? size - 1 : 0); borders++) {
+            way.piece_count = pieces_by_borders(borders, size, pieces);
             if (!run(cases, set, &way, text, size, &wanted)) {
                 return false;
             }
@@ -304,7 +314,7 @@ bool cases_exhaustive(struct cases *cases, uint32_t length)
                 count *= 3;
             }
             for (uint32_t number = 0; good && number < count; number++) {
-                uint8_t text[16];
+                uint8_t text[EXHAUSTIVE_MAX];
                 uint32_t rest = number;
                 for (uint32_t i = 0; i < size; i++, rest /= 3) {
                     text[i] = (uint8_t)('a' + rest % 3);
@@ -479,17 +489,26 @@ static void rules_of_replies(struct cm_rules *rules)
     }
 }
 
+static bool set_built_in(struct cases *cases, struct set *set)
+{
+    struct cm_error err = {.status = CM_OK};
+    memset(set, 0, sizeof(*set));
+    bool read = cm_rules_built_in(&set->rules, &err) == CM_OK;
+    rules_of_replies(&set->rules);
+    if (!read || !set_close_up(set)) {
+        snprintf(cases->failure, sizeof(cases->failure), "built-in rules: %s", err.text);
+        return false;
+    }
+    return true;
+}
+
 bool cases_random(struct cases *cases, uint64_t runs, uint64_t seed)
 {
     static uint8_t text[REFERENCE_TEXT_MAX];
-    struct set built_in = {.pack = NULL};
-    struct cm_error err;
+    struct set built_in;
     bool good = true;
     cases->random = seed * 2 + 1;
-    bool read = cm_rules_built_in(&built_in.rules, &err) == CM_OK;
-    rules_of_replies(&built_in.rules);
-    if (!read || !set_close_up(&built_in)) {
-        snprintf(cases->failure, sizeof(cases->failure), "built-in rules: %s", err.text);
+    if (!set_built_in(cases, &built_in)) {
         return false;
     }
     while (good && cases->runs < runs) {
@@ -502,6 +521,167 @@ bool cases_random(struct cases *cases, uint64_t runs, uint64_t seed)
         for (int i = 0; good && i < 2 && cases->runs < runs; i++) {
             size_t size = text_of_samples(cases, &built_in.rules, text, 700);
             good = text_try(cases, &built_in, text, size);
+        }
+    }
+    set_free(&built_in);
+    return good;
+}
+
+/* ------------------------------------------------------------------ tokens */
+
+static int token_order(const void *a, const void *b)
+{
+    const struct cases_token *x = a, *y = b;
+    int order = memcmp(x->bytes, y->bytes, x->size < y->size ? x->size : y->size);
+    return order != 0 ? order : (int)x->size - (int)y->size;
+}
+
+bool cases_vocabulary_read(struct cases_vocabulary *vocabulary, FILE *from)
+{
+    static char line[1 << 14];
+    uint32_t room = 0;
+    memset(vocabulary, 0, sizeof(*vocabulary));
+    while (fgets(line, sizeof(line), from) != NULL) {
+        size_t digits = strspn(line, "0123456789abcdef");
+        struct cases_token token = {.size = (uint8_t)(digits / 2)};
+        if (digits == 0 || digits % 2 != 0 || line[digits] != '\n') {
+            return false;
+        }
+        if (digits / 2 > CASES_TOKEN_BYTES) {
+            continue; /* no sample needs one: they are runs of blanks and of dashes */
+        }
+        for (size_t i = 0; i < digits / 2; i++) {
+            unsigned byte;
+            sscanf(line + 2 * i, "%2x", &byte);
+            token.bytes[i] = (uint8_t)byte;
+        }
+        if (vocabulary->count == room) {
+            room = room * 2 + 1024;
+            vocabulary->tokens = realloc(vocabulary->tokens, room * sizeof(token));
+        }
+        vocabulary->tokens[vocabulary->count++] = token;
+    }
+    qsort(vocabulary->tokens, vocabulary->count, sizeof(struct cases_token), token_order);
+    return vocabulary->count > 0;
+}
+
+/* Which tokens could come next, at each byte of a text: bit n - 1, one of n bytes. */
+static void tokens_find(const struct cases_vocabulary *vocabulary, const uint8_t *text, size_t size,
+                        uint64_t *ret_lengths)
+{
+    for (size_t at = 0; at < size; at++) {
+        struct cases_token token = {.size = 0};
+        ret_lengths[at] = 0;
+        while (token.size < CASES_TOKEN_BYTES && at + token.size < size) {
+            token.bytes[token.size] = text[at + token.size];
+            token.size++;
+            if (bsearch(&token, vocabulary->tokens, vocabulary->count, sizeof(token),
+                        token_order) != NULL) {
+                ret_lengths[at] |= 1ull << (token.size - 1);
+            }
+        }
+    }
+}
+
+/* One of the ways in which tokens may say the text. `draws` more: longer tokens. 0: there is none.
+ */
+static uint32_t pieces_of_tokens(struct cases *cases, const uint64_t *lengths, size_t size,
+                                 uint32_t draws, uint32_t *ret_pieces)
+{
+    uint32_t count = 0;
+    for (size_t at = 0; at < size; at += ret_pieces[count++]) {
+        uint32_t length = 0;
+        if (lengths[at] == 0) {
+            return 0;
+        }
+        for (uint32_t i = 0; i <= draws; i++) {
+            uint64_t bits = lengths[at];
+            for (uint32_t skip = below(cases, (uint32_t)__builtin_popcountll(bits)); skip > 0;
+                 skip--) {
+                bits &= bits - 1;
+            }
+            uint32_t drawn = (uint32_t)__builtin_ctzll(bits) + 1;
+            length = drawn > length ? drawn : length;
+        }
+        ret_pieces[count] = length;
+    }
+    return count;
+}
+
+static bool tokens_try(struct cases *cases, const struct set *set,
+                       const struct cases_vocabulary *vocabulary, const uint8_t *text, size_t size,
+                       struct way way, uint32_t segmentations)
+{
+    static uint64_t lengths[REFERENCE_TEXT_MAX];
+    static uint32_t pieces[REFERENCE_TEXT_MAX];
+    static struct reference_result wanted;
+    reference_run(set->reference, text, size, way.cut, way.unseen, way.unseen_size, &wanted);
+    if (!way.cut && wanted.verdict_count == 0) {
+        return fail(cases, set, &way, text, size, &wanted, NULL, 0, "nothing found in a sample");
+    }
+    cases->redacted += wanted.bytes != size;
+    cases->cut += way.cut;
+    cases->texts++;
+    tokens_find(vocabulary, text, size, lengths);
+    way.pieces = pieces;
+    for (uint32_t i = 0; i < segmentations; i++) {
+        way.piece_count = pieces_of_tokens(cases, lengths, size, i % 4, pieces);
+        if (way.piece_count == 0 && size > 0) {
+            return fail(cases, set, &way, text, size, &wanted, NULL, 0, "no tokens say this");
+        }
+        if (!run(cases, set, &way, text, size, &wanted)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* A sample between two texts: whole, and cut twice anywhere with what follows known or not. */
+static bool sample_try(struct cases *cases, const struct set *set,
+                       const struct cases_vocabulary *vocabulary, const char *const frame[static 2],
+                       const struct cm_rules_text *sample, uint32_t segmentations)
+{
+    uint8_t text[REFERENCE_TEXT_MAX];
+    size_t before = strlen(frame[0]), after = strlen(frame[1]);
+    size_t size = before + sample->size + after;
+    if (size > sizeof(text)) {
+        snprintf(cases->failure, sizeof(cases->failure), "a sample of %zu bytes", sample->size);
+        return false;
+    }
+    memcpy(text, frame[0], before);
+    memcpy(text + before, sample->bytes, sample->size);
+    memcpy(text + before + sample->size, frame[1], after);
+    struct way way = {.name = "tokens"};
+    bool good = tokens_try(cases, set, vocabulary, text, size, way, segmentations);
+    for (int turn = 0; good && turn < 2; turn++) {
+        size_t end = before + below(cases, (uint32_t)(size - before) + 1);
+        way.cut = true;
+        way.unseen = text + end;
+        way.unseen_size = turn == 0 ? 0 : size - end < 12 ? size - end : 12;
+        good = tokens_try(cases, set, vocabulary, text, end, way, segmentations);
+    }
+    return good;
+}
+
+bool cases_tokens(struct cases *cases, const struct cases_vocabulary *vocabulary,
+                  uint32_t segmentations, uint64_t seed)
+{
+    static const char *const frames[][2] = {
+        {"Sure! Here is what you asked for: ", " and nothing else.\n"},
+        {"```\nkey = ", "\n```\nKeep it safe"},
+        {"caf\xc3\xa9 \xe2\x80\x94 ", " \xf0\x9f\x94\x91\n\n"},
+    };
+    struct set built_in;
+    bool good = true;
+    cases->random = seed * 2 + 1;
+    if (!set_built_in(cases, &built_in)) {
+        return false;
+    }
+    for (uint32_t i = 0; good && i < 3 * built_in.rules.count; i++) {
+        const struct cm_rule *rule = &built_in.rules.rules[i / 3];
+        for (uint32_t k = 0; good && k < rule->positive_count; k++) {
+            good = sample_try(cases, &built_in, vocabulary, frames[i % 3], &rule->positive[k],
+                              segmentations);
         }
     }
     set_free(&built_in);

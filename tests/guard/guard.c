@@ -1,5 +1,6 @@
-/* The guard without roles: `guard exhaustive [LENGTH]`, `guard random [RUNS [SEED]]`, both against
- * the reference; exit 0: all equal; 1: the first difference is shown. `guard classify FILE...`: how
+/* The guard without roles: `guard exhaustive [LENGTH]`, `guard random [RUNS [SEED]]`,
+ * `guard tokens [SEGMENTATIONS [SEED]]` with a vocabulary on stdin, all against the reference; exit
+ * 0: all equal; 1: the first difference is shown. `guard classify FILE...`: how
  * fast each file is read as a prompt, and what is found in it. `guard bench FILE...`: how fast the
  * files are filtered as replies, by the number of rules. `guard messages`: each line of stdin is a
  * message in hexadecimal; the line of stdout says "passes" or "refused", then rule:start:end of all
@@ -14,10 +15,10 @@
 #include "tests/guard/bench.h"
 #include "tests/guard/cases.h"
 
-static double seconds(void)
+static double seconds(clockid_t clock)
 {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(clock, &now);
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
@@ -29,11 +30,11 @@ static int report(const struct cases *cases, bool good, double started)
         (unsigned long long)cases->runs, (unsigned long long)cases->texts,
         (unsigned long long)cases->redacted, (unsigned long long)cases->refused,
         (unsigned long long)cases->cut, (unsigned long long)cases->refused_rules,
-        seconds() - started, good ? "" : "\nDIFFERS: ", cases->failure);
+        seconds(CLOCK_MONOTONIC) - started, good ? "" : "\nDIFFERS: ", cases->failure);
     return good ? 0 : 1;
 }
 
-/* A file as one message, over and over for a second. */
+/* A file as one message, over and over for a second of this thread's own time. */
 static bool classify_file(struct cm_classifier *classifier, const struct cm_guard_pack *pack,
                           const char *path)
 {
@@ -41,7 +42,7 @@ static bool classify_file(struct cm_classifier *classifier, const struct cm_guar
     static struct cm_findings findings;
     FILE *file = fopen(path, "re");
     size_t size = file != NULL ? fread(text, 1, sizeof(text), file) : 0;
-    double started = seconds(), taken = 0;
+    double started = seconds(CLOCK_PROCESS_CPUTIME_ID), taken = 0;
     uint32_t rounds = 0;
     if (file == NULL) {
         perror(path);
@@ -50,7 +51,7 @@ static bool classify_file(struct cm_classifier *classifier, const struct cm_guar
     fclose(file);
     for (; taken < 1; rounds++) {
         cm_classify(classifier, pack, text, size, &findings);
-        taken = seconds() - started;
+        taken = seconds(CLOCK_PROCESS_CPUTIME_ID) - started;
     }
     printf("%s: %zu bytes, %.1f MB/s, %.1f us each, %u found%s\n", path, size,
            (double)size * rounds / taken / 1e6, taken / rounds * 1e6,
@@ -115,7 +116,7 @@ static int classify(int count, char **paths)
 int main(int argc, char **argv)
 {
     static struct cases cases;
-    double started = seconds();
+    double started = seconds(CLOCK_MONOTONIC);
     const char *command = argc > 1 ? argv[1] : "";
     if (strcmp(command, "exhaustive") == 0) {
         bool good = cases_exhaustive(&cases, argc > 2 ? (uint32_t)atoi(argv[2]) : 8);
@@ -127,13 +128,24 @@ int main(int argc, char **argv)
         bool good = cases_random(&cases, runs, seed);
         return report(&cases, good, started);
     }
+    if (strcmp(command, "tokens") == 0) {
+        struct cases_vocabulary vocabulary;
+        uint32_t segmentations = argc > 2 ? (uint32_t)atoi(argv[2]) : 1000;
+        bool read = cases_vocabulary_read(&vocabulary, stdin);
+        bool good = read && cases_tokens(&cases, &vocabulary, segmentations,
+                                         argc > 3 ? strtoull(argv[3], NULL, 10) : 1);
+        printf("%u tokens: ", vocabulary.count);
+        free(vocabulary.tokens);
+        return report(&cases, good, started);
+    }
     if (strcmp(command, "classify") == 0 || strcmp(command, "messages") == 0) {
         return classify(argc - 2, argv + 2);
     }
     if (strcmp(command, "bench") == 0) {
         return bench_run(argc - 2, argv + 2) ? 0 : 1;
     }
-    fprintf(stderr, "usage: guard exhaustive [LENGTH] | random [RUNS [SEED]] | classify FILE... | "
-                    "bench FILE... | messages\n");
+    fprintf(stderr,
+            "usage: guard exhaustive [LENGTH] | random [RUNS [SEED]] | tokens | classify FILE... | "
+            "bench FILE... | messages\n");
     return 2;
 }
