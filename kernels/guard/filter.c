@@ -406,40 +406,11 @@ static bool end_here(struct cm_guard_state *state, bool whole)
     return whole;
 }
 
-/* Of a prompt: bytes on which no candidate lives and none begins, as byte_take. They are most. */
-static size_t quiet_take(const struct cm_guard_pack *pack, struct cm_guard_state *state,
-                         const uint8_t *bytes, size_t size)
-{
-    const struct cm_guard_machine *machine = &pack->machines[state->stage];
-    const uint16_t *nexts = machine->next;
-    const uint32_t *hits = machine->hit_first;
-    uint32_t node = state->node, columns = machine->columns;
-    uint64_t count = state->count;
-    size_t at = 0;
-    for (; state->candidate_count == 0 && at < size; at++) {
-        uint8_t byte = bytes[at];
-        uint32_t next = nexts[node * columns + machine->column[byte]];
-        if (hits[next] != hits[next + 1] ||
-            machine->start_first[byte] != machine->start_first[byte + 1]) {
-            break;
-        }
-        state->ring[(count + at) & MASK] = byte;
-        node = next;
-    }
-    state->node = node;
-    state->count = count + at;
-    return at;
-}
-
 static bool slice_take(const struct cm_guard_pack *pack, struct cm_guard_state *state,
                        const uint8_t *bytes, size_t size, uint8_t *ret_out, uint32_t *ret_used)
 {
     bool open = true;
     for (size_t i = 0; i < size && open; i++) {
-        i += state->stage != OUTPUT ? quiet_take(pack, state, bytes + i, size - i) : 0;
-        if (i == size) {
-            break;
-        }
         byte_take(pack, state, bytes[i]);
         /* Stop at the very byte that decides, so that verdicts too depend on the bytes alone. */
         open = state->refused == NOWHERE || state->stage != OUTPUT ||
