@@ -250,8 +250,10 @@ static enum cm_status file_read(struct cm_configuration *configuration, const ch
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-OPEN",
-                            "cannot open the configuration %s (%s); `casemate init` writes one",
-                            path, strerrordesc_np(errno));
+                            "cannot open the configuration %s (%s); %s", path,
+                            strerrordesc_np(errno),
+                            errno == EACCES ? "be the user that the service runs as, or root"
+                                            : "`casemate init` writes one");
     }
     text = malloc(CM_CONFIG_FILE_BYTES + 1);
     CM_ASSERT(text != NULL);

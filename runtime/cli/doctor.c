@@ -23,8 +23,8 @@
 #ifndef PR_GET_MDWE
 #define PR_GET_MDWE 66
 #endif
-#define CAP_IPC_LOCK_BIT 14
-#define TEXT_BYTES       65536
+#define CAP_SYS_RESOURCE_BIT 24
+#define TEXT_BYTES           65536
 
 enum level { LEVEL_PASS, LEVEL_WARN, LEVEL_FAIL };
 
@@ -123,11 +123,12 @@ static bool swap_on(struct host *host)
     return end != NULL && end[1] != '\0';
 }
 
-/* Bytes that may be locked; UINT64_MAX: as much as one likes. */
+/* Bytes that a worker may lock; UINT64_MAX: as much as it likes. It has no capability any more when
+ * it locks, so the limit decides, which its start raises where it may. */
 static uint64_t lockable_bytes(struct host *host)
 {
     const char *at = host_read(host, "/proc/self/status") ? strstr(host->text, "CapEff:") : NULL;
-    if (at != NULL && (strtoull(at + 7, NULL, 16) >> CAP_IPC_LOCK_BIT & 1) == 1) {
+    if (at != NULL && (strtoull(at + 7, NULL, 16) >> CAP_SYS_RESOURCE_BIT & 1) == 1) {
         return UINT64_MAX;
     }
     at = host_read(host, "/proc/self/limits") ? strstr(host->text, "Max locked memory") : NULL;

@@ -54,6 +54,8 @@ BAD = [
     ("swap", {"proc/swaps": SWAP}, "warn", "swapoff"),
     ("swap", {"proc/swaps": SWAP} | LITTLE, "fail", "reach the disk"),
     ("memlock", LITTLE, "warn", "8192 KiB"),
+    # CAP_IPC_LOCK alone is no help: the worker has lost it when it locks
+    ("memlock", {**LITTLE, "proc/self/status": "CapEff:\t0000000000004000\n"}, "warn", "8192 KiB"),
     ("page_merging", {"sys/kernel/mm/ksm/run": "1\n"}, "warn", "ksm"),
     ("huge_pages", {"sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n"}, "warn", "madvise"),
     ("huge_pages", {"sys/kernel/mm/transparent_hugepage/enabled": None}, "warn", "madvise"),
