@@ -1,4 +1,4 @@
-"""Each claim of the threat model names tests, and these exist."""
+"""Each claim of the threat model and of the front page names tests or pages, and these exist."""
 import pathlib
 import re
 
@@ -31,6 +31,17 @@ def test_each_claim_is_shown_by_tests_that_exist(repo):
     assert [row[:2] for row in claims if unlinked(row)] == []
     names = TEST.findall(text)
     assert len(names) > 60 and [name for name in names if missing(name, repo / "tests")] == []
+
+
+def test_each_promise_of_the_front_page_is_shown(repo):
+    promises = [row for row in rows((repo / "README.md").read_text()) if not row[0].startswith("---")]
+    assert len(promises) > 10
+    for promise, shown in promises:
+        names = re.findall(r"\b(test_\w+\.py|\w+_test)\b", shown)
+        pages = re.findall(r"\]\(([^)]+)\)", shown)
+        assert names or pages or "./run" in shown, promise
+        assert [name for name in names if missing(name, repo / "tests")] == [], promise
+        assert [page for page in pages if not (repo / page).exists()] == [], promise
 
 
 def test_a_planted_fault_is_found(repo):
