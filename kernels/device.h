@@ -125,6 +125,9 @@ struct cm_prompt_verdicts {
 void cm_device_classify(struct cm_device *device, uint32_t part, const uint8_t *text, size_t bytes,
                         struct cm_prompt_verdicts *verdicts);
 
+/* What a span of a rule may reach back over. */
+#define CM_SLOT_BEFORE_MAX 648u
+
 struct cm_slot_params {
     struct cm_sampling sampling;
     uint32_t max_tokens; /* >= 1: finish LENGTH when reached */
@@ -133,6 +136,8 @@ struct cm_slot_params {
     uint32_t stop_count; /* <= CM_STOPS_MAX */
     const uint8_t *stops[CM_STOPS_MAX];
     uint32_t stop_bytes[CM_STOPS_MAX]; /* 1 .. CM_STOP_BYTES_MAX */
+    const uint8_t *before;             /* end of a text that the reply goes on from as it stands */
+    uint32_t before_bytes;             /* <= CM_SLOT_BEFORE_MAX; 0: the reply stands alone */
 };
 
 /* Take a free slot. BUSY: none. Prompt tokens count for the repetition penalty as they are stepped.

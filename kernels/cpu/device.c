@@ -532,7 +532,11 @@ enum cm_status cm_device_slot_open(struct cm_device *device, const struct cm_slo
     slot->max_tokens = params->max_tokens;
     slot->min_tokens = params->min_tokens;
     slot->ignore_eos = params->ignore_eos;
+    _Static_assert(CM_SLOT_BEFORE_MAX == CM_GUARD_HELD_MAX, "all that a span may reach back over");
     cm_guard_begin(&slot->guard, CM_GUARD_OUTPUT);
+    if (device->guard != NULL && params->before_bytes > 0) {
+        cm_guard_follow(device->guard, &slot->guard, params->before, params->before_bytes);
+    }
     slot->stop_count = params->stop_count;
     for (uint32_t i = 0; i < params->stop_count; i++) {
         slot->stop_bytes[i] = params->stop_bytes[i];

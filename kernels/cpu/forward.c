@@ -412,8 +412,8 @@ static void verdicts_take(struct cm_guard_state *guard, struct cm_step_result *r
     _Static_assert(CM_GUARD_VERDICTS_MAX <= CM_STEP_VERDICTS_MAX, "a step tells all of them");
     for (uint32_t i = 0; i < guard->verdict_count; i++) {
         const struct cm_guard_verdict *from = &guard->verdicts[i];
-        result->verdicts[i] = (struct cm_step_verdict){from->rule, from->action, from->start,
-                                                       from->end - from->start};
+        result->verdicts[i] = (struct cm_step_verdict){
+            from->rule, from->action, from->start - guard->base, from->end - from->start};
     }
     result->verdict_count = guard->verdict_count;
     result->verdicts_lost = guard->verdicts_lost;

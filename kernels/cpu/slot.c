@@ -95,10 +95,15 @@ static uint32_t text_move(const uint8_t *bytes, uint32_t size, bool last, uint8_
 }
 
 #define CHARACTER_REST 3u /* bytes of a character that is not whole yet */
-#define RAW_MAX        (CHARACTER_REST + CM_GUARD_OUT_BYTES(CM_SLOT_HELD_MAX + CM_GUARD_HELD_MAX))
+#define RAW_MAX                                                                                    \
+    (CHARACTER_REST + CM_GUARD_REPLACEMENT_MAX +                                                   \
+     CM_GUARD_OUT_BYTES(CM_SLOT_HELD_MAX + CM_GUARD_HELD_MAX))
 
-_Static_assert(3 * (CHARACTER_REST + CM_SLOT_HELD_MAX + CM_GUARD_HELD_MAX) <= CM_STEP_BYTES_MAX,
-               "all that is held fits into one release: three bytes for each at most");
+_Static_assert(CM_GUARD_REPLACEMENT_MAX +
+                       3 * (CHARACTER_REST + CM_SLOT_HELD_MAX + CM_GUARD_HELD_MAX) <=
+                   CM_STEP_BYTES_MAX,
+               "all that is held fits into one release: three bytes for each at most, and the "
+               "replacement of a span that began before the reply");
 
 /* What passed the stop strings, through the guard. False: a refuse rule ends the reply. */
 static bool guard_pass(const struct cm_guard_pack *guard, struct cm_slot *slot, uint32_t limit,

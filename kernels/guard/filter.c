@@ -136,11 +136,13 @@ static void refuse_from(struct cm_guard_state *state, uint64_t start)
     }
 }
 
-/* Forbid bytes from `from` on; the span begins at `start`. Of several rules that begin there, the
- * first in the pack gives the replacement. */
+/* Forbid bytes from `from` on; the span begins at `start`, or with the stream. Of several rules
+ * that begin there, the first in the pack gives the replacement. */
 static void span_mark(struct cm_guard_state *state, uint16_t rule, uint64_t start, uint64_t from,
                       uint64_t end)
 {
+    start = start > state->base ? start : state->base;
+    from = from > state->base ? from : state->base;
     if (from == start) {
         uint16_t *mark = &state->marks[start & MASK];
         uint16_t known = *mark & (uint16_t)~FORBIDDEN;
@@ -172,6 +174,11 @@ static bool span_valid(const struct cm_guard_state *state, const struct cm_guard
 /* A candidate for which there is no room could be anything: it ends the reply. */
 static void overflow(struct cm_guard_state *state, uint64_t start)
 {
+    if (state->base == NOWHERE) {
+        state->refused = 0; /* in what stands before: cm_guard_follow sees to it */
+        return;
+    }
+    start = start > state->base ? start : state->base;
     if (state->stage == OUTPUT) {
         span_mark(state, CM_GUARD_RULE_OVERFLOW - 1u, start, start, start + 1);
     }
@@ -192,14 +199,19 @@ static bool span_confirm(struct cm_guard_state *state, const struct cm_guard_rul
         !span_valid(state, rule, c->start, end)) {
         return !gate;
     }
+    if (end <= state->base) { /* as a whole in what stands before */
+        c->end = end;
+        return true;
+    }
+    uint64_t start = c->start > state->base ? c->start : state->base;
     if (state->stage == OUTPUT && rule->action != CM_VERDICT_REPORT) {
         span_mark(state, c->rule, c->start, c->end != 0 ? c->end : c->start, end);
         if (rule->action == CM_VERDICT_REFUSE) {
-            refuse_from(state, c->start);
+            refuse_from(state, start);
         }
     }
     c->end = end;
-    span_add(state, c->rule, rule->action, c->start, end);
+    span_add(state, c->rule, rule->action, start, end);
     return true;
 }
 
@@ -421,6 +433,21 @@ static bool slice_take(const struct cm_guard_pack *pack, struct cm_guard_state *
     }
     spans_say(state, state->count - pack->machines[state->stage].depth[state->node]);
     return open;
+}
+
+void cm_guard_follow(const struct cm_guard_pack *pack, struct cm_guard_state *state,
+                     const uint8_t *before, size_t size)
+{
+    CM_ASSERT(state->count == 0 && size <= CM_GUARD_HELD_MAX);
+    state->base = NOWHERE;
+    for (size_t i = 0; i < size; i++) {
+        byte_take(pack, state, before[i]);
+    }
+    state->base = state->released = state->marked = state->count;
+    if (state->refused != NOWHERE) { /* more began there than there was room for */
+        state->refused = NOWHERE;
+        overflow(state, state->base);
+    }
 }
 
 /* Only a pack that lies about its bounds holds more. */

@@ -110,6 +110,7 @@ struct cm_guard_state {
     uint64_t limit;    /* bytes from here on only decide about those before */
     uint64_t marked;   /* end of the last forbidden byte */
     uint64_t refused;  /* start of the first refuse span; UINT64_MAX: none */
+    uint64_t base;     /* bytes before it are not of this stream: cm_guard_follow */
     uint32_t node;
     uint8_t stage; /* of machines; input marks and releases nothing */
     uint8_t where; /* enum cm_guard_where bits; rules of other places rest */
@@ -133,6 +134,13 @@ enum cm_guard_end {
 #define CM_GUARD_OUT_BYTES(taken) (3u * (taken))
 
 void cm_guard_begin(struct cm_guard_state *state, enum cm_guard_class stage);
+/* Right after _begin: what the stream goes on from, at most CM_GUARD_HELD_MAX bytes. Nothing of it
+ * is released or said, but a span may begin in it: half of a key may stand at the end of a prompt.
+ * Such a span is forbidden from the stream's first byte on; its replacement may need
+ * CM_GUARD_REPLACEMENT_MAX bytes more than CM_GUARD_OUT_BYTES, once. Positions count it: less
+ * `base` they are of the stream. */
+void cm_guard_follow(const struct cm_guard_pack *pack, struct cm_guard_state *state,
+                     const uint8_t *before, size_t size);
 /* Take bytes; released ones are appended at ret_out + *ret_used, which must have room for
  * CM_GUARD_OUT_BYTES of all that is held and taken. False: a refuse rule has ended the reply.
  * Input: ret_out NULL, nothing is released and nothing ends. */

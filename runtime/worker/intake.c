@@ -76,6 +76,18 @@ static bool tokenise(const struct cm_intake *intake, const struct cm_wire_genera
     return parts[0].role == 0;
 }
 
+/* A text is gone on from as it stands: a key may begin in it and end in the reply. A chat's reply
+ * is a message of its own. */
+static void before_set(const struct cm_wire_generate *head, const struct cm_chat_part *part,
+                       struct cm_slot_params *slot)
+{
+    if (head->prompt_kind == CM_PROMPT_TEXT) {
+        size_t most = CM_SLOT_BEFORE_MAX;
+        slot->before_bytes = (uint32_t)(part->bytes < most ? part->bytes : most);
+        slot->before = part->text + part->bytes - slot->before_bytes;
+    }
+}
+
 enum cm_refusal cm_intake_parse(const struct cm_intake *intake, const uint8_t *payload, size_t size,
                                 struct cm_scheduler_request *ret_request,
                                 struct cm_token_list *list, struct cm_prompt_verdicts *ret_verdicts)
@@ -99,6 +111,7 @@ enum cm_refusal cm_intake_parse(const struct cm_intake *intake, const uint8_t *p
     request.slot.sampling = head.sampling;
     request.slot.min_tokens = head.min_tokens;
     request.slot.ignore_eos = head.ignore_eos != 0;
+    before_set(&head, &parts[0], &request.slot);
     if (!tokenise(intake, &head, parts, list)) {
         return CM_REFUSAL_INPUT;
     }

@@ -20,7 +20,8 @@ struct request {
     bool has_slot;
     struct cm_slot_params params;
     uint8_t stops[CM_STOPS_MAX][CM_STOP_BYTES_MAX];
-    uint32_t *tokens; /* [context_max] prompt, then reply */
+    uint8_t before[CM_SLOT_BEFORE_MAX]; /* of a prompt that the reply goes on from */
+    uint32_t *tokens;                   /* [context_max] prompt, then reply */
     uint32_t prompt_count, count;
     uint32_t computed; /* tokens whose KV is there */
     uint32_t counted;  /* tokens that the device had before a preemption: stepped or drawn */
@@ -223,6 +224,11 @@ void cm_scheduler_submit(struct cm_scheduler *s, const struct cm_scheduler_reque
     for (uint32_t i = 0; i < r->params.stop_count; i++) {
         memcpy(r->stops[i], request->slot.stops[i], request->slot.stop_bytes[i]);
         r->params.stops[i] = r->stops[i];
+    }
+    CM_ASSERT(r->params.before_bytes <= sizeof(r->before));
+    if (r->params.before_bytes > 0) {
+        memcpy(r->before, request->slot.before, r->params.before_bytes);
+        r->params.before = r->before;
     }
     r->prompt_count = r->count = prompt_tokens;
     r->arrived_us = now_us();

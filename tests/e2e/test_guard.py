@@ -84,6 +84,15 @@ def test_a_reply_that_is_cut_in_a_secret_keeps_its_beginning_back(guarded):
     assert len(seen) <= 4, seen
 
 
+def test_a_secret_whose_beginning_stands_in_the_prompt_does_not_leave(guarded):
+    """A text is gone on from as it stands: who knows how keys begin must not get the rest."""
+    secret = access_key()
+    for known in (4, 8, 12):
+        reply = ask(guarded, prompt_of(secret) + secret[:known]).choices[0]
+        assert secret[known:known + 6] not in reply.text, f"{known} known: {reply.text}"
+        assert "[key removed]" in reply.text, "control: the model went on with the key"
+
+
 def test_the_rules_are_measured(build, guarded):
     events = json.loads(guarded.run("casemate", "measure", "--state", guarded.state, "--json").stdout)
     rules = [e for e in events["events"] if e["type"] == "rules"]

@@ -204,3 +204,117 @@ Test(guard_filter, a_span_shorter_than_its_rule_says_ends_the_reply)
     cm_guard_pack_free(pack);
     free(bytes);
 }
+
+/* ------------------------------------------------------------------ a text that is gone on from */
+
+/* What of text[from, size) may leave, by the spans that the reference finds in the whole text. */
+static void wanted_after(const struct reference_result *whole, const char *text, size_t from,
+                         char *ret)
+{
+    bool inside = false;
+    for (size_t at = from; text[at] != '\0'; at++) {
+        bool forbidden = false;
+        for (uint32_t i = 0; i < whole->verdict_count; i++) {
+            forbidden =
+                forbidden || (whole->verdicts[i].start <= at && at < whole->verdicts[i].end);
+        }
+        if (!forbidden || !inside) {
+            *ret++ = forbidden ? '#' : text[at];
+        }
+        inside = forbidden;
+    }
+    *ret = '\0';
+}
+
+/* All texts of up to seven bytes, cut anywhere into what stands before and the reply. */
+Test(guard_filter, a_span_may_begin_in_what_stands_before)
+{
+    static const char yaml[] = "rules:\n" RULE("one", "k[ab]{2,}", REDACT)
+        RULE("two", "(?<!a)bb(?!k)", REDACT) RULE("three", "ab{2}k", REDACT);
+    static struct reference_result whole;
+    struct cm_rules rules = {0};
+    struct cm_guard_pack *pack = pack_of(yaml);
+    uint8_t *bytes;
+    size_t size;
+    bool built_in;
+    uint32_t reaching = 0;
+    cr_assert_eq(
+        cm_rules_read(&rules, "test", (const uint8_t *)yaml, strlen(yaml), &built_in, &err), CM_OK);
+    cr_assert_eq(cm_rules_compile(&rules, &bytes, &size, &err), CM_OK);
+    struct reference *reference = reference_new(&rules);
+    for (uint32_t number = 0; number < 2187; number++) {
+        char text[8] = "", wanted[16];
+        uint32_t rest = number;
+        for (int i = 0; i < 7; i++, rest /= 3) {
+            text[i] = "abk"[rest % 3];
+        }
+        reference_run(reference, (const uint8_t *)text, 7, false, NULL, 0, &whole);
+        for (size_t from = 0; from <= 7; from++) {
+            wanted_after(&whole, text, from, wanted);
+            for (int follow = 1; follow >= 0; follow--) {
+                cm_guard_begin(&state, CM_GUARD_OUTPUT);
+                if (follow) {
+                    cm_guard_follow(pack, &state, (const uint8_t *)text, from);
+                }
+                used = 0;
+                for (size_t at = from; at < 7; at++) {
+                    cr_assert(feed(pack, (char[]){text[at], '\0'}));
+                }
+                cr_assert(cm_guard_finish(pack, &state, CM_GUARD_TEXT_END, NULL, 0, out, &used));
+                out[used] = '\0';
+                if (follow) {
+                    cr_assert_str_eq((char *)out, wanted, "%s from %zu", text, from);
+                }
+            }
+            reaching += strcmp((char *)out, wanted) != 0;
+        }
+    }
+    cr_assert_gt(reaching, 1000, "control: without what stands before, other bytes leave");
+    reference_free(reference);
+    cm_guard_pack_free(pack);
+    cm_rules_free(&rules);
+    free(bytes);
+}
+
+/* A refuse rule, a validator, a cut, and more beginnings than there is room for. */
+Test(guard_filter, what_stands_before_refuses_holds_and_overflows)
+{
+    static const struct {
+        const char *before, *text, *wanted;
+        bool cut, open;
+    } rows[] = {
+        {"a bo", "mb x", "", false, false},
+        {"a bomb", " x", " x", false, true},
+        {"4111 1111 1111 1", "111 x", "# x", false, true},
+        {"4111 1111 1111 1", "112 x", "112 x", false, true},
+        {"k-12", "3", "", true, true},
+        {"k-12", "3", "3", false, true},
+        {"k-1234", "56 x", "# x", false, true},
+        {"k-1234", " x", " x", true, true},
+    };
+    struct cm_guard_pack *pack =
+        pack_of("rules:\n" RULE("bomb", "bomb", REFUSE) RULE("key", "k-[0-9]{4,}", REDACT)
+                    RULE("card", "4[0-9]{3}( [0-9]{4}){3}", "    validator: luhn\n" REDACT));
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        cm_guard_begin(&state, CM_GUARD_OUTPUT);
+        cm_guard_follow(pack, &state, (const uint8_t *)rows[i].before, strlen(rows[i].before));
+        used = 0;
+        bool open = feed(pack, rows[i].text) &&
+                    cm_guard_finish(pack, &state, rows[i].cut ? CM_GUARD_CUT : CM_GUARD_TEXT_END,
+                                    NULL, 0, out, &used);
+        out[used] = '\0';
+        cr_expect_str_eq((char *)out, rows[i].wanted, "row %zu: %s", i, out);
+        cr_expect_eq(open, rows[i].open, "row %zu", i);
+    }
+    cm_guard_pack_free(pack);
+    pack =
+        pack_of("rules:\n" RULE("digits", "[0-9a]{80}(?![0-9])", "    validator: luhn\n" REDACT));
+    char before[CM_GUARD_HELD_MAX];
+    memset(before, '1', sizeof(before));
+    cm_guard_begin(&state, CM_GUARD_OUTPUT);
+    cm_guard_follow(pack, &state, (const uint8_t *)before, sizeof(before));
+    used = 0;
+    cr_assert(!feed(pack, "x y") && used == 0);
+    cr_assert_eq(state.verdicts[0].rule, CM_GUARD_RULE_OVERFLOW);
+    cm_guard_pack_free(pack);
+}
