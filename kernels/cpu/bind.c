@@ -200,7 +200,7 @@ static enum cm_status tokens_bind(struct cm_device *device, const struct cm_mode
     return CM_OK;
 }
 
-/* Cosines and sines in binary64, rounded once; each thread takes its share of the positions. */
+/* Cosines and sines in binary64, rounded once. */
 struct rope_table {
     const struct cm_device *device;
     double base, scale;
@@ -211,18 +211,20 @@ static void rope_fill(void *context, struct cm_worker *worker)
 {
     const struct rope_table *table = context;
     const struct cm_device *device = table->device;
-    const uint32_t thread = worker->index, threads = cm_pool_threads(worker->pool);
     const struct cm_model *m = &device->model;
     const uint32_t half = m->rope_width / 2;
-    const uint64_t positions = device->limits.context_max;
-    for (uint32_t i = 0; i < half; i++) {
-        const double turn = table->scale * pow(table->base, -2.0 * i / m->rope_width);
-        for (uint64_t t = positions * thread / threads; t < positions * (thread + 1) / threads;
-             t++) {
-            table->cosine[t * half + i] = (float)cos((double)t * turn);
-            table->sine[t * half + i] = (float)sin((double)t * turn);
+    uint32_t first, last;
+    cm_pool_phase(worker, device->limits.context_max);
+    while (cm_pool_take(worker, &first, &last)) {
+        for (uint32_t i = 0; i < half; i++) {
+            const double turn = table->scale * pow(table->base, -2.0 * i / m->rope_width);
+            for (size_t t = first; t < last; t++) {
+                table->cosine[t * half + i] = (float)cos((double)t * turn);
+                table->sine[t * half + i] = (float)sin((double)t * turn);
+            }
         }
     }
+    cm_pool_barrier(worker);
 }
 
 /* Windows and RoPE tables of all layers. */

@@ -179,14 +179,16 @@ typedef void (*cm_pool_program)(void *context, struct cm_worker *worker);
 CM_MUST_USE enum cm_status cm_pool_new(uint32_t threads, struct cm_pool **ret_pool,
                                        struct cm_error *err);
 void cm_pool_free(struct cm_pool *pool);
-/* Every thread (the caller is number 0) runs the program once; returns when all have. */
+/* The caller (number 0) and the other threads run the program once; returns when all have. A thread
+ * that keeps coming late is left out for a while, so work is shared by phase and take alone, never
+ * by a count of threads. */
 void cm_pool_run(struct cm_pool *pool, cm_pool_program program, void *context);
 /* In a program. All threads come through the same phases: phase(count), take until false, barrier.
  * Each unit 0 .. count-1 is taken once. The barrier is needed even after the last phase. */
 void cm_pool_phase(struct cm_worker *worker, uint32_t count);
 bool cm_pool_take(struct cm_worker *worker, uint32_t *ret_first, uint32_t *ret_last);
 void cm_pool_barrier(struct cm_worker *worker);
-uint32_t cm_pool_threads(const struct cm_pool *pool);
+uint32_t cm_pool_threads(const struct cm_pool *pool); /* the most that a program gets */
 /* From affinity and the cgroup's CPU quota. */
 uint32_t cm_threads_available(void);
 
