@@ -35,13 +35,16 @@ const char *cm_verdict_stage_name(uint32_t stage)
     return names[stage];
 }
 
-/* When there is no more room, the last one gives way: so the one that refuses is kept. */
+/* When there is no more room, the last one gives way, unless it refuses: the reason is kept. */
 void cm_moderation_add(struct cm_moderation *moderation, const struct cm_wire_verdict *verdict)
 {
-    uint32_t at = moderation->count < CM_MODERATION_VERDICTS ? moderation->count++
-                                                             : CM_MODERATION_VERDICTS - 1;
-    moderation->verdicts[at] = *verdict;
+    struct cm_wire_verdict *last = &moderation->verdicts[CM_MODERATION_VERDICTS - 1];
     moderation->total++;
+    if (moderation->count < CM_MODERATION_VERDICTS) {
+        moderation->verdicts[moderation->count++] = *verdict;
+    } else if (last->action != CM_VERDICT_REFUSE) {
+        *last = *verdict;
+    }
 }
 
 const struct cm_wire_verdict *cm_moderation_refusing(const struct cm_moderation *moderation,

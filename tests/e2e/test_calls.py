@@ -43,13 +43,8 @@ def calls(folder):
     return used
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("strace"), reason="tracing other users takes root")
-def test_roles_call_what_their_policies_say_and_nothing_else(build, repo, tmp_path):
-    tiny_model.write(str(tmp_path / "tiny.gguf"))
-    node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
-    node.make(tmp_path / "tiny.gguf", "tiny")
-    key = node.key("a")
-    trace = tmp_path / "trace"
+def life(build, node, key, trace):
+    """One traced life of the service: requests, stops, deaths of each role, an end that takes force."""
     trace.mkdir()
     with open(node.log, "wb") as out:
         node.service = subprocess.Popen(
@@ -69,7 +64,8 @@ def test_roles_call_what_their_policies_say_and_nothing_else(build, repo, tmp_pa
         list(node.client(key).chat.completions.create(**say, stream=True))
         assert node.get("/metrics", key)[0] == 200
 
-    wait(lambda: node.status().get("ready"))
+    before = node.status().get("pid")
+    wait(lambda: node.status().get("ready") and node.status()["pid"] != before)
     flows()
     node.key("b")
     for role in ("gateway", "worker", "keeper", "supervisor"):
@@ -86,11 +82,26 @@ def test_roles_call_what_their_policies_say_and_nothing_else(build, repo, tmp_pa
     os.kill(node.pid("devtpm"), signal.SIGSTOP)  # it does not go when it is told: it is killed
     os.kill(pid, signal.SIGTERM)
     node.service.wait(60)
-    used = calls(trace)
-    for role, name in {**SERVING, "supervisor": "supervisor"}.items():
-        rules = policy(repo, name)
-        assert used[role] - set(rules) - {"brk", "mmap", "mremap"} == set(), f"{role} calls what {name} has not"
-        unused = {call for call in rules if call not in used[role]
-                  and not any(reason.startswith("fallback:") for reason in rules[call])}
-        print(f"\n{role}: {len(rules)} calls, unused: {sorted(unused)}")
-        assert unused == set(), f"{name}: allowed, and never made"
+    return calls(trace)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("strace"), reason="tracing other users takes root")
+def test_roles_call_what_their_policies_say_and_nothing_else(build, repo, tmp_path):
+    """Some calls depend on who comes first, so what one life leaves unused, another may use: at most three."""
+    tiny_model.write(str(tmp_path / "tiny.gguf"))
+    node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.make(tmp_path / "tiny.gguf", "tiny")
+    key, used, unused = node.key("a"), collections.defaultdict(set), {"": {""}}
+    for number in range(3):
+        for role, made in life(build, node, key, tmp_path / f"trace{number}").items():
+            used[role] |= made
+        for role, name in {**SERVING, "supervisor": "supervisor"}.items():
+            rules = policy(repo, name)
+            assert used[role] - set(rules) - {"brk", "mmap", "mremap"} == set(), f"{role} calls what {name} has not"
+            unused[name] = {call for call in rules if call not in used[role]
+                            and not any(reason.startswith("fallback:") for reason in rules[call])}
+            print(f"\n{role}: {len(rules)} calls, unused: {sorted(unused[name])}")
+        unused.pop("", None)
+        if not any(unused.values()):
+            return
+    assert not any(unused.values()), f"allowed, and never made: {unused}"
