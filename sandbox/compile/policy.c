@@ -161,7 +161,7 @@ static const char *rule_parse(char *line, struct policy_rule *rule)
         return "name or reason is empty or too long";
     }
     memcpy(rule->name, line, size);
-    strcpy(rule->reason, reason);
+    memcpy(rule->reason, reason, strlen(reason) + 1);
     rule->error_number = (uint32_t)error_number;
     rule->number = seccomp_syscall_resolve_name_arch(SCMP_ARCH_X86_64, rule->name);
     if (rule->number < 0) {
@@ -275,7 +275,7 @@ static void text_append(const char *path, char *text, size_t size, uint32_t dept
         } else if (strlen(text) + strlen(line) >= size) {
             fault(path, "too long");
         } else {
-            strcat(text, line);
+            memcpy(text + strlen(text), line, strlen(line) + 1);
         }
     }
     fclose(file);
