@@ -1,5 +1,6 @@
 /* The CPU device: open, one arena, loading, slots, steps. */
 #include "kernels/cpu/cpu_internal.h"
+#include "runtime/base/clock.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -9,17 +10,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <time.h>
 #include <unistd.h>
 
 #define HUGE_PAGE (2ull << 20)
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
-}
 
 enum cm_status cm_device_open(const char *backend, const struct cm_device_options *options,
                               struct cm_device **ret_device, struct cm_error *err)
@@ -391,10 +384,10 @@ static enum cm_status segments_open(struct cm_device *device, const struct cm_de
                             "segment %llu has the wrong size or came twice",
                             (unsigned long long)index);
     }
-    uint64_t before = now_ns();
+    uint64_t before = cm_clock_ns();
     enum cm_status status = cipher->open(cipher->context, index, ciphertext, bytes,
                                          cm_device_segment_place(device, index), err);
-    __atomic_add_fetch(&device->stats.decrypt_ns_total, now_ns() - before, __ATOMIC_RELAXED);
+    __atomic_add_fetch(&device->stats.decrypt_ns_total, cm_clock_ns() - before, __ATOMIC_RELAXED);
     return status;
 }
 
@@ -637,9 +630,9 @@ enum cm_status cm_device_step_submit(struct cm_device *device, const struct cm_s
     if (status != CM_OK) {
         return status;
     }
-    uint64_t before = now_ns();
+    uint64_t before = cm_clock_ns();
     cm_forward(device);
-    device->stats.step_ns_total += now_ns() - before;
+    device->stats.step_ns_total += cm_clock_ns() - before;
     device->stats.steps++;
     device->stats.tokens += device->token_count;
     device->step_pending = true;

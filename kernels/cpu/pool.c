@@ -3,6 +3,7 @@
  * on a futex, so that an idle device costs no CPU, and a core that was taken away gets its thread
  * back sooner: the sleeper's core is free for it. */
 #include "kernels/cpu/cpu_internal.h"
+#include "runtime/base/clock.h"
 
 #include <errno.h>
 #include <immintrin.h>
@@ -14,7 +15,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 /* Waits within a step last microseconds. A thread spins for somewhat longer, then sleeps: the core
@@ -65,13 +65,6 @@ struct cm_pool {
     pthread_t ids[CM_THREADS_MAX];
 };
 
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
-}
-
 /* Wait until the gate's word differs from value. Returns for how long, 0 if it was short. */
 static uint64_t gate_wait(struct gate *gate, uint32_t value, uint64_t spin_ns)
 {
@@ -81,7 +74,7 @@ static uint64_t gate_wait(struct gate *gate, uint32_t value, uint64_t spin_ns)
         if (i % 64 != 0) {
             continue;
         }
-        uint64_t now = now_ns();
+        uint64_t now = cm_clock_ns();
         begun = begun == 0 ? now : begun;
         if (now < begun + spin_ns) {
             continue;
@@ -92,7 +85,7 @@ static uint64_t gate_wait(struct gate *gate, uint32_t value, uint64_t spin_ns)
         }
         atomic_fetch_sub(&gate->sleepers, 1);
     }
-    return begun == 0 ? 0 : now_ns() - begun;
+    return begun == 0 ? 0 : cm_clock_ns() - begun;
 }
 
 static void gate_open(struct gate *gate)
@@ -254,7 +247,7 @@ static void pace_keep(struct cm_pool *pool, uint64_t took)
         return;
     }
     if (slow) {
-        pace->rest_until_ns = now_ns() + pace->rest_ns;
+        pace->rest_until_ns = cm_clock_ns() + pace->rest_ns;
         pace->rest_ns = pace->rest_ns < REST_NS_MAX ? 2 * pace->rest_ns : REST_NS_MAX;
     } else {
         pace->rest_ns = REST_NS;
@@ -266,7 +259,7 @@ static void pace_keep(struct cm_pool *pool, uint64_t took)
 void cm_pool_run(struct cm_pool *pool, cm_pool_program program, void *context)
 {
     uint32_t done = atomic_load(&pool->done.word);
-    uint64_t begun = now_ns();
+    uint64_t begun = cm_clock_ns();
     pool->program = program;
     pool->context = context;
     pool->active = pace_choose(pool, begun);
@@ -278,7 +271,7 @@ void cm_pool_run(struct cm_pool *pool, cm_pool_program program, void *context)
     if (pool->active > 1) {
         gate_wait(&pool->done, done, SPIN_PHASE_NS);
     }
-    pace_keep(pool, now_ns() - begun);
+    pace_keep(pool, cm_clock_ns() - begun);
 }
 
 uint32_t cm_pool_threads(const struct cm_pool *pool)

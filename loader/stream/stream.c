@@ -1,6 +1,7 @@
 /* read → SHA-256 → tag → decrypt, a run of segments at a time per thread, in the device's memory.
  */
 #include "loader/stream/stream_internal.h"
+#include "runtime/base/clock.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -9,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/sysinfo.h>
-#include <time.h>
 #include <unistd.h>
 
 #define THREADS_MAX 16u
@@ -31,13 +31,6 @@ struct load {
     enum cm_status status;
     struct cm_error error;
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000ull + (uint64_t)now.tv_nsec;
-}
 
 /* The first failure is the one that is told. "Out of order" (BUG) is what other threads hear from a
  * device that has just failed, and one of them may be here before the thread that knows why. */
@@ -69,17 +62,17 @@ static enum cm_status run_open(void *context, uint64_t index, const uint8_t *cip
         }
         return CM_OK;
     }
-    uint64_t start = now_ns();
+    uint64_t start = cm_clock_ns();
     status =
         source->verify(source->context, index, (bytes + segment - 1) / segment, ciphertext, err);
-    uint64_t verified = now_ns();
+    uint64_t verified = cm_clock_ns();
     for (size_t at = 0; status == CM_OK && at < bytes; at += segment) {
         size_t size = bytes - at < segment ? bytes - at : segment;
         status = source->decrypt(source->context, index + at / segment, ciphertext + at, size,
                                  plaintext + at, err);
     }
     atomic_fetch_add(&load->verify_ns, verified - start);
-    atomic_fetch_add(&load->decrypt_ns, now_ns() - verified);
+    atomic_fetch_add(&load->decrypt_ns, cm_clock_ns() - verified);
     failure_note(load, status, err);
     return status;
 }
@@ -88,7 +81,7 @@ static enum cm_status run_read(struct load *load, uint64_t offset, uint8_t *byte
                                struct cm_error *err)
 {
     const struct cm_stream_source *source = load->source;
-    uint64_t start = now_ns();
+    uint64_t start = cm_clock_ns();
     /* The other threads' next runs, so that a cold disk has work while this one computes. */
     (void)posix_fadvise(source->fd, (off_t)(offset + load->threads * size), (off_t)size,
                         POSIX_FADV_WILLNEED);
@@ -108,7 +101,7 @@ static enum cm_status run_read(struct load *load, uint64_t offset, uint8_t *byte
         }
         done += (size_t)got;
     }
-    atomic_fetch_add(&load->read_ns, now_ns() - start);
+    atomic_fetch_add(&load->read_ns, cm_clock_ns() - start);
     return CM_OK;
 }
 
@@ -189,7 +182,7 @@ enum cm_status cm_stream_run(const struct cm_stream_source *source, struct cm_de
                         .note = PTHREAD_MUTEX_INITIALIZER};
     pthread_t helpers[THREADS_MAX];
     uint32_t started = 0;
-    uint64_t start = now_ns();
+    uint64_t start = cm_clock_ns();
     /* Fewer threads than wished for load slower, nothing else. */
     while (started + 1 < load.threads &&
            pthread_create(&helpers[started], NULL, load_main, &load) == 0) {
@@ -215,7 +208,7 @@ enum cm_status cm_stream_run(const struct cm_stream_source *source, struct cm_de
         *ret_times = (struct cm_stream_times){.read_us = load.read_ns / 1000,
                                               .verify_us = load.verify_ns / 1000,
                                               .decrypt_us = load.decrypt_ns / 1000,
-                                              .total_us = (now_ns() - start) / 1000,
+                                              .total_us = (cm_clock_ns() - start) / 1000,
                                               .bytes = source->payload_bytes};
     }
     return status;

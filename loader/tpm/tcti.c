@@ -6,10 +6,10 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "runtime/base/kill_point.h"
+#include "runtime/base/clock.h"
 
 #define MAGIC        0x434D5443544931ull
 #define RESPONSE_MAX 4096u
@@ -27,19 +27,12 @@ struct context {
     uint64_t sent_us;
 };
 
-static uint64_t now_us(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
-}
-
 static void command_note(struct context *context, const uint8_t *command, size_t size)
 {
     context->command = size >= HEADER ? (uint32_t)command[6] << 24 | (uint32_t)command[7] << 16 |
                                             (uint32_t)command[8] << 8 | command[9]
                                       : 0;
-    context->sent_us = now_us();
+    context->sent_us = cm_clock_us();
 }
 
 /* One row for each kind, in the order of first use; what finds no row is counted in the last. */
@@ -55,7 +48,7 @@ static void response_note(struct context *context)
     }
     row = row < CM_TPM_TIMES_MAX ? row : CM_TPM_TIMES_MAX - 1;
     times->rows[row].calls++;
-    times->rows[row].us += now_us() - context->sent_us;
+    times->rows[row].us += cm_clock_us() - context->sent_us;
 }
 
 const struct cm_tpm_times *cm_tcti_times(const TSS2_TCTI_CONTEXT *tcti)

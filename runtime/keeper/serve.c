@@ -1,29 +1,22 @@
 /* The keeper's life after the unseal: answer two requests, check one promise. */
 #include "runtime/keeper/keeper.h"
+#include "runtime/base/clock.h"
 
 #include <errno.h>
 #include <malloc.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define RATE_WINDOW_US 60000000ull /* at most 8 hand-outs a minute: a crash loop gains nothing */
 #define RATE_COUNT     8u
 #define HEAP_BYTES     (4 << 20) /* TPM commands and quotes take some ten KiB */
 
-static uint64_t now_us(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
-}
-
 static enum cm_status rate_check(struct cm_keeper *keeper, struct cm_error *err)
 {
     uint64_t *oldest = &keeper->hand_outs_us[keeper->hand_out_next % RATE_COUNT];
-    uint64_t now = now_us();
+    uint64_t now = cm_clock_us();
     if (*oldest != 0 && now - *oldest < RATE_WINDOW_US) {
         return cm_error_set(err, CM_E_BUSY, "CM-KEEPER-RATE",
                             "more than %u key pages a minute: the worker is in a crash loop",

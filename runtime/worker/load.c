@@ -9,13 +9,7 @@
 #include <unistd.h>
 
 #include "runtime/base/hex.h"
-
-static uint64_t now_us(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
-}
+#include "runtime/base/clock.h"
 
 struct reporter {
     struct cm_worker *worker;
@@ -25,7 +19,7 @@ struct reporter {
 
 static void progress_send(struct reporter *reporter)
 {
-    const uint64_t now = now_us();
+    const uint64_t now = cm_clock_us();
     struct cm_progress *progress = &reporter->progress;
     progress->stage_us[progress->stage] += now - reporter->stage_started_us;
     progress->elapsed_us = now - reporter->started_us;
@@ -37,7 +31,7 @@ static void progress_send(struct reporter *reporter)
 
 static void stage_begin(struct reporter *reporter, enum cm_load_stage stage)
 {
-    const uint64_t now = now_us();
+    const uint64_t now = cm_clock_us();
     reporter->progress.stage_us[reporter->progress.stage] += now - reporter->stage_started_us;
     reporter->stage_started_us = now;
     reporter->progress.stage = (uint32_t)stage;
@@ -49,7 +43,7 @@ static void bytes_report(void *context, uint64_t done, uint64_t total)
     struct reporter *reporter = context;
     reporter->progress.bytes_done = done;
     reporter->progress.bytes_total = total;
-    if (done == total || now_us() - reporter->said_us > 50000) {
+    if (done == total || cm_clock_us() - reporter->said_us > 50000) {
         progress_send(reporter);
     }
 }
@@ -269,7 +263,7 @@ static void loaded_log(const struct cm_worker *worker, const struct reporter *re
 
 enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err)
 {
-    const uint64_t now = now_us();
+    const uint64_t now = cm_clock_us();
     struct reporter reporter = {.worker = worker,
                                 .progress = {.stage = CM_LOAD_HEAD},
                                 .started_us = now,

@@ -4,9 +4,9 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "runtime/worker/pages.h"
+#include "runtime/base/clock.h"
 
 enum state { FREE = 0, WAITING, RUNNING };
 
@@ -56,18 +56,6 @@ struct cm_scheduler {
     struct cm_step_result results[CM_STEP_ENTRIES_MAX];
     struct cm_wire_stats stats;
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-static uint64_t now_us(void)
-{
-    return now_ns() / 1000;
-}
 
 static uint32_t pages_for(uint32_t positions)
 {
@@ -231,7 +219,7 @@ void cm_scheduler_submit(struct cm_scheduler *s, const struct cm_scheduler_reque
         r->params.before = r->before;
     }
     r->prompt_count = r->count = prompt_tokens;
-    r->arrived_us = now_us();
+    r->arrived_us = cm_clock_us();
     s->stats.prompt_tokens_total += prompt_tokens;
 }
 
@@ -333,7 +321,7 @@ static void result_take(struct cm_scheduler *s, struct request *r,
     r->verdict_count = result->verdict_count;
     r->held_tokens = result->completion_tokens;
     s->stats.completion_tokens_total++;
-    uint64_t now = now_us();
+    uint64_t now = cm_clock_us();
     r->first_us = r->first_us == 0 ? now : r->first_us;
     if (result->finish == CM_FINISH_NONE) {
         r->tokens[r->count++] = result->token;
@@ -417,7 +405,7 @@ static void admit(struct cm_scheduler *s)
                 return;
             }
             r->has_slot = true;
-            r->started_us = now_us();
+            r->started_us = cm_clock_us();
             r->cached_tokens = r->computed;
             s->last_tenant = r->tenant;
         }
@@ -599,7 +587,7 @@ enum cm_status cm_scheduler_step(struct cm_scheduler *s, struct cm_error *err)
     if (count == 0) {
         return CM_OK;
     }
-    const uint64_t begun = now_ns();
+    const uint64_t begun = cm_clock_ns();
     enum cm_status status = cm_device_step_submit(s->device, s->entries, count, err);
     if (status == CM_OK) {
         status = cm_device_step_wait(s->device, s->results, count, err);
@@ -608,7 +596,7 @@ enum cm_status cm_scheduler_step(struct cm_scheduler *s, struct cm_error *err)
         all_failed(s);
         return status;
     }
-    const uint64_t now = now_ns();
+    const uint64_t now = cm_clock_ns();
     times_note(s, now - begun, decode_tokens, prompt_tokens);
     s->stats.steps_total++;
     s->stats.last_step_us = now / 1000;

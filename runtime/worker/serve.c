@@ -4,19 +4,12 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "runtime/worker/intake.h"
+#include "runtime/base/clock.h"
 
 #define TICK_US 1000000u
-
-static uint64_t now_us(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
-}
 
 static void gateway_wake(struct cm_worker *worker)
 {
@@ -177,7 +170,7 @@ static enum cm_status control_take(struct cm_worker *worker, struct cm_error *er
 static void tick(struct cm_worker *worker)
 {
     struct cm_wire_stats stats;
-    uint64_t now = now_us();
+    uint64_t now = cm_clock_us();
     if (now - worker->heartbeat_us < TICK_US) {
         return;
     }
