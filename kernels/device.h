@@ -3,11 +3,12 @@
  * Order of use, one thread at a time:
  *   open → describe → reserve → segment_submit × n → load_finish → model_bind → guard_bind
  *        → ( slot_open → step_submit → step_wait … → slot_close ) × n → scrub → close
+ * After model_bind, between steps, for each region as often as wanted:
+ *   adapter_submit × n → adapter_bind → … → adapter_unbind
  *
  * `reserve` allocates everything; nothing is allocated afterwards. A device decrypts into its own
  * arena; nothing in the arena can be used before load_finish has seen every segment pass, and any
- * failure wipes it. Adapters (adapter_bind) join with their own issue. Without guard_bind nothing
- * is filtered.
+ * failure wipes it. Without guard_bind nothing is filtered.
  *
  * A slot is one sequence's state that survives preemption: random counter, penalties, stop
  * and guard automata, held-back bytes. KV pages belong to the caller's scheduler, which names them
@@ -61,8 +62,11 @@ struct cm_device_reserve {
     uint32_t segment_bytes;       /* of every segment but the last */
     uint32_t slots;               /* sequences at once, <= CM_STEP_ENTRIES_MAX */
     uint32_t kv_pages;
-    uint32_t context_max;     /* positions of one sequence */
-    uint32_t step_tokens_max; /* tokens of one mixed step */
+    uint32_t context_max;      /* positions of one sequence */
+    uint32_t step_tokens_max;  /* tokens of one mixed step */
+    uint32_t adapters;         /* regions, <= CM_ADAPTERS_MAX; 0: none, and the two below are 0 */
+    uint64_t adapter_bytes;    /* plaintext that one region can hold */
+    uint32_t adapter_rank_max; /* <= CM_ADAPTER_RANK_MAX */
 };
 
 /* Bytes that `reserve` would take, and of one KV page; for the scheduler's budget. */
@@ -103,6 +107,27 @@ CM_MUST_USE enum cm_status cm_device_load_finish(struct cm_device *device, struc
 CM_MUST_USE enum cm_status cm_device_model_bind(struct cm_device *device,
                                                 const struct cm_model *model, struct cm_error *err);
 
+/* Adapters: regions 1 .. adapters of the arena, each free, being filled, or bound.
+ *
+ * Where a segment of the region's adapter will lie; as cm_device_segment_place. */
+uint8_t *cm_device_adapter_place(struct cm_device *device, uint32_t region, uint64_t index);
+/* As cm_device_segment_submit, into a region that is not bound; segments are as long as the
+ * model's. On failure the region alone is wiped, and takes nothing more until adapter_unbind: the
+ * device and all others go on. */
+CM_MUST_USE enum cm_status cm_device_adapter_submit(struct cm_device *device,
+                                                    const struct cm_device_cipher *cipher,
+                                                    uint32_t region, uint64_t index,
+                                                    const uint8_t *ciphertext, size_t bytes,
+                                                    struct cm_error *err);
+/* All `payload_bytes` came? Then check every tensor's place and its shape against the bound model,
+ * refuse NaN and infinity by the tensor's name, and bind. Nothing is allocated; `adapter` and what
+ * it points to is copied. On failure the region is wiped, as above. Fails: PACKAGE. */
+CM_MUST_USE enum cm_status cm_device_adapter_bind(struct cm_device *device, uint32_t region,
+                                                  const struct cm_adapter *adapter,
+                                                  uint64_t payload_bytes, struct cm_error *err);
+/* Wipe the region, whatever is in it, and free it. No open slot may use it. */
+void cm_device_adapter_unbind(struct cm_device *device, uint32_t region);
+
 /* Bind a rule pack (policies/guard/FORMAT.md): from now on every slot's reply passes its output
  * rules. Once, before the first slot_open; the bytes are copied. Fails: CONFIG CM-RULES-PACK. */
 CM_MUST_USE enum cm_status cm_device_guard_bind(struct cm_device *device, const uint8_t *pack,
@@ -138,9 +163,11 @@ struct cm_slot_params {
     uint32_t stop_bytes[CM_STOPS_MAX]; /* 1 .. CM_STOP_BYTES_MAX */
     const uint8_t *before;             /* end of a text that the reply goes on from as it stands */
     uint32_t before_bytes;             /* <= CM_SLOT_BEFORE_MAX; 0: the reply stands alone */
+    uint32_t adapter;                  /* a bound region, or CM_ADAPTER_NONE (0) */
 };
 
-/* Take a free slot. BUSY: none. Prompt tokens count for the repetition penalty as they are stepped.
+/* Take a free slot. BUSY: none. INPUT: no such adapter is bound. Prompt tokens count for the
+ * repetition penalty as they are stepped.
  */
 CM_MUST_USE enum cm_status cm_device_slot_open(struct cm_device *device,
                                                const struct cm_slot_params *params,

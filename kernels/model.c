@@ -23,6 +23,11 @@ bool cm_tensor_layout(uint32_t kind, uint64_t rows, uint64_t columns, uint64_t *
         *ret_scale_bytes = 0;
         return columns == 1;
     }
+    if (kind == CM_TENSOR_F16) {
+        *ret_quant_bytes = (rows + CM_TILE_ROWS - 1) / CM_TILE_ROWS * CM_TILE_ROWS * columns * 2;
+        *ret_scale_bytes = 0;
+        return true;
+    }
     uint64_t row_tiles = (rows + CM_ROWS_PAD - 1) / CM_ROWS_PAD * (CM_ROWS_PAD / CM_TILE_ROWS);
     uint64_t blocks = (columns + CM_COLUMNS_PAD - 1) / CM_COLUMNS_PAD;
     *ret_quant_bytes = row_tiles * blocks * tiles[kind].quant_bytes;

@@ -20,6 +20,10 @@
 #define CM_COLUMNS_PAD  32u
 #define CM_TENSOR_ALIGN 4096u
 
+#define CM_ADAPTERS_MAX     8u
+#define CM_ADAPTER_NONE     0u /* regions of adapters are numbered from 1 */
+#define CM_ADAPTER_RANK_MAX 64u
+
 /* Stored kinds; the numbers are part of the package format. */
 enum cm_tensor_kind {
     CM_TENSOR_NONE = 0,
@@ -28,6 +32,7 @@ enum cm_tensor_kind {
     CM_TENSOR_U4S = 3,  /* u4 symmetric: w = d*(q-8); fp16 d[16] per tile */
     CM_TENSOR_U8S = 4,  /* u8 symmetric: w = d*(q-128); fp16 d[16] per tile */
     CM_TENSOR_BF16 = 5, /* bf16 tile: row-major [16][32] u16 per tile, no scale plane */
+    CM_TENSOR_F16 = 6,  /* fp16 [row tile][columns][16 rows], no scale plane (adapters) */
     CM_TENSOR_KIND_COUNT
 };
 
@@ -106,6 +111,34 @@ struct cm_model {
     const uint8_t *token_control; /* [vocabulary]; 1: never shown (control, unused) */
     uint32_t end_tokens[CM_END_TOKENS_MAX];
     uint32_t end_token_count;
+};
+
+/* What an adapter of low rank (LoRA, Hu et al. 2021) adds to: y = W x + scale * B (A x) for each
+ * target that it has in a layer. */
+enum cm_adapter_target { /* numbers are part of the package format */
+                         CM_TARGET_Q = 0,
+                         CM_TARGET_K = 1,
+                         CM_TARGET_V = 2,
+                         CM_TARGET_ATTENTION_OUT = 3,
+                         CM_TARGET_GATE = 4,
+                         CM_TARGET_UP = 5,
+                         CM_TARGET_DOWN = 6,
+                         CM_TARGET_COUNT
+};
+
+struct cm_adapter_layer {                /* F16; NONE, both of a pair: the target is as it was */
+    struct cm_tensor a[CM_TARGET_COUNT]; /* [rank, columns of the target] */
+    struct cm_tensor b[CM_TARGET_COUNT]; /* [rows of the target, rank]; of Q and K as W's rows lie:
+                                            RoPE pairs adjacent */
+};
+
+/* Plain data as struct cm_model, filled from an adapter package's manifest. */
+struct cm_adapter {
+    uint32_t rank; /* of every pair, 1 .. CM_ADAPTER_RANK_MAX */
+    float scale;   /* finite: alpha / rank, or alpha / sqrt(rank) */
+    /* the shape that it was made for; must be the bound model's */
+    uint32_t layers, width, heads, kv_heads, head_width, rope_width, ffn_width;
+    const struct cm_adapter_layer *layer; /* [layers], borrowed */
 };
 
 /* Bytes of a tensor in compute layout: quant plane and scale plane, before alignment of the next.

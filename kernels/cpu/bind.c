@@ -15,7 +15,7 @@ static enum cm_status refuse(const struct cm_tensor *tensor, const char *what, s
 /* No NaN or infinity among `count` halves (their exponent is all ones), four at a time: there are
  * millions of scales. Adding one to an exponent of all ones, and to no other, carries into the
  * sign's place, which was cleared. */
-static bool halves_finite(const uint8_t *halves, uint64_t count)
+bool cm_halves_finite(const uint8_t *halves, uint64_t count)
 {
     const uint64_t exponents = 0x7c007c007c007c00ull, ones = 0x0400040004000400ull;
     uint64_t found = 0, four = 0;
@@ -62,7 +62,7 @@ static enum cm_status matrix_bind(const struct cm_device *device, const struct c
     }
     const uint8_t *scales = device->payload + tensor->scale_offset;
     uint64_t scale_bytes = tensor->offset + tensor->bytes - tensor->scale_offset;
-    if (!halves_finite(scales, scale_bytes / 2)) {
+    if (!cm_halves_finite(scales, scale_bytes / 2)) {
         return refuse(tensor, "a scale is NaN or infinite", err);
     }
     *ret_matrix = (struct cm_matrix){.kind = tensor->kind,

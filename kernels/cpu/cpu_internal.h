@@ -201,6 +201,7 @@ struct cm_slot {
     struct cm_sampling sampling;
     uint32_t max_tokens, min_tokens;
     bool ignore_eos;
+    uint32_t adapter; /* region, or CM_ADAPTER_NONE */
     uint32_t stop_count;
     uint32_t stop_bytes[CM_STOPS_MAX];
     uint8_t stops[CM_STOPS_MAX][CM_STOP_BYTES_MAX];
@@ -247,6 +248,20 @@ struct cm_bound_layer {
     uint32_t window;                                  /* 0: none */
     const float *cosine, *sine;                       /* [context_max][rope_width / 2] */
     struct cm_matrix qkv, attention_out, gate_up, down;
+};
+
+struct cm_low_rank { /* of one target in one layer; NULL: it is as it was */
+    const uint16_t *a, *b;
+};
+
+struct cm_adapter_region {
+    uint8_t *payload;      /* [limits.adapter_bytes] */
+    uint8_t *segment_seen; /* [segments that a region can have] */
+    struct cm_low_rank (*layers)[CM_TARGET_COUNT];
+    uint64_t bytes; /* that came so far */
+    bool failed, bound;
+    uint32_t rank;
+    float scale;
 };
 
 struct cm_thread_scratch {           /* of one thread */
@@ -306,6 +321,7 @@ struct cm_device {
     float *cosine, *sine;               /* [context_max][rope_width / 2] */
     float *window_cosine, *window_sine; /* of layers with a window; NULL: the same */
     struct cm_bound_layer *layers;
+    struct cm_adapter_region regions[CM_ADAPTERS_MAX];
     struct cm_matrix embedding, head;
     const float *out_norm;
     uint8_t *tables;             /* copies of the token tables */
@@ -329,6 +345,12 @@ struct cm_device {
     float *probe; /* tests: logits of every token, [step_tokens][vocabulary]; NULL: off */
     struct cm_device_stats stats;
 };
+
+/* bind.c: is none of `count` halves NaN or infinite? */
+bool cm_halves_finite(const uint8_t *halves, uint64_t count);
+
+/* adapter.c: the region of that number, NULL if it does not exist. */
+struct cm_adapter_region *cm_adapter_region_of(struct cm_device *device, uint32_t region);
 
 /* forward.c: run the step that device->entries and device->tokens describe. */
 void cm_forward(struct cm_device *device);

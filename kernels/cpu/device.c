@@ -145,6 +145,19 @@ static void scratch_lay(struct cm_device *device, struct layout *layout,
     }
 }
 
+/* Regions of adapters and what binding one fills. */
+static void adapters_lay(struct cm_device *device, struct layout *layout,
+                         const struct cm_device_reserve *r)
+{
+    for (uint32_t i = 0; i < r->adapters; i++) {
+        device->regions[i] = (struct cm_adapter_region){
+            .payload = piece(layout, 1, r->adapter_bytes, 4096),
+            .segment_seen = piece(layout, r->adapter_bytes / r->segment_bytes + 1, 1, 64),
+            .layers =
+                piece(layout, r->model->layers, sizeof(struct cm_low_rank[CM_TARGET_COUNT]), 64)};
+    }
+}
+
 /* One function measures and places, so that the two cannot differ. */
 static void arena_lay(struct cm_device *device, struct layout *layout,
                       const struct cm_device_reserve *r)
@@ -174,6 +187,7 @@ static void arena_lay(struct cm_device *device, struct layout *layout,
         }
     }
     device->tokens = piece(layout, tokens, sizeof(struct cm_step_token), 64);
+    adapters_lay(device, layout, r);
     device->items = piece(
         layout, tokens + (uint64_t)CM_SPLITS * cm_pool_threads(device->pool) * device->chunks_max,
         sizeof(struct cm_attention_item), 64);
@@ -206,6 +220,16 @@ static enum cm_status reserve_check(const struct cm_device_reserve *r, struct cm
             "impossible reservation: %u slots, %u KV pages, %u positions, %u tokens "
             "a step",
             r->slots, r->kv_pages, r->context_max, r->step_tokens_max);
+    }
+    bool some = r->adapters > 0;
+    if (r->adapters > CM_ADAPTERS_MAX || r->adapter_bytes > 1ull << 36 ||
+        r->adapter_rank_max > CM_ADAPTER_RANK_MAX || some != (r->adapter_bytes > 0) ||
+        some != (r->adapter_rank_max > 0)) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-DEV-RESERVE",
+                            "impossible reservation: %u adapters (at most %u) of %llu bytes, rank "
+                            "%u (at most %u)",
+                            r->adapters, CM_ADAPTERS_MAX, (unsigned long long)r->adapter_bytes,
+                            r->adapter_rank_max, CM_ADAPTER_RANK_MAX);
     }
     return CM_OK;
 }
@@ -512,6 +536,11 @@ enum cm_status cm_device_slot_open(struct cm_device *device, const struct cm_slo
         return cm_error_set(err, CM_E_INPUT, "CM-DEV-SLOT",
                             "sampling or stop strings out of bounds");
     }
+    const struct cm_adapter_region *region = cm_adapter_region_of(device, params->adapter);
+    if (params->adapter != CM_ADAPTER_NONE && (region == NULL || !region->bound)) {
+        return cm_error_set(err, CM_E_INPUT, "CM-DEV-SLOT", "no adapter is bound to region %u",
+                            params->adapter);
+    }
     while (index < device->limits.slots && device->slots[index].open) {
         index++;
     }
@@ -525,6 +554,7 @@ enum cm_status cm_device_slot_open(struct cm_device *device, const struct cm_slo
     slot->max_tokens = params->max_tokens;
     slot->min_tokens = params->min_tokens;
     slot->ignore_eos = params->ignore_eos;
+    slot->adapter = params->adapter;
     _Static_assert(CM_SLOT_BEFORE_MAX == CM_GUARD_HELD_MAX, "all that a span may reach back over");
     cm_guard_begin(&slot->guard, CM_GUARD_OUTPUT);
     if (device->guard != NULL && params->before_bytes > 0) {

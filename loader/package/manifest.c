@@ -1,5 +1,5 @@
 /* The manifest: a tagged binary, every field known, bounded and checked. */
-#include "loader/package/manifest.h"
+#include "loader/package/manifest_internal.h"
 
 #include <errno.h>
 #include <math.h>
@@ -7,26 +7,6 @@
 #include <string.h>
 
 #include "runtime/base/cursor.h"
-
-enum tag {
-    TAG_NAME = 1,
-    TAG_LICENSE = 2,
-    TAG_ORIGIN = 3,
-    TAG_SHAPE = 4,
-    TAG_DECODER = 5,
-    TAG_LOSS = 6,
-    TAG_TOKENIZER = 8,
-    TAG_TOKEN_LENGTHS = 9,
-    TAG_TOKEN_BYTES = 10,
-    TAG_TOKEN_TYPES = 11,
-    TAG_MERGES = 12,
-    TAG_RANKS = 13,
-    TAG_CHAT = 16,
-    TAG_TENSOR = 32,
-};
-
-#define TENSOR_FIXED_BYTES 48u
-#define PAYLOAD_ALIGN      4096u
 
 struct parser {
     struct cm_manifest *manifest;
@@ -71,29 +51,37 @@ static bool text_ok(const uint8_t *bytes, size_t size)
     return true;
 }
 
-static enum cm_status text_parse(struct parser *parser, struct cm_cursor *body,
-                                 struct cm_manifest_text *ret_text)
+bool cm_manifest_text_read(struct cm_cursor *body, struct cm_manifest_text *ret_text)
 {
     size_t size = cm_cursor_left(body);
     const uint8_t *bytes = cm_cursor_take(body, size);
-    if (size > CM_MANIFEST_TEXT_BYTES_MAX || !text_ok(bytes, size)) {
-        return refuse(parser, "text is too long or not UTF-8");
-    }
     *ret_text = (struct cm_manifest_text){(const char *)bytes, (uint32_t)size};
-    return CM_OK;
+    return size <= CM_MANIFEST_TEXT_BYTES_MAX && text_ok(bytes, size);
+}
+
+bool cm_manifest_name_read(struct cm_cursor *body, struct cm_manifest_text *ret_name)
+{
+    bool ok = cm_manifest_text_read(body, ret_name) && ret_name->size >= 1 && ret_name->size <= 63;
+    for (uint32_t i = 0; ok && i < ret_name->size; i++) {
+        char c = ret_name->bytes[i];
+        ok = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+             c == '.' || c == '_' || c == '-';
+    }
+    return ok;
+}
+
+static enum cm_status text_parse(struct parser *parser, struct cm_cursor *body,
+                                 struct cm_manifest_text *ret_text)
+{
+    return cm_manifest_text_read(body, ret_text) ? CM_OK
+                                                 : refuse(parser, "text is too long or not UTF-8");
 }
 
 static enum cm_status name_parse(struct parser *parser, struct cm_cursor *body)
 {
-    struct cm_manifest_text *name = &parser->manifest->model_name;
-    enum cm_status status = text_parse(parser, body, name);
-    bool ok = status == CM_OK && name->size >= 1 && name->size <= 63;
-    for (uint32_t i = 0; ok && i < name->size; i++) {
-        char c = name->bytes[i];
-        ok = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
-             c == '.' || c == '_' || c == '-';
-    }
-    return ok ? CM_OK : refuse(parser, "model name is not [A-Za-z0-9._-]{1,63}");
+    return cm_manifest_name_read(body, &parser->manifest->model_name)
+               ? CM_OK
+               : refuse(parser, "model name is not [A-Za-z0-9._-]{1,63}");
 }
 
 static enum cm_status license_parse(struct parser *parser, struct cm_cursor *body)
@@ -326,13 +314,10 @@ static enum cm_status tensor_grow(struct parser *parser)
     return CM_OK;
 }
 
-static enum cm_status tensor_parse(struct parser *parser, struct cm_cursor *body)
+const char *cm_manifest_tensor_read(struct cm_cursor *body, uint64_t payload_bytes,
+                                    uint64_t *payload_used, struct cm_manifest_tensor *tensor)
 {
-    enum cm_status status = tensor_grow(parser);
-    if (status != CM_OK) {
-        return status;
-    }
-    struct cm_manifest_tensor *tensor = &parser->tensors[parser->manifest->tensor_count];
+    uint64_t end;
     tensor->layer = cm_cursor_u32(body);
     tensor->role = cm_cursor_u32(body);
     tensor->kind = cm_cursor_u32(body);
@@ -343,28 +328,40 @@ static enum cm_status tensor_parse(struct parser *parser, struct cm_cursor *body
     tensor->scale_offset = cm_cursor_u64(body);
     tensor->bytes = cm_cursor_u64(body);
     if (!cm_cursor_ok(body) || reserved != 0) {
-        return refuse(parser, "tensor record is malformed");
+        return "tensor record is malformed";
+    }
+    if (tensor->offset % PAYLOAD_ALIGN != 0 || tensor->bytes == 0 ||
+        tensor->offset < *payload_used || !cm_size_add(tensor->offset, tensor->bytes, &end) ||
+        end > payload_bytes ||
+        (tensor->scale_offset != 0 &&
+         (tensor->scale_offset <= tensor->offset || tensor->scale_offset >= end))) {
+        return "tensor lies outside the payload, overlaps or is not aligned";
+    }
+    if (cm_cursor_left(body) == 0 || cm_cursor_left(body) > 63 ||
+        !cm_manifest_text_read(body, &tensor->name)) {
+        return "tensor's name is empty, longer than 63 bytes or not UTF-8";
+    }
+    *payload_used = end;
+    return NULL;
+}
+
+static enum cm_status tensor_parse(struct parser *parser, struct cm_cursor *body)
+{
+    enum cm_status status = tensor_grow(parser);
+    if (status != CM_OK) {
+        return status;
+    }
+    struct cm_manifest_tensor *tensor = &parser->tensors[parser->manifest->tensor_count];
+    const char *refusal =
+        cm_manifest_tensor_read(body, parser->payload_bytes, &parser->payload_used, tensor);
+    if (refusal != NULL) {
+        return refuse(parser, refusal);
     }
     if (tensor->layer != CM_MANIFEST_NO_LAYER && tensor->layer >= parser->manifest->layers) {
         return refuse(parser, "tensor of a layer that does not exist");
     }
-    uint64_t end;
-    if (tensor->offset % PAYLOAD_ALIGN != 0 || tensor->bytes == 0 ||
-        tensor->offset < parser->payload_used ||
-        !cm_size_add(tensor->offset, tensor->bytes, &end) || end > parser->payload_bytes ||
-        (tensor->scale_offset != 0 &&
-         (tensor->scale_offset <= tensor->offset || tensor->scale_offset >= end))) {
-        return refuse(parser, "tensor lies outside the payload, overlaps or is not aligned");
-    }
-    if (cm_cursor_left(body) == 0 || cm_cursor_left(body) > 63) {
-        return refuse(parser, "tensor's name is empty or longer than 63 bytes");
-    }
-    status = text_parse(parser, body, &tensor->name);
-    if (status == CM_OK) {
-        parser->payload_used = end;
-        parser->manifest->tensor_count++;
-    }
-    return status;
+    parser->manifest->tensor_count++;
+    return CM_OK;
 }
 
 enum presence { ONCE, MAYBE, MANY };
@@ -391,19 +388,30 @@ static const struct {
 };
 #define RECORD_COUNT (sizeof(records) / sizeof(records[0]))
 
+bool cm_manifest_record_read(struct cm_cursor *cursor, uint16_t *ret_tag,
+                             struct cm_cursor *ret_body)
+{
+    *ret_tag = cm_cursor_u16(cursor);
+    uint16_t reserved = cm_cursor_u16(cursor);
+    uint32_t size = cm_cursor_u32(cursor);
+    const uint8_t *bytes = cm_cursor_take(cursor, size);
+    *ret_body = cm_cursor_init(bytes, cm_cursor_ok(cursor) ? size : 0);
+    return cm_cursor_ok(cursor) && reserved == 0;
+}
+
 /* Records come in the table's order, as often as it says. */
 static enum cm_status records_parse(struct parser *parser, struct cm_cursor *cursor)
 {
     size_t row = 0;
     bool seen_many = false;
     while (cm_cursor_left(cursor) > 0) {
+        struct cm_cursor body;
         parser->at = cursor->offset;
-        parser->tag = cm_cursor_u16(cursor);
-        uint16_t reserved = cm_cursor_u16(cursor);
-        uint32_t size = cm_cursor_u32(cursor);
-        const uint8_t *bytes = cm_cursor_take(cursor, size);
-        if (!cm_cursor_ok(cursor) || reserved != 0) {
+        if (!cm_manifest_record_read(cursor, &parser->tag, &body)) {
             return refuse(parser, "record is cut or malformed");
+        }
+        if (parser->tag == TAG_ADAPTER) {
+            return refuse(parser, "the package holds an adapter, and a model is wanted");
         }
         while (row < RECORD_COUNT && records[row].presence == MAYBE &&
                records[row].tag != parser->tag) {
@@ -412,7 +420,6 @@ static enum cm_status records_parse(struct parser *parser, struct cm_cursor *cur
         if (row == RECORD_COUNT || records[row].tag != parser->tag) {
             return refuse(parser, "unknown, missing, repeated or out of order");
         }
-        struct cm_cursor body = cm_cursor_init(bytes, size);
         enum cm_status status = records[row].parse(parser, &body);
         if (status != CM_OK) {
             return status;
@@ -460,20 +467,21 @@ void cm_manifest_done(struct cm_manifest *manifest)
     *manifest = (struct cm_manifest){0};
 }
 
-static void record_put(struct cm_writer *writer, uint16_t tag, size_t size)
+void cm_manifest_record_put(struct cm_writer *writer, uint16_t tag, size_t size)
 {
     cm_writer_u16(writer, tag);
     cm_writer_u16(writer, 0);
     cm_writer_u32(writer, (uint32_t)size);
 }
 
-static void text_put(struct cm_writer *writer, uint16_t tag, const struct cm_manifest_text *text)
+void cm_manifest_text_put(struct cm_writer *writer, uint16_t tag,
+                          const struct cm_manifest_text *text)
 {
-    record_put(writer, tag, text->size);
+    cm_manifest_record_put(writer, tag, text->size);
     cm_writer_bytes(writer, text->bytes, text->size);
 }
 
-static void f32_put(struct cm_writer *writer, float value)
+void cm_manifest_f32_put(struct cm_writer *writer, float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof(bits));
@@ -482,7 +490,7 @@ static void f32_put(struct cm_writer *writer, float value)
 
 static void tokenizer_put(struct cm_writer *writer, const struct cm_manifest *m)
 {
-    record_put(writer, TAG_TOKENIZER, 4 * (5 + CM_MANIFEST_END_TOKENS_MAX));
+    cm_manifest_record_put(writer, TAG_TOKENIZER, 4 * (5 + CM_MANIFEST_END_TOKENS_MAX));
     cm_writer_u32(writer, m->tokenizer);
     cm_writer_u32(writer, m->split);
     cm_writer_u32(writer, m->add_begin);
@@ -491,20 +499,20 @@ static void tokenizer_put(struct cm_writer *writer, const struct cm_manifest *m)
     for (uint32_t i = 0; i < CM_MANIFEST_END_TOKENS_MAX; i++) {
         cm_writer_u32(writer, i < m->end_token_count ? m->end_tokens[i] : 0);
     }
-    record_put(writer, TAG_TOKEN_LENGTHS, (size_t)m->vocabulary * 2);
+    cm_manifest_record_put(writer, TAG_TOKEN_LENGTHS, (size_t)m->vocabulary * 2);
     for (uint32_t i = 0; i < m->vocabulary; i++) {
         cm_writer_u16(writer, (uint16_t)(m->token_offsets[i + 1] - m->token_offsets[i]));
     }
-    record_put(writer, TAG_TOKEN_BYTES, m->token_offsets[m->vocabulary]);
+    cm_manifest_record_put(writer, TAG_TOKEN_BYTES, m->token_offsets[m->vocabulary]);
     cm_writer_bytes(writer, m->token_bytes, m->token_offsets[m->vocabulary]);
-    record_put(writer, TAG_TOKEN_TYPES, m->vocabulary);
+    cm_manifest_record_put(writer, TAG_TOKEN_TYPES, m->vocabulary);
     cm_writer_bytes(writer, m->token_types, m->vocabulary);
-    record_put(writer, TAG_MERGES, (size_t)m->merge_count * 8);
+    cm_manifest_record_put(writer, TAG_MERGES, (size_t)m->merge_count * 8);
     for (uint32_t i = 0; i < m->merge_count * 2; i++) {
         cm_writer_u32(writer, m->merges[i]);
     }
     if (m->ranks != NULL) {
-        record_put(writer, TAG_RANKS, (size_t)m->vocabulary * 4);
+        cm_manifest_record_put(writer, TAG_RANKS, (size_t)m->vocabulary * 4);
         for (uint32_t i = 0; i < m->vocabulary; i++) {
             cm_writer_u32(writer, m->ranks[i]);
         }
@@ -527,20 +535,21 @@ static void decoder_put(struct cm_writer *writer, const struct cm_manifest_decod
     if (!other) { /* llama's */
         return;
     }
-    record_put(writer, TAG_DECODER, sizeof(numbers) + sizeof(reals));
+    cm_manifest_record_put(writer, TAG_DECODER, sizeof(numbers) + sizeof(reals));
     for (size_t i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++) {
         cm_writer_u32(writer, numbers[i]);
     }
     for (size_t i = 0; i < sizeof(reals) / sizeof(reals[0]); i++) {
-        f32_put(writer, reals[i]);
+        cm_manifest_f32_put(writer, reals[i]);
     }
 }
 
-static void tensors_put(struct cm_writer *writer, const struct cm_manifest *m)
+void cm_manifest_tensors_put(struct cm_writer *writer, const struct cm_manifest_tensor *tensors,
+                             uint32_t count)
 {
-    for (uint32_t i = 0; i < m->tensor_count; i++) {
-        const struct cm_manifest_tensor *tensor = &m->tensors[i];
-        record_put(writer, TAG_TENSOR, TENSOR_FIXED_BYTES + tensor->name.size);
+    for (uint32_t i = 0; i < count; i++) {
+        const struct cm_manifest_tensor *tensor = &tensors[i];
+        cm_manifest_record_put(writer, TAG_TENSOR, TENSOR_FIXED_BYTES + tensor->name.size);
         cm_writer_u32(writer, tensor->layer);
         cm_writer_u32(writer, tensor->role);
         cm_writer_u32(writer, tensor->kind);
@@ -556,29 +565,29 @@ static void tensors_put(struct cm_writer *writer, const struct cm_manifest *m)
 
 static void manifest_put(struct cm_writer *writer, const struct cm_manifest *m)
 {
-    text_put(writer, TAG_NAME, &m->model_name);
-    text_put(writer, TAG_LICENSE, &m->license);
-    text_put(writer, TAG_ORIGIN, &m->origin);
+    cm_manifest_text_put(writer, TAG_NAME, &m->model_name);
+    cm_manifest_text_put(writer, TAG_LICENSE, &m->license);
+    cm_manifest_text_put(writer, TAG_ORIGIN, &m->origin);
     const uint32_t shape[] = {m->architecture, m->vocabulary,  m->width,      m->layers,
                               m->heads,        m->kv_heads,    m->head_width, m->rope_width,
                               m->ffn_width,    m->context_max, m->tied_head};
-    record_put(writer, TAG_SHAPE, sizeof(shape) + 8);
+    cm_manifest_record_put(writer, TAG_SHAPE, sizeof(shape) + 8);
     for (size_t i = 0; i < sizeof(shape) / sizeof(shape[0]); i++) {
         cm_writer_u32(writer, shape[i]);
     }
-    f32_put(writer, m->rope_base);
-    f32_put(writer, m->norm_epsilon);
+    cm_manifest_f32_put(writer, m->rope_base);
+    cm_manifest_f32_put(writer, m->norm_epsilon);
     decoder_put(writer, &m->decoder);
     if (m->loss_positions > 0) {
-        record_put(writer, TAG_LOSS, 8);
+        cm_manifest_record_put(writer, TAG_LOSS, 8);
         cm_writer_u32(writer, m->loss_positions);
-        f32_put(writer, m->loss_divergence);
+        cm_manifest_f32_put(writer, m->loss_divergence);
     }
     tokenizer_put(writer, m);
-    record_put(writer, TAG_CHAT, 4 + (size_t)m->default_system.size);
+    cm_manifest_record_put(writer, TAG_CHAT, 4 + (size_t)m->default_system.size);
     cm_writer_u32(writer, m->chat);
     cm_writer_bytes(writer, m->default_system.bytes, m->default_system.size);
-    tensors_put(writer, m);
+    cm_manifest_tensors_put(writer, m->tensors, m->tensor_count);
 }
 
 enum cm_status cm_manifest_encode(const struct cm_manifest *manifest, uint8_t **ret_bytes,

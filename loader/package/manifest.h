@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "runtime/base/error.h"
+#include "runtime/base/frame.h" /* digest size */
 
 #define CM_MANIFEST_LAYERS_MAX      256u
 #define CM_MANIFEST_TENSORS_MAX     4096u
@@ -135,6 +136,40 @@ CM_MUST_USE enum cm_status cm_manifest_parse(const uint8_t *bytes, size_t size,
                                              struct cm_manifest *ret_manifest,
                                              struct cm_error *err);
 void cm_manifest_done(struct cm_manifest *manifest);
+
+/* An adapter's manifest: a package holds a model or an adapter. layer: 0 .. layers-1; role: 2 *
+ * enum cm_adapter_target (kernels/model.h), + 1 for B. Tensors come by layer, then by role: a pair
+ * is complete, and the same roles are in no layer twice. */
+#define CM_MANIFEST_ADAPTER_ROLES       14u
+#define CM_MANIFEST_ADAPTER_TENSORS_MAX (CM_MANIFEST_LAYERS_MAX * CM_MANIFEST_ADAPTER_ROLES)
+#define CM_MANIFEST_ADAPTER_RANK_MAX    64u
+
+struct cm_manifest_adapter {
+    struct cm_manifest_text name; /* [a-zA-Z0-9._-]{1,63} */
+    struct cm_manifest_text license;
+    struct cm_manifest_text origin;
+    uint8_t base_digest[CM_DIGEST_BYTES]; /* core digest of the package that it was made for */
+    uint32_t rank;                        /* of all pairs, 1 .. CM_MANIFEST_ADAPTER_RANK_MAX */
+    float scale;                          /* finite, > 0 */
+    float rounding; /* relative RMS error of the stored values, 0: they are the source's */
+    /* of the base, as far as an adapter depends on it */
+    uint32_t layers, width, heads, kv_heads, head_width, rope_width, ffn_width;
+    const struct cm_manifest_tensor *tensors; /* in payload order */
+    uint32_t tensor_count;
+};
+
+/* Which of the two parsers a manifest is for. */
+bool cm_manifest_is_adapter(const uint8_t *bytes, size_t size);
+/* As cm_manifest_parse, but nothing is allocated: tensors go to the caller's `tensors` [room], and
+ * more of them are refused. Texts borrow from `bytes`. Fails: PACKAGE with tag and offset. */
+CM_MUST_USE enum cm_status
+cm_manifest_adapter_parse(const uint8_t *bytes, size_t size, uint64_t payload_bytes,
+                          struct cm_manifest_tensor *tensors, uint32_t room,
+                          struct cm_manifest_adapter *ret_adapter, struct cm_error *err);
+/* As cm_manifest_encode. */
+CM_MUST_USE enum cm_status cm_manifest_adapter_encode(const struct cm_manifest_adapter *adapter,
+                                                      uint8_t **ret_bytes, size_t *ret_size,
+                                                      struct cm_error *err);
 
 /* Encode (packer and tests). *ret_bytes is malloc'd, the caller frees. What it writes, parse reads.
  */

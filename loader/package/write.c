@@ -160,22 +160,37 @@ static enum cm_status core_plan(struct cm_package_core *core,
     return CM_OK;
 }
 
-/* Seal the manifest into its place; its digest goes into the core header. */
-static enum cm_status manifest_write(struct cm_package_writer *writer,
-                                     const struct cm_manifest *manifest, uint64_t payload_bytes,
+/* What a writer seals is what a reader takes. */
+static enum cm_status manifest_check(const uint8_t *bytes, size_t size, uint64_t payload_bytes,
                                      struct cm_error *err)
 {
-    uint8_t *plain = NULL, *sealed = NULL;
-    size_t bytes = 0;
-    uint8_t key[CM_AEAD_KEY_BYTES] = {0};
-    struct cm_manifest check;
-    enum cm_status status = cm_manifest_encode(manifest, &plain, &bytes, err);
-    if (status != CM_OK) {
+    struct cm_manifest model;
+    struct cm_manifest_adapter adapter;
+    if (!cm_manifest_is_adapter(bytes, size)) {
+        enum cm_status status = cm_manifest_parse(bytes, size, payload_bytes, &model, err);
+        if (status == CM_OK) {
+            cm_manifest_done(&model);
+        }
         return status;
     }
-    status = cm_manifest_parse(plain, bytes, payload_bytes, &check, err);
+    struct cm_manifest_tensor *tensors = calloc(CM_MANIFEST_ADAPTER_TENSORS_MAX, sizeof(*tensors));
+    if (tensors == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tensors");
+    }
+    enum cm_status status = cm_manifest_adapter_parse(
+        bytes, size, payload_bytes, tensors, CM_MANIFEST_ADAPTER_TENSORS_MAX, &adapter, err);
+    free(tensors);
+    return status;
+}
+
+/* Seal the manifest into its place; its digest goes into the core header. */
+static enum cm_status manifest_write(struct cm_package_writer *writer, const uint8_t *plain,
+                                     size_t bytes, uint64_t payload_bytes, struct cm_error *err)
+{
+    uint8_t *sealed = NULL;
+    uint8_t key[CM_AEAD_KEY_BYTES] = {0};
+    enum cm_status status = manifest_check(plain, bytes, payload_bytes, err);
     if (status == CM_OK) {
-        cm_manifest_done(&check);
         status = core_plan(&writer->core, &writer->options, bytes, payload_bytes, err);
     }
     struct cm_package_core *core = &writer->core;
@@ -197,8 +212,6 @@ static enum cm_status manifest_write(struct cm_package_writer *writer,
                                 core->manifest_offset, "manifest", err);
     }
     cm_wipe(key, sizeof(key));
-    cm_wipe(plain, bytes);
-    free(plain);
     free(sealed);
     return status;
 }
@@ -230,10 +243,10 @@ static enum cm_status partial_open(struct cm_package_writer *writer, struct cm_e
     return CM_OK;
 }
 
-enum cm_status cm_package_write_begin(const struct cm_package_write_options *options,
-                                      const uint8_t key[static CM_KEY_BYTES],
-                                      const struct cm_manifest *manifest, uint64_t payload_bytes,
-                                      struct cm_package_writer **ret_writer, struct cm_error *err)
+static enum cm_status write_begin(const struct cm_package_write_options *options,
+                                  const uint8_t key[static CM_KEY_BYTES], const uint8_t *manifest,
+                                  size_t manifest_bytes, uint64_t payload_bytes,
+                                  struct cm_package_writer **ret_writer, struct cm_error *err)
 {
     if (payload_bytes == 0 ||
         payload_bytes > CM_PACKAGE_SEGMENTS_MAX * (uint64_t)CM_PACKAGE_SEGMENT_BYTES ||
@@ -261,7 +274,7 @@ enum cm_status cm_package_write_begin(const struct cm_package_write_options *opt
         status = partial_open(writer, err);
     }
     if (status == CM_OK) {
-        status = manifest_write(writer, manifest, payload_bytes, err);
+        status = manifest_write(writer, manifest, manifest_bytes, payload_bytes, err);
     }
     if (status == CM_OK) {
         writer->table = calloc(writer->core.segment_count, CM_PACKAGE_TABLE_ENTRY_BYTES);
@@ -275,6 +288,40 @@ enum cm_status cm_package_write_begin(const struct cm_package_write_options *opt
     }
     *ret_writer = writer;
     return CM_OK;
+}
+
+enum cm_status cm_package_write_begin(const struct cm_package_write_options *options,
+                                      const uint8_t key[static CM_KEY_BYTES],
+                                      const struct cm_manifest *manifest, uint64_t payload_bytes,
+                                      struct cm_package_writer **ret_writer, struct cm_error *err)
+{
+    uint8_t *bytes;
+    size_t size;
+    enum cm_status status = cm_manifest_encode(manifest, &bytes, &size, err);
+    if (status == CM_OK) {
+        status = write_begin(options, key, bytes, size, payload_bytes, ret_writer, err);
+        cm_wipe(bytes, size);
+        free(bytes);
+    }
+    return status;
+}
+
+enum cm_status cm_package_write_begin_adapter(const struct cm_package_write_options *options,
+                                              const uint8_t key[static CM_KEY_BYTES],
+                                              const struct cm_manifest_adapter *adapter,
+                                              uint64_t payload_bytes,
+                                              struct cm_package_writer **ret_writer,
+                                              struct cm_error *err)
+{
+    uint8_t *bytes;
+    size_t size;
+    enum cm_status status = cm_manifest_adapter_encode(adapter, &bytes, &size, err);
+    if (status == CM_OK) {
+        status = write_begin(options, key, bytes, size, payload_bytes, ret_writer, err);
+        cm_wipe(bytes, size);
+        free(bytes);
+    }
+    return status;
 }
 
 static enum cm_status segment_flush(struct cm_package_writer *writer, struct cm_error *err)

@@ -33,6 +33,12 @@ CM_MUST_USE enum cm_status cm_package_write_begin(const struct cm_package_write_
                                                   uint64_t payload_bytes,
                                                   struct cm_package_writer **ret_writer,
                                                   struct cm_error *err);
+/* The same of an adapter. */
+CM_MUST_USE enum cm_status
+cm_package_write_begin_adapter(const struct cm_package_write_options *options,
+                               const uint8_t key[static CM_KEY_BYTES],
+                               const struct cm_manifest_adapter *adapter, uint64_t payload_bytes,
+                               struct cm_package_writer **ret_writer, struct cm_error *err);
 CM_MUST_USE enum cm_status cm_package_write_append(struct cm_package_writer *writer,
                                                    const uint8_t *plaintext, size_t bytes,
                                                    struct cm_error *err);

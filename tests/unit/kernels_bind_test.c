@@ -65,8 +65,13 @@ Test(kernels_bind, rope_tables_are_the_definition_rounded_once)
     for (uint32_t threads = 1; threads <= 3; threads++) {
         const struct cm_device_options options = {.threads = threads};
         const struct cm_device_cipher cipher = {segment_copy, NULL};
-        const struct cm_device_reserve reserve = {&model, payload_bytes, SEGMENT_BYTES, 1, 1, 101,
-                                                  32};
+        const struct cm_device_reserve reserve = {.model = &model,
+                                                  .payload_bytes = payload_bytes,
+                                                  .segment_bytes = SEGMENT_BYTES,
+                                                  .slots = 1,
+                                                  .kv_pages = 1,
+                                                  .context_max = 101,
+                                                  .step_tokens_max = 32};
         cr_assert_eq(cm_device_open("cpu", &options, &device, &err), CM_OK);
         cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK);
         cr_assert_eq(cm_device_segment_submit(device, &cipher, 0, payload, payload_bytes, &err),

@@ -422,7 +422,13 @@ static struct cm_device *device_new(uint64_t payload)
 {
     struct cm_device *device;
     const struct cm_device_options options = {.threads = 1};
-    struct cm_device_reserve reserve = {&shape, payload, 4096, 2, 4, 64, 16};
+    struct cm_device_reserve reserve = {.model = &shape,
+                                        .payload_bytes = payload,
+                                        .segment_bytes = 4096,
+                                        .slots = 2,
+                                        .kv_pages = 4,
+                                        .context_max = 64,
+                                        .step_tokens_max = 16};
     cr_assert_eq(cm_device_open("cpu", &options, &device, &err), CM_OK, "%s", err.text);
     cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK, "%s", err.text);
     return device;

@@ -34,7 +34,13 @@ static const struct cm_model model = {.vocabulary = 64,
 static void device_begin(uint64_t payload_bytes)
 {
     const struct cm_device_options options = {.threads = 1};
-    const struct cm_device_reserve reserve = {&model, payload_bytes, SEGMENT, 1, 1, 32, 32};
+    const struct cm_device_reserve reserve = {.model = &model,
+                                              .payload_bytes = payload_bytes,
+                                              .segment_bytes = SEGMENT,
+                                              .slots = 1,
+                                              .kv_pages = 1,
+                                              .context_max = 32,
+                                              .step_tokens_max = 32};
     cr_assert_eq(cm_device_open("cpu", &options, &device, &err), CM_OK, "%s", err.text);
     cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK, "%s", err.text);
 }

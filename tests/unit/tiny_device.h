@@ -104,8 +104,13 @@ static inline struct cm_device *device_load_by(const struct cm_device_options *o
 {
     struct cm_device *device;
     const struct cm_device_cipher cipher = {segment_copy, NULL};
-    const struct cm_device_reserve reserve = {&model,   payload_bytes, SEGMENT_BYTES,  slots,
-                                              kv_pages, context_max,   step_tokens_max};
+    const struct cm_device_reserve reserve = {.model = &model,
+                                              .payload_bytes = payload_bytes,
+                                              .segment_bytes = SEGMENT_BYTES,
+                                              .slots = slots,
+                                              .kv_pages = kv_pages,
+                                              .context_max = context_max,
+                                              .step_tokens_max = step_tokens_max};
     cr_assert_eq(cm_device_open("cpu", options, &device, &err), CM_OK, "%s", err.text);
     cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK, "%s", err.text);
     for (uint64_t i = 0; i * SEGMENT_BYTES < payload_bytes; i++) {
