@@ -226,7 +226,8 @@ enum cm_status cm_device_adapter_bind(struct cm_device *device, uint32_t number,
         region->failed = true;
         return status;
     }
-    region_wipe(device, region);
-    region->failed = true;
-    return cm_error_set(err, CM_E_DEVICE, "CM-DEV-ADAPTER", "this device computes no adapters yet");
+    region->rank = adapter->rank;
+    region->scale = adapter->scale;
+    region->bound = true;
+    return CM_OK;
 }

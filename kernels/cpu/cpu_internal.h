@@ -8,13 +8,15 @@
 #include "kernels/guard/classify.h"
 #include "kernels/guard/guard.h"
 
-#define CM_ATTENTION_CHUNK 256u
-#define CM_ATTENTION_ROWS  48u /* query rows (tokens × group) that share loads of K and V */
-#define CM_THREADS_MAX     64u
-#define CM_GELU_SCALE      0x1.988454p+0f /* 2 sqrt(2 / pi) */
-#define CM_PANEL           16u            /* tokens whose activations lie together */
-#define CM_BLOCK_TOKENS    128u           /* tokens of one work item of a matrix product */
-#define CM_TAKES           4u /* pieces in which a thread takes its own share of a phase */
+#define CM_ATTENTION_CHUNK  256u
+#define CM_ATTENTION_ROWS   48u /* query rows (tokens × group) that share loads of K and V */
+#define CM_THREADS_MAX      64u
+#define CM_GELU_SCALE       0x1.988454p+0f /* 2 sqrt(2 / pi) */
+#define CM_PANEL            16u            /* tokens whose activations lie together */
+#define CM_BLOCK_TOKENS     128u           /* tokens of one work item of a matrix product */
+#define CM_LOW_RANK_COLUMNS 256u           /* of an adapter's A that one work item takes */
+#define CM_LOW_RANK_TOKENS  16u            /* the most of them that it serves */
+#define CM_TAKES            4u /* pieces in which a thread takes its own share of a phase */
 
 /* Padded rows of a matrix, columns of a vector. */
 static inline uint32_t cm_padded(uint32_t value, uint32_t to)
@@ -124,6 +126,13 @@ struct cm_path {
     void (*attend_chunk)(const struct cm_attention *attention, uint32_t chunk, float *partial);
     void (*attend_merge)(const struct cm_attention *attention, uint32_t chunks, float *partials);
     uint32_t (*greatest)(const float *x, uint32_t size); /* index; the lowest of equals */
+    /* Adapters. 16 rows of A, of which `tile` is the part from column 32 * block on, times these
+     * blocks (at most CM_LOW_RANK_COLUMNS) of the tokens; ret[token][16], `stride` floats apart. */
+    void (*shrink)(const uint16_t *tile, const struct cm_activations *x, uint32_t token,
+                   uint32_t tokens, uint32_t block, uint32_t blocks, float *ret, size_t stride);
+    /* y[16] += B's rows times u[rank], for `tiles` row tiles; y moves on by `step`. */
+    void (*expand)(const uint16_t *tile, uint32_t rank, uint32_t tiles, const float *u, float *y,
+                   size_t step);
 };
 
 #define CM_PATH_DECLARE(path)                                                                      \
@@ -146,6 +155,11 @@ struct cm_path {
                                   float *partial);                                                 \
     void cm_##path##_attend_merge(const struct cm_attention *attention, uint32_t chunks,           \
                                   float *partials);                                                \
+    void cm_##path##_shrink(const uint16_t *tile, const struct cm_activations *x, uint32_t token,  \
+                            uint32_t tokens, uint32_t block, uint32_t blocks, float *ret,          \
+                            size_t stride);                                                        \
+    void cm_##path##_expand(const uint16_t *tile, uint32_t rank, uint32_t tiles, const float *u,   \
+                            float *y, size_t step);                                                \
     uint32_t cm_##path##_greatest(const float *x, uint32_t size)
 
 CM_PATH_DECLARE(avx2);
@@ -164,6 +178,10 @@ float cm_capf(float x, float cap); /* cap * tanh(x / cap) */
 void cm_plain_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                    struct cm_span span, float *y, size_t stride);
 void cm_plain_attend(const struct cm_attention *attention);
+void cm_plain_shrink(const uint16_t *tile, const struct cm_activations *x, uint32_t token,
+                     uint32_t tokens, uint32_t block, uint32_t blocks, float *ret, size_t stride);
+void cm_plain_expand(const uint16_t *tile, uint32_t rank, uint32_t tiles, const float *u, float *y,
+                     size_t step);
 
 /* ---------------------------------------------------------------- threads */
 
@@ -264,6 +282,11 @@ struct cm_adapter_region {
     float scale;
 };
 
+struct cm_low_rank_run { /* tokens of a step, side by side, with one adapter */
+    uint32_t token, tokens;
+    const struct cm_adapter_region *adapter;
+};
+
 struct cm_thread_scratch {           /* of one thread */
     float *row;                      /* [widest] */
     float *y;                        /* [CM_BLOCK_TOKENS][rows of a unit] */
@@ -281,6 +304,8 @@ struct cm_scratch {            /* of one step; pointers into the arena */
     struct cm_activations act; /* [step_tokens][widest input] */
     struct cm_activations hidden; /* [step_tokens][ffn_width] */
     float *logits;                /* [slots][padded vocabulary] */
+    float *low;                   /* adapters: [step_tokens][low_floats], parts of A x */
+    struct cm_low_rank_run *runs; /* [step_tokens] */
     struct cm_thread_scratch *threads;
 };
 
@@ -299,6 +324,7 @@ struct cm_step_token { /* one token of the mixed batch */
     uint32_t entry;
     uint32_t token;
     uint32_t position;
+    const struct cm_adapter_region *adapter; /* NULL: none */
 };
 
 struct cm_device {
@@ -336,6 +362,9 @@ struct cm_device {
     uint32_t token_count;
     struct cm_attention_item *items; /* [step_tokens_max + chunks that are split] */
     uint32_t item_count;
+    uint32_t run_count;                         /* of tokens with an adapter */
+    uint32_t rank_tiles;                        /* the most of them */
+    uint32_t low_floats;                        /* of one token */
     uint32_t splits;                            /* tokens whose chunks are items of their own */
     uint32_t chunks_max;                        /* of a context */
     uint32_t wanted[CM_STEP_ENTRIES_MAX];       /* entries that get a token */
@@ -351,6 +380,25 @@ bool cm_halves_finite(const uint8_t *halves, uint64_t count);
 
 /* adapter.c: the region of that number, NULL if it does not exist. */
 struct cm_adapter_region *cm_adapter_region_of(struct cm_device *device, uint32_t region);
+
+/* Row tiles of A, and the work items that one of them is cut into. */
+static inline uint32_t cm_rank_tiles(uint32_t rank)
+{
+    return (rank + CM_TILE_ROWS - 1) / CM_TILE_ROWS;
+}
+static inline uint32_t cm_low_rank_chunks(uint32_t columns)
+{
+    return (columns + CM_LOW_RANK_COLUMNS - 1) / CM_LOW_RANK_COLUMNS;
+}
+
+/* low_rank_step.c: which tokens have an adapter; A x of a site's targets; what B adds to a part of
+ * a product. */
+enum cm_site { CM_SITE_QKV, CM_SITE_OUT, CM_SITE_GATE_UP, CM_SITE_DOWN };
+void cm_low_rank_plan(struct cm_device *device);
+void cm_low_rank_shrink(struct cm_device *device, struct cm_worker *worker, uint32_t layer,
+                        enum cm_site site, const struct cm_activations *x);
+void cm_low_rank_expand(const struct cm_device *device, uint32_t layer, enum cm_site site,
+                        struct cm_span span, float *y, size_t stride);
 
 /* forward.c: run the step that device->entries and device->tokens describe. */
 void cm_forward(struct cm_device *device);

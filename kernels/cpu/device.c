@@ -149,12 +149,22 @@ static void scratch_lay(struct cm_device *device, struct layout *layout,
 static void adapters_lay(struct cm_device *device, struct layout *layout,
                          const struct cm_device_reserve *r)
 {
+    const struct cm_model *m = r->model;
+    const uint32_t tokens = greatest(r->step_tokens_max, r->slots);
+    /* Q, K and V share an input; so do gate and up. */
+    const uint32_t chunks = greatest(
+        3 * cm_low_rank_chunks(m->width),
+        greatest(cm_low_rank_chunks(m->heads * m->head_width), cm_low_rank_chunks(m->ffn_width)));
+    device->low_floats = cm_rank_tiles(r->adapter_rank_max) * chunks * CM_TILE_ROWS;
+    if (r->adapters > 0) {
+        device->scratch.low = piece(layout, (uint64_t)tokens * device->low_floats, 4, 64);
+        device->scratch.runs = piece(layout, tokens, sizeof(struct cm_low_rank_run), 64);
+    }
     for (uint32_t i = 0; i < r->adapters; i++) {
         device->regions[i] = (struct cm_adapter_region){
             .payload = piece(layout, 1, r->adapter_bytes, 4096),
             .segment_seen = piece(layout, r->adapter_bytes / r->segment_bytes + 1, 1, 64),
-            .layers =
-                piece(layout, r->model->layers, sizeof(struct cm_low_rank[CM_TARGET_COUNT]), 64)};
+            .layers = piece(layout, m->layers, sizeof(struct cm_low_rank[CM_TARGET_COUNT]), 64)};
     }
 }
 
@@ -635,9 +645,11 @@ static enum cm_status step_take(struct cm_device *device, const struct cm_step_e
         if (refusal != NULL) {
             return cm_error_set(err, CM_E_BUG, "CM-DEV-STEP", "step entry %u: %s", e, refusal);
         }
+        const struct cm_adapter_region *adapter =
+            cm_adapter_region_of(device, device->slots[entries[e].slot].adapter);
         for (uint32_t i = 0; i < entries[e].token_count; i++) {
             device->tokens[device->token_count++] =
-                (struct cm_step_token){e, entries[e].tokens[i], entries[e].position + i};
+                (struct cm_step_token){e, entries[e].tokens[i], entries[e].position + i, adapter};
         }
         device->entries[e] = entries[e];
         memset(&device->results[e], 0, offsetof(struct cm_step_result, text));

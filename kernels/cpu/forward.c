@@ -90,10 +90,12 @@ static struct cm_activations activate(struct run *run, const struct rows *rows)
 /* What becomes of a finished part of a product: y[token][row], `stride` floats a token. */
 typedef void (*epilogue)(struct run *run, struct cm_span span, float *y, size_t stride);
 
-/* Work items are `unit` row tiles × CM_BLOCK_TOKENS tokens. */
-static void multiply(struct run *run, const struct cm_matrix *matrix,
+/* Work items are `unit` row tiles × CM_BLOCK_TOKENS tokens. Adapters add to a part before it is
+ * finished. */
+static void multiply(struct run *run, enum cm_site site, const struct cm_matrix *matrix,
                      const struct cm_activations *act, uint32_t unit, epilogue finish)
 {
+    cm_low_rank_shrink(run->device, run->worker, run->index, site, act);
     uint32_t first, last, blocks = (act->tokens + CM_BLOCK_TOKENS - 1) / CM_BLOCK_TOKENS;
     cm_pool_phase(run->worker, (matrix->row_tiles + unit - 1) / unit * blocks);
     while (cm_pool_take(run->worker, &first, &last)) {
@@ -103,6 +105,7 @@ static void multiply(struct run *run, const struct cm_matrix *matrix,
                                    least(tile + unit, matrix->row_tiles)};
             size_t stride = (size_t)(span.tile_last - tile) * CM_TILE_ROWS;
             run->path->gemm(matrix, act, span, run->own->y, stride);
+            cm_low_rank_expand(run->device, run->index, site, span, run->own->y, stride);
             finish(run, span, run->own->y, stride);
         }
     }
@@ -209,10 +212,10 @@ static void result_add(struct run *run, const float *weight)
 }
 
 /* A product that goes into the residual, through the norm if there is one. */
-static void multiply_add(struct run *run, const struct cm_matrix *matrix,
+static void multiply_add(struct run *run, enum cm_site site, const struct cm_matrix *matrix,
                          const struct cm_activations *act, const float *norm)
 {
-    multiply(run, matrix, act, 2, norm != NULL ? result_finish : residual_finish);
+    multiply(run, site, matrix, act, 2, norm != NULL ? result_finish : residual_finish);
     if (norm != NULL) {
         result_add(run, norm);
     }
@@ -348,21 +351,21 @@ static void layer_run(struct run *run)
     uint32_t head_tiles = cm_heads_per_unit(model->head_width) * model->head_width / CM_TILE_ROWS;
     struct rows x = {scratch->x, model->width, NULL, tokens, model->width, layer->attention_norm};
     struct cm_activations act = activate(run, &x);
-    multiply(run, &layer->qkv, &act, head_tiles, heads_finish);
+    multiply(run, CM_SITE_QKV, &layer->qkv, &act, head_tiles, heads_finish);
     attend(run, item_run);
     if (run->device->splits > 0) {
         attend(run, item_merge);
     }
     struct rows out = {scratch->attention, attention, NULL, tokens, attention, NULL};
     act = activate(run, &out);
-    multiply_add(run, &layer->attention_out, &act, layer->post_attention_norm);
+    multiply_add(run, CM_SITE_OUT, &layer->attention_out, &act, layer->post_attention_norm);
     x.weight = layer->ffn_norm;
     act = activate(run, &x);
-    multiply(run, &layer->gate_up, &act, 4, gate_finish);
+    multiply(run, CM_SITE_GATE_UP, &layer->gate_up, &act, 4, gate_finish);
     act = scratch->hidden;
     act.columns = model->ffn_width;
     act.tokens = tokens;
-    multiply_add(run, &layer->down, &act, layer->post_ffn_norm);
+    multiply_add(run, CM_SITE_DOWN, &layer->down, &act, layer->post_ffn_norm);
 }
 
 static size_t padded_rows(const struct cm_matrix *matrix)
@@ -524,5 +527,6 @@ void cm_forward(struct cm_device *device)
     seen_mark(device);
     wanted_find(device);
     attention_plan(device);
+    cm_low_rank_plan(device);
     cm_pool_run(device->pool, program, device);
 }

@@ -18,8 +18,9 @@
 #if defined(__AVX512F__)
 
 typedef __m512 lanes;
-#define LANES_SCORE_ROWS 6u /* rows of attention that one pass over K serves, and over V */
-#define LANES_VALUE_ROWS 6u
+#define LANES_SCORE_ROWS      6u /* rows of attention that one pass over K serves, and over V */
+#define LANES_VALUE_ROWS      6u
+#define LANES_LOW_RANK_TOKENS 4u /* that one pass over a factor serves */
 
 static inline lanes lanes_set(float x)
 {
@@ -102,6 +103,11 @@ static inline int32_t lanes_bytes_store(int8_t *at, lanes first, lanes second)
     _mm_storeu_si128((__m128i *)(void *)(at + 16), _mm512_cvtepi32_epi8(b));
     return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
 }
+static inline lanes lanes_bytes_load(const int8_t *at)
+{
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)at)));
+}
 /* Lanes 2i and 2i+1 exchanged. */
 static inline lanes lanes_swap(lanes a)
 {
@@ -124,8 +130,9 @@ static inline void lanes_halves(lanes a, __m256 *low, __m256 *high)
 typedef struct {
     __m256 low, high;
 } lanes;
-#define LANES_SCORE_ROWS 2u
-#define LANES_VALUE_ROWS 1u
+#define LANES_SCORE_ROWS      2u
+#define LANES_VALUE_ROWS      1u
+#define LANES_LOW_RANK_TOKENS 1u
 
 static inline lanes lanes_set(float x)
 {
@@ -231,6 +238,12 @@ static inline int32_t lanes_bytes_store(int8_t *at, lanes first, lanes second)
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
     four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+static inline lanes lanes_bytes_load(const int8_t *at)
+{
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)at);
+    return (lanes){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                   _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 static inline lanes lanes_swap(lanes a)
 {

@@ -41,6 +41,7 @@ static bool amx_available(void)
         .key_put = cm_##body##_key_put, .value_put = cm_##body##_value_put,                        \
         .attend = cm_##body##_attend, .attend_chunk = cm_##body##_attend_chunk,                    \
         .attend_merge = cm_##body##_attend_merge, .greatest = cm_##body##_greatest,                \
+        .shrink = cm_##body##_shrink, .expand = cm_##body##_expand,                                \
     }
 
 static const struct cm_path paths[] = {PATH(amx, avx512vnni), PATH(avx512vnni, avx512vnni),

@@ -119,6 +119,44 @@ void cm_plain_gemm(const struct cm_matrix *matrix, const struct cm_activations *
     }
 }
 
+/* ------------------------------------------------------------------ adapters */
+
+/* Row `r` of a tile of a factor: column j, j + 4, … ascending in part j. */
+static float factor_product(const uint16_t *tile, uint32_t r, uint32_t columns, const float *x)
+{
+    float part[4] = {0};
+    for (uint32_t k = 0; k < columns; k++) {
+        float w = cm_half_float(tile[(size_t)k * CM_TILE_ROWS + r]);
+        part[k % 4] = fmaf(w, x[k], part[k % 4]);
+    }
+    return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+void cm_plain_shrink(const uint16_t *tile, const struct cm_activations *x, uint32_t token,
+                     uint32_t tokens, uint32_t block, uint32_t blocks, float *ret, size_t stride)
+{
+    float wide[CM_LOW_RANK_COLUMNS];
+    for (uint32_t t = 0; t < tokens; t++) {
+        for (uint32_t k = 0; k < blocks * CM_TILE_COLUMNS; k++) {
+            size_t at = cm_activation_at(x, token + t, block + k / CM_TILE_COLUMNS);
+            wide[k] = (float)x->q[at * CM_TILE_COLUMNS + k % CM_TILE_COLUMNS] * x->scale[at];
+        }
+        for (uint32_t r = 0; r < CM_TILE_ROWS; r++) {
+            ret[t * stride + r] = factor_product(tile, r, blocks * CM_TILE_COLUMNS, wide);
+        }
+    }
+}
+
+void cm_plain_expand(const uint16_t *tile, uint32_t rank, uint32_t tiles, const float *u, float *y,
+                     size_t step)
+{
+    for (uint32_t i = 0; i < tiles; i++) {
+        for (uint32_t r = 0; r < CM_TILE_ROWS; r++) {
+            y[i * step + r] += factor_product(tile + (size_t)i * rank * CM_TILE_ROWS, r, rank, u);
+        }
+    }
+}
+
 /* ------------------------------------------------------------------ attention */
 
 static float tree_sum(float lane[16])

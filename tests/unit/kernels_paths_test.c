@@ -216,6 +216,51 @@ Test(kernels_paths, products_equal_the_definition)
     }
 }
 
+/* ------------------------------------------------------------------ adapters */
+
+static uint16_t *factor_new(size_t tiles, uint32_t columns)
+{
+    uint16_t *factor = lines_new(tiles * columns * 16 * 2);
+    for (size_t i = 0; i < tiles * columns * 16; i++) {
+        factor[i] = cm_half_of(uniform());
+    }
+    return factor;
+}
+
+Test(kernels_paths, factors_of_adapters_equal_the_definition)
+{
+    enum { COLUMNS = 576, TOKENS = 37, TILES = 5 };
+    struct cm_activations act = activations_new(COLUMNS, TOKENS);
+    static float row[COLUMNS], plain[TOKENS][20], fast[TOKENS][20];
+    static float u[CM_ADAPTER_RANK_MAX], wanted[TILES * 32], found[TILES * 32];
+    srand(4);
+    for (uint32_t t = 0; t < TOKENS; t++) {
+        floats_fill(row, COLUMNS, 3.0f);
+        cm_path_choose("avx2")->quantise(row, &act, t, 0, COLUMNS / 32);
+    }
+    for (uint32_t i = 0; i < 64 * PATHS; i++) {
+        const struct cm_path *path = cm_path_choose(names[i % PATHS]);
+        const uint32_t rank = 1 + i / PATHS, block = rank % 11, blocks = 1 + rank % 8;
+        const uint32_t token = rank % 20, tokens = 1 + rank % 16;
+        uint16_t *a = factor_new(1, blocks * 32), *b = factor_new(TILES, rank);
+        if (path == NULL) {
+            continue;
+        }
+        memset(plain, 0, sizeof(plain));
+        memset(fast, 0, sizeof(fast));
+        cm_plain_shrink(a, &act, token, tokens, block, blocks, plain[0], 20);
+        path->shrink(a, &act, token, tokens, block, blocks, fast[0], 20);
+        cr_assert_arr_eq(fast, plain, sizeof(fast), "%s shrink %u", path->name, rank);
+        cr_assert_neq(plain[tokens - 1][15], 0.0f);
+        floats_fill(u, rank, 1.0f);
+        floats_fill(wanted, TILES * 32, 1.0f);
+        memcpy(found, wanted, sizeof(found));
+        cm_plain_expand(b, rank, TILES, u, wanted, 32);
+        path->expand(b, rank, TILES, u, found, 32);
+        cr_assert_arr_eq(found, wanted, sizeof(found), "%s expand %u", path->name, rank);
+    }
+}
+
 /* ------------------------------------------------------------------ attention */
 
 struct scene {

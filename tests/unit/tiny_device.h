@@ -98,21 +98,13 @@ static inline enum cm_status segment_copy(void *context, uint64_t index, const u
 }
 
 /* All steps of a load; binding is the caller's. */
-static inline struct cm_device *device_load_by(const struct cm_device_options *options,
-                                               uint32_t slots, uint32_t kv_pages,
-                                               uint32_t context_max, uint32_t step_tokens_max)
+static inline struct cm_device *device_load_with(const struct cm_device_options *options,
+                                                 const struct cm_device_reserve *reserve)
 {
     struct cm_device *device;
     const struct cm_device_cipher cipher = {segment_copy, NULL};
-    const struct cm_device_reserve reserve = {.model = &model,
-                                              .payload_bytes = payload_bytes,
-                                              .segment_bytes = SEGMENT_BYTES,
-                                              .slots = slots,
-                                              .kv_pages = kv_pages,
-                                              .context_max = context_max,
-                                              .step_tokens_max = step_tokens_max};
     cr_assert_eq(cm_device_open("cpu", options, &device, &err), CM_OK, "%s", err.text);
-    cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK, "%s", err.text);
+    cr_assert_eq(cm_device_reserve(device, reserve, &err), CM_OK, "%s", err.text);
     for (uint64_t i = 0; i * SEGMENT_BYTES < payload_bytes; i++) {
         cr_assert_eq(cm_device_segment_submit(device, &cipher, i, payload + i * SEGMENT_BYTES,
                                               SEGMENT_BYTES, &err),
@@ -120,6 +112,27 @@ static inline struct cm_device *device_load_by(const struct cm_device_options *o
     }
     cr_assert_eq(cm_device_load_finish(device, &err), CM_OK, "%s", err.text);
     return device;
+}
+
+static inline struct cm_device_reserve reserve_of(uint32_t slots, uint32_t kv_pages,
+                                                  uint32_t context_max, uint32_t step_tokens_max)
+{
+    return (struct cm_device_reserve){.model = &model,
+                                      .payload_bytes = payload_bytes,
+                                      .segment_bytes = SEGMENT_BYTES,
+                                      .slots = slots,
+                                      .kv_pages = kv_pages,
+                                      .context_max = context_max,
+                                      .step_tokens_max = step_tokens_max};
+}
+
+static inline struct cm_device *device_load_by(const struct cm_device_options *options,
+                                               uint32_t slots, uint32_t kv_pages,
+                                               uint32_t context_max, uint32_t step_tokens_max)
+{
+    const struct cm_device_reserve reserve =
+        reserve_of(slots, kv_pages, context_max, step_tokens_max);
+    return device_load_with(options, &reserve);
 }
 
 static inline struct cm_device *device_load(uint32_t slots, uint32_t kv_pages, uint32_t context_max,
