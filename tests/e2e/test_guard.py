@@ -59,22 +59,33 @@ def ask(node, prompt, **options):
         model=MODEL, prompt=prompt, temperature=0, **{"max_tokens": 40, "stop": ["\n"], **options})
 
 
-def test_a_secret_that_the_model_says_is_redacted(build, folder, smollm_gguf, guarded):
-    secret = access_key()
+@pytest.fixture(scope="module")
+def unguarded(build, folder, smollm_gguf):
+    """The control: the same model, the same prompts, no rules."""
+    node = node_make(build, folder, "open", smollm_gguf, "guard: 'off'")
+    yield node
+    assert node.stop() == 0
+
+
+@pytest.fixture()
+def secret(unguarded) -> str:
+    """A fresh one that the model alone does say, wherever it is asked to go on: it misspells some."""
+    for _ in range(10):
+        key = access_key()
+        if all(key[known:] in ask(unguarded, prompt_of(key) + key[:known]).choices[0].text
+               for known in (0, 4, 8, 12)):
+            return key
+    raise AssertionError("the model repeats none of ten keys")
+
+
+def test_a_secret_that_the_model_says_is_redacted(guarded, secret):
     reply = ask(guarded, prompt_of(secret)).choices[0]
     assert secret not in reply.text and "[key removed]" in reply.text
     pieces = [c.choices[0].text for c in ask(guarded, prompt_of(secret), stream=True) if c.choices]
     assert "".join(pieces) == reply.text
-    # the control: the same model, the same prompt, no rules
-    open_node = node_make(build, folder, "open", smollm_gguf, "guard: 'off'")
-    try:
-        assert secret in ask(open_node, prompt_of(secret)).choices[0].text
-    finally:
-        assert open_node.stop() == 0
 
 
-def test_a_reply_that_is_cut_in_a_secret_keeps_its_beginning_back(guarded):
-    secret = access_key()
+def test_a_reply_that_is_cut_in_a_secret_keeps_its_beginning_back(guarded, secret):
     seen = set()
     for tokens in range(1, 14):
         reply = ask(guarded, prompt_of(secret), max_tokens=tokens).choices[0]
@@ -84,13 +95,12 @@ def test_a_reply_that_is_cut_in_a_secret_keeps_its_beginning_back(guarded):
     assert len(seen) <= 4, seen
 
 
-def test_a_secret_whose_beginning_stands_in_the_prompt_does_not_leave(guarded):
+def test_a_secret_whose_beginning_stands_in_the_prompt_does_not_leave(guarded, secret):
     """A text is gone on from as it stands: who knows how keys begin must not get the rest."""
-    secret = access_key()
     for known in (4, 8, 12):
         reply = ask(guarded, prompt_of(secret) + secret[:known]).choices[0]
         assert secret[known:known + 6] not in reply.text, f"{known} known: {reply.text}"
-        assert "[key removed]" in reply.text, "control: the model went on with the key"
+        assert "[key removed]" in reply.text, "the rest is replaced"
 
 
 def test_the_rules_are_measured(build, guarded):
