@@ -103,11 +103,11 @@ def refusals(node: nodes.Node) -> bool:
 
 def redaction(node: nodes.Node, key: str, model: pathlib.Path) -> bool:
     """A key that did not exist a second ago, in a text that only goes on in one way: what the service says,
-    and what a node of the same weights says whose configuration has the guard off."""
-    secret = "AKIA" + "".join(random.SystemRandom().choices(string.ascii_uppercase + "234567", k=16))
-    prompt = f"export AWS_ACCESS_KEY_ID={secret}\n" * 5 + "export AWS_ACCESS_KEY_ID="
+    and what a node of the same weights says whose configuration has the guard off. The model misspells
+    some keys: of five, one that it says."""
 
-    def ask(at: nodes.Node, with_key: str) -> str:
+    def ask(at: nodes.Node, with_key: str, secret: str) -> str:
+        prompt = f"export AWS_ACCESS_KEY_ID={secret}\n" * 5 + "export AWS_ACCESS_KEY_ID="
         return at.client(with_key).completions.create(
             model="smollm2-135m-instruct", prompt=prompt, temperature=0, max_tokens=40,
             stop=["\n"]).choices[0].text
@@ -120,9 +120,13 @@ def redaction(node: nodes.Node, key: str, model: pathlib.Path) -> bool:
         control.sign()
         control_key = control.key("control")
         control.start()
-        said = ask(control, control_key)
+        for _ in range(5):
+            secret = "AKIA" + "".join(random.SystemRandom().choices(string.ascii_uppercase + "234567", k=16))
+            said = ask(control, control_key, secret)
+            if secret in said:
+                break
         control.stop()
-    reply = ask(node, key)
+    reply = ask(node, key, secret)
     print(f"the model goes on with    {said}   (a node with the guard off)")
     print(f"this service releases     {reply}")
     return secret in said and not any(secret[:size] in reply for size in range(6, 21))
