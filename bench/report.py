@@ -145,9 +145,9 @@ def service_rows(part: dict) -> list[Row]:
                 f"MB: {resident}", unit="MB (worker)")]
 
 
-def sandbox_rows(part: dict) -> list[Row]:
+def switch_rows(what: str, part: dict) -> list[Row]:
     on, off = part["on_tokens_per_s"], part["off_tokens_per_s"]
-    return [Row("decode over the service: sandbox on ÷ off", on["median"] / off["median"], 0.95,
+    return [Row(f"decode over the service: {what} on ÷ off", on["median"] / off["median"], 0.95,
                 f"{show(on, 'tok/s')}; {show(off, 'tok/s')}; start "
                 f"{part['on_start_ms']['median']:.0f} and {part['off_start_ms']['median']:.0f} ms")]
 
@@ -171,7 +171,8 @@ def rows(result: dict) -> list[Row]:
               "gemma": lambda: pair_rows(parts["gemma"], "Gemma 3 270M", 1.8, 2),
               "stolen": lambda: stolen_rows(parts["stolen"]),
               "load": lambda: load_rows(parts["load"]), "service": lambda: service_rows(parts["service"]),
-              "sandbox": lambda: sandbox_rows(parts["sandbox"]),
+              "sandbox": lambda: switch_rows("sandbox", parts["sandbox"]),
+              "tls": lambda: switch_rows("TLS", parts["tls"]),
               "guard": lambda: guard_rows(parts["guard"])}
     return [row for name, make in makers.items() if name in parts for row in make()]
 

@@ -218,27 +218,49 @@ class Bench:
         return {"start_to_ready_ms": arms.spread(starts), "first_token_ms": arms.spread(firsts),
                 "decode_tokens_per_s": arms.spread(rates), "resident_mb": resident}
 
-    def sandbox(self) -> dict:
-        """The same service with every layer of the sandbox, and with none."""
-        programs = self.folder / "switched"
+    def switched(self, name: str) -> nodes.Node:
+        """A node whose supervisor can leave layers of the sandbox out."""
+        programs = self.folder / name
         shutil.copytree(self.options.build / "bin", programs)
         shutil.copy(self.harness / "casemate-supervisor-switched", programs / "casemate-supervisor")
-        node, rates, starts = self.node(programs, "switched-node"), {"on": [], "off": []}, {"on": [], "off": []}
+        return self.node(programs, f"{name}-node")
+
+    def arm(self, node: nodes.Node, confined: bool) -> tuple[float, list[float]]:
+        """Milliseconds to ready and rates of one life of a switched node."""
+        for name, value in (("CASEMATE_TEST_OFF", "all"), ("CASEMATE_TEST_ACCEPT", "1")):
+            os.environ.pop(name, None)
+            if not confined:
+                os.environ[name] = value
+        node.sign()  # what is confined is part of the measurement
         key = node.key("bench")
+        begun = time.monotonic()
+        node.start()
+        took = 1000 * (time.monotonic() - begun)
+        rates = self.replies(node, key, 3)[1]
+        node.stop()
+        return took, rates
+
+    def arms_in_turn(self, turns: dict[str, tuple[nodes.Node, bool]]) -> dict:
+        found: dict[str, list[float]] = {}
         for _ in range(min(self.options.rounds, 4)):
-            for arm in ("on", "off"):
-                for name, value in (("CASEMATE_TEST_OFF", "all"), ("CASEMATE_TEST_ACCEPT", "1")):
-                    os.environ.pop(name, None)
-                    if arm == "off":
-                        os.environ[name] = value
-                node.sign()  # what is confined is part of the measurement
-                begun = time.monotonic()
-                node.start()
-                starts[arm].append(1000 * (time.monotonic() - begun))
-                rates[arm] += self.replies(node, key, 3)[1]
-                node.stop()
-        return {f"{arm}_{what}": arms.spread(values[arm]) for arm in ("on", "off")
-                for what, values in (("tokens_per_s", rates), ("start_ms", starts))}
+            for arm, (node, confined) in turns.items():
+                start, rates = self.arm(node, confined)
+                found.setdefault(f"{arm}_start_ms", []).append(start)
+                found.setdefault(f"{arm}_tokens_per_s", []).extend(rates)
+        return {name: arms.spread(values) for name, values in found.items()}
+
+    def sandbox(self) -> dict:
+        """The same service with every layer of the sandbox, and with none."""
+        node = self.switched("switched")
+        return self.arms_in_turn({"on": (node, True), "off": (node, False)})
+
+    def tls(self) -> dict:
+        """The same service with TLS and without (bench/plain.c), both outside the sandbox, whose filter
+        does not know what a plain socket calls."""
+        node, plain = self.switched("tls"), self.switched("plain")
+        shutil.copy(self.harness / "casemate-gateway-plain", plain.programs / "casemate-gateway")
+        plain.scheme = "http"
+        return self.arms_in_turn({"on": (node, False), "off": (plain, False)})
 
     def guard(self) -> dict:
         """Decode with the output guard and without; the filter alone, with ten times the rules."""
@@ -252,7 +274,7 @@ class Bench:
         return {"decode": json.loads(decode.stdout), "filter": [json.loads(line) for line in lines]}
 
 
-PARTS = ("engine", "long", "growth", "gemma", "stolen", "load", "service", "sandbox", "guard")
+PARTS = ("engine", "long", "growth", "gemma", "stolen", "load", "service", "sandbox", "tls", "guard")
 
 
 def main() -> int:

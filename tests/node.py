@@ -17,6 +17,7 @@ class Node:
         self.log = state / "service.log"
         self.address = ""
         self.pcrs: list[str] = []
+        self.scheme = "https"  # "http": the bench's twin arm
         self.chain = {4: "00" * 32, 7: "00" * 32}  # of the boot, where the TPM is no development TPM
 
     def run(self, program: str, *words, check=True):
@@ -109,7 +110,7 @@ class Node:
         """The unmodified openai client."""
         import httpx2
         import openai
-        return openai.OpenAI(base_url=f"https://{self.address}/v1", api_key=key, max_retries=0,
+        return openai.OpenAI(base_url=f"{self.scheme}://{self.address}/v1", api_key=key, max_retries=0,
                              http_client=httpx2.Client(verify=self.context(), timeout=60))
 
     def pid(self, role: str) -> int:

@@ -3,7 +3,7 @@
  * Nothing here is freed where it is used: connection_close only buries, the reaper frees at the end
  * of the turn of the event loop. */
 #include <errno.h>
-#include <event2/bufferevent_ssl.h>
+#include <event2/bufferevent.h>
 #include <netinet/in.h>
 #include <openssl/err.h>
 #include <stdlib.h>
@@ -14,8 +14,7 @@
 #include "runtime/gateway/gateway_internal.h"
 #include "runtime/gateway/text.h"
 
-#define TLS_HANDSHAKE 0x16 /* first byte of a TLS record with a ClientHello, RFC 8446 5.1 */
-#define READ_SLACK    16384
+#define READ_SLACK 16384
 
 struct evbuffer *connection_output(struct connection *connection)
 {
@@ -71,8 +70,7 @@ void connection_reap(struct gateway *gateway)
  * bytes would reset the connection and could destroy the reply on its way. */
 static void linger(struct connection *connection)
 {
-    ERR_clear_error();
-    SSL_shutdown(bufferevent_openssl_get_ssl(connection->tls));
+    tls_goodbye(connection->tls);
     shutdown(connection->fd, SHUT_WR);
     connection->state = CONNECTION_LINGER;
     connection->deadline_ms = clock_ms() + LINGER_MS;
@@ -158,21 +156,13 @@ static void on_output(struct evbuffer *output, const struct evbuffer_cb_info *in
 static void tls_begin(struct connection *connection)
 {
     struct gateway *gateway = connection->gateway;
-    SSL *ssl = SSL_new(gateway->tls);
-    if (ssl == NULL) {
-        connection_close(connection, CM_END_CLIENT);
-        return;
-    }
     event_free(connection->raw);
     connection->raw = NULL;
-    connection->tls = bufferevent_openssl_socket_new(
-        gateway->base, connection->fd, ssl, BUFFEREVENT_SSL_ACCEPTING, BEV_OPT_CLOSE_ON_FREE);
+    connection->tls = tls_accept(connection);
     if (connection->tls == NULL) {
-        SSL_free(ssl);
         connection_close(connection, CM_END_CLIENT);
         return;
     }
-    bufferevent_openssl_set_allow_dirty_shutdown(connection->tls, 1);
     bufferevent_setcb(connection->tls, on_read, on_write, on_event, connection);
     bufferevent_setwatermark(connection->tls, EV_READ, 0,
                              gateway->config.header_bytes_max + READ_SLACK);
@@ -208,7 +198,7 @@ static void on_raw(evutil_socket_t fd, short what, void *context)
         connection_close(connection, CM_END_CLIENT);
     } else if (lingering) {
         return; /* discarded */
-    } else if (bytes[0] == TLS_HANDSHAKE) {
+    } else if (tls_begins(bytes[0])) {
         tls_begin(connection);
     } else if (bytes[0] >= 'A' && bytes[0] <= 'Z') {
         plain_refuse(connection);

@@ -191,10 +191,14 @@ void gateway_later(struct gateway *gateway);
 void gateway_accept(struct evconnlistener *listener, evutil_socket_t fd, struct sockaddr *address,
                     int address_bytes, void *context);
 
-/* tls.c: wipes the page in any case. */
+/* tls.c, in whose place the bench links bench/plain.c. Wipes the page in any case. */
 CM_MUST_USE enum cm_status tls_context_new(int key_page_fd, const uint8_t *certificate,
                                            size_t certificate_bytes, SSL_CTX **ret_context,
                                            struct cm_error *err);
+bool tls_begins(uint8_t first_byte);
+/* Owns the socket; NULL: no memory. on_event hears when the handshake is done. */
+struct bufferevent *tls_accept(struct connection *connection);
+void tls_goodbye(struct bufferevent *tls); /* close_notify */
 
 /* control.c */
 CM_MUST_USE enum cm_status control_configure(struct gateway *gateway, struct cm_error *err);

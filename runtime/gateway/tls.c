@@ -1,5 +1,6 @@
 /* TLS 1.3, one certificate, a key that is read once from its page. No file is opened: neither a
  * configuration nor a store of authorities is loaded. */
+#include <event2/bufferevent_ssl.h>
 #include <openssl/err.h>
 #include <openssl/x509.h>
 #include <string.h>
@@ -9,6 +10,7 @@
 #include "runtime/gateway/gateway_internal.h"
 
 #define SECURE_HEAP_BYTES 65536
+#define TLS_HANDSHAKE     0x16 /* first byte of a record with a ClientHello, RFC 8446 5.1 */
 
 static enum cm_status refuse(struct cm_error *err, const char *what)
 {
@@ -105,4 +107,32 @@ out:
     X509_free(parsed);
     EVP_PKEY_free(key);
     return status;
+}
+
+bool tls_begins(uint8_t first_byte)
+{
+    return first_byte == TLS_HANDSHAKE;
+}
+
+struct bufferevent *tls_accept(struct connection *connection)
+{
+    SSL *ssl = SSL_new(connection->gateway->tls);
+    if (ssl == NULL) {
+        return NULL;
+    }
+    struct bufferevent *tls =
+        bufferevent_openssl_socket_new(connection->gateway->base, connection->fd, ssl,
+                                       BUFFEREVENT_SSL_ACCEPTING, BEV_OPT_CLOSE_ON_FREE);
+    if (tls == NULL) {
+        SSL_free(ssl);
+        return NULL;
+    }
+    bufferevent_openssl_set_allow_dirty_shutdown(tls, 1);
+    return tls;
+}
+
+void tls_goodbye(struct bufferevent *tls)
+{
+    ERR_clear_error();
+    SSL_shutdown(bufferevent_openssl_get_ssl(tls));
 }
