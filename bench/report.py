@@ -2,7 +2,7 @@
 import html
 
 # Rows that the speed table has and no arm measures yet.
-ABSENT = ("class P (AMX-bf16)", "TLS on ÷ off", "adapters in one batch")
+ABSENT = ("class P (AMX-bf16)", "adapters in one batch")
 
 
 def figure(part: dict, name: str, key: str = "rate") -> dict | None:
