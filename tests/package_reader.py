@@ -78,6 +78,12 @@ class Package:
         at = tensor["offset"]
         if kind == 1:
             return numpy.frombuffer(self.payload, "<f4", rows, at)
+        if kind == 6:
+            padded = (rows + 15) // 16 * 16
+            tiles = numpy.frombuffer(self.payload, "<f2", padded * columns, at)
+            values = tiles.reshape(-1, columns, 16).transpose(0, 2, 1).reshape(padded, columns)
+            assert not values[rows:].any()
+            return values[:rows].astype(numpy.float32)
         tiles, blocks = (rows + 31) // 32 * 2, (columns + 31) // 32
         quant_bytes = 512 if kind == 4 else 256
         quants = numpy.frombuffer(self.payload, numpy.uint8, tiles * blocks * quant_bytes, at)
@@ -115,12 +121,15 @@ class Manifest:
             else:
                 assert tag not in self.records
                 self.records[tag] = body
+        self.name = self.records[1].decode()
+        if 7 in self.records:
+            self.adapter_read()
+            return
         assert [t for t in self.records if t not in (5, 6, 13)] == [1, 2, 3, 4, 8, 9, 10, 11, 12, 16]
         assert list(self.records) == sorted(self.records)
         self.decoder = struct.unpack("<6I6f", self.records[5]) if 5 in self.records else None
         self.loss = struct.unpack("<If", self.records[6]) if 6 in self.records else None
         self.ranks = numpy.frombuffer(self.records.get(13, b""), "<u4")
-        self.name = self.records[1].decode()
         self.shape = dict(zip(self.SHAPE, struct.unpack_from("<11I", self.records[4])))
         lengths = struct.unpack(f"<{self.shape['vocabulary']}H", self.records[9])
         self.tokens, start = [], 0
@@ -130,6 +139,13 @@ class Manifest:
         self.merges = numpy.frombuffer(self.records[12], "<u4").reshape(-1, 2)
         self.chat, = struct.unpack_from("<I", self.records[16])
         self.default_system = self.records[16][4:].decode()
+
+    def adapter_read(self):
+        assert list(self.records) == [1, 2, 3, 7] and len(self.records[7]) == 72
+        self.base = self.records[7][:32]
+        self.rank, self.scale, self.rounding = struct.unpack_from("<Iff", self.records[7], 32)
+        names = ("layers", "width", "heads", "kv_heads", "head_width", "rope_width", "ffn_width")
+        self.shape = dict(zip(names, struct.unpack_from("<7I", self.records[7], 44)))
 
     @staticmethod
     def tensor(body: bytes, payload_bytes: int) -> dict:

@@ -5,6 +5,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "loader/pack/owner.h"
 #include "loader/package/write.h"
 #include "loader/tpm/enrolment.h"
 #include "runtime/base/error.h"
@@ -29,6 +30,8 @@ struct cm_pack_arguments {
     const char *counter;      /* greatest value at which the state may be used */
     const char *measurement;  /* of the nodes: `casemate measure --out` */
     const char *label;        /* of a slot */
+    const char *base;         /* of an adapter: its package, or the hex of its core digest */
+    const char *config;       /* of an adapter: config.json of its base */
     const char *ek_authority; /* PEM certificates of TPM makers: nodes must be theirs */
     bool json;
     bool allow_development; /* trust */
@@ -38,6 +41,9 @@ CM_MUST_USE enum cm_status cm_command_keygen(const struct cm_pack_arguments *arg
                                              struct cm_error *err);
 CM_MUST_USE enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments,
                                            struct cm_error *err);
+/* Seal a LoRA adapter, a directory as peft writes it. */
+CM_MUST_USE enum cm_status cm_command_adapter(const struct cm_pack_arguments *arguments,
+                                              struct cm_error *err);
 CM_MUST_USE enum cm_status cm_command_inspect(const struct cm_pack_arguments *arguments,
                                               struct cm_error *err);
 /* Open a package with its recovery file and check every segment. */
@@ -60,6 +66,30 @@ CM_MUST_USE enum cm_status cm_command_challenge(const struct cm_pack_arguments *
 /* A trust file on standard output (loader/evidence/FORMAT.md). */
 CM_MUST_USE enum cm_status cm_command_trust(const struct cm_pack_arguments *arguments,
                                             struct cm_error *err);
+
+/* seal.c: what sealing a package of either kind takes, before and after it is written. Check comes
+ * before anything is read, done in every case. */
+struct cm_pack_seal {
+    struct cm_secret *key;
+    struct cm_owner_key *owner;
+    struct cm_package_slot slots[CM_PACKAGE_SLOTS_MAX];
+    struct cm_package_write_options options; /* points to owner and slots */
+};
+CM_MUST_USE enum cm_status cm_pack_seal_check(const struct cm_pack_arguments *arguments,
+                                              struct cm_error *err);
+CM_MUST_USE enum cm_status cm_pack_seal_begin(const struct cm_pack_arguments *arguments,
+                                              struct cm_pack_seal *seal, struct cm_error *err);
+CM_MUST_USE enum cm_status cm_pack_seal_finish(const struct cm_pack_arguments *arguments,
+                                               const struct cm_pack_seal *seal,
+                                               struct cm_error *err);
+void cm_pack_seal_done(struct cm_pack_seal *seal);
+/* The head of the package at `path`. */
+CM_MUST_USE enum cm_status cm_pack_head_load(const char *path, struct cm_package_head *ret_head,
+                                             struct cm_error *err);
+/* --base: 64 hex digits, or a package whose core digest it is. */
+CM_MUST_USE enum cm_status cm_pack_base_digest(const char *base,
+                                               uint8_t ret_digest[static CM_DIGEST_BYTES],
+                                               struct cm_error *err);
 
 /* nodes.c: seal a key to the nodes named in the arguments; write the policy list beside the
  * package. */

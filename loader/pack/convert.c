@@ -30,9 +30,8 @@ static void tile_put(uint32_t kind, uint32_t r, const struct cm_quant_block *blo
     }
 }
 
-/* Row of a tensor whose heads' pairs lie apart that belongs at `row` where they are adjacent: 2i
- * comes from i, 2i + 1 from i + rope_width / 2; what RoPE does not turn stays. */
-static uint64_t pair_row(const struct cm_manifest *m, uint64_t row)
+/* 2i comes from i, 2i + 1 from i + rope_width / 2; what RoPE does not turn stays. */
+uint64_t cm_plan_pair_row(const struct cm_manifest *m, uint64_t row)
 {
     uint64_t head = row / m->head_width * m->head_width, r = row % m->head_width;
     if (r < m->rope_width) {
@@ -56,7 +55,7 @@ static void row_find(const struct cm_plan *plan, const struct cm_plan_source *so
         }
     }
     if (source->parts[i].turned && plan->pairs_apart) {
-        row = pair_row(&plan->manifest, row);
+        row = cm_plan_pair_row(&plan->manifest, row);
     }
     *ret_tensor = source->parts[i].tensor;
     *ret_row = source->parts[i].first + row;

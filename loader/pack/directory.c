@@ -34,13 +34,12 @@ static enum cm_status refuse(struct cm_error *err, const char *file, const char 
 
 /* ------------------------------------------------------------------ files */
 
-/* A JSON file; optional ones leave NULL. */
-static enum cm_status json_read(const struct cm_directory *d, const char *name, bool optional,
-                                json_t **ret_value, struct cm_error *err)
+enum cm_status cm_directory_json(int folder, const char *name, bool optional, json_t **ret_value,
+                                 struct cm_error *err)
 {
     struct stat facts;
     json_error_t cause;
-    int fd = openat(d->fd, name, O_RDONLY | O_CLOEXEC);
+    int fd = openat(folder, name, O_RDONLY | O_CLOEXEC);
     if (fd < 0 && optional && errno == ENOENT) {
         return CM_OK;
     }
@@ -96,7 +95,8 @@ static enum cm_status shards_open(struct cm_directory *d, struct cm_error *err)
         json_decref(seen);
         return shard_open(d, "model.safetensors", err);
     }
-    enum cm_status status = json_read(d, "model.safetensors.index.json", false, &index, err);
+    enum cm_status status =
+        cm_directory_json(d->fd, "model.safetensors.index.json", false, &index, err);
     json_object_foreach(json_object_get(index, "weight_map"), tensor, file)
     {
         const char *name = json_string_value(file);
@@ -362,7 +362,7 @@ static enum cm_status rest_read(const json_t *config, struct cm_manifest *m, str
     return status;
 }
 
-static enum cm_status shape_read(const json_t *config, struct cm_plan *plan, struct cm_error *err)
+enum cm_status cm_directory_shape(const json_t *config, struct cm_plan *plan, struct cm_error *err)
 {
     struct cm_manifest *m = &plan->manifest;
     const char *name = json_string_value(json_object_get(config, "model_type"));
@@ -437,7 +437,7 @@ enum cm_status cm_directory_plan(struct cm_directory *d, const struct cm_plan_op
 {
     struct cm_plan plan = {.payload_bytes = 0};
     struct cm_source source = {NULL, 0};
-    enum cm_status status = shape_read(d->config, &plan, err);
+    enum cm_status status = cm_directory_shape(d->config, &plan, err);
     const bool gemma = plan.norm_added > 0.0f;
     const json_t *tie = json_object_get(d->config, "tie_word_embeddings");
     const bool tied = tie != NULL ? json_is_true(tie) : gemma;
@@ -474,13 +474,13 @@ enum cm_status cm_directory_open(const char *path, struct cm_directory **ret_dir
     }
     d->fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     enum cm_status status =
-        d->fd >= 0 ? json_read(d, "config.json", false, &d->config, err)
+        d->fd >= 0 ? cm_directory_json(d->fd, "config.json", false, &d->config, err)
                    : cm_error_errno(err, errno, "CM-GGUF-READ", "cannot open %s", path);
     if (status == CM_OK) {
-        status = json_read(d, "tokenizer.json", false, &d->tokenizer, err);
+        status = cm_directory_json(d->fd, "tokenizer.json", false, &d->tokenizer, err);
     }
     if (status == CM_OK) {
-        status = json_read(d, "tokenizer_config.json", true, &d->tokenizer_config, err);
+        status = cm_directory_json(d->fd, "tokenizer_config.json", true, &d->tokenizer_config, err);
     }
     if (status == CM_OK) {
         status = shards_open(d, err);

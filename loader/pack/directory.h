@@ -16,6 +16,15 @@ CM_MUST_USE enum cm_status cm_directory_open(const char *path, struct cm_directo
                                              struct cm_error *err);
 void cm_directory_close(struct cm_directory *directory); /* NULL is fine */
 
+/* A JSON object in the file `name` of an open folder. An optional one that is not there leaves
+ * NULL.
+ */
+CM_MUST_USE enum cm_status cm_directory_json(int folder, const char *name, bool optional,
+                                             json_t **ret_value, struct cm_error *err);
+/* config.json → family and shape of the plan's manifest. */
+CM_MUST_USE enum cm_status cm_directory_shape(const json_t *config, struct cm_plan *plan,
+                                              struct cm_error *err);
+
 /* As cm_plan_make; the directory must stay open as long as the plan is used. */
 CM_MUST_USE enum cm_status cm_directory_plan(struct cm_directory *directory,
                                              const struct cm_plan_options *options,

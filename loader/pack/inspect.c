@@ -72,24 +72,11 @@ static json_t *head_describe(const struct cm_package_head *head, uint64_t file_b
                      head->slots_torn, "slots", slots, "parts", parts_describe(core));
 }
 
-/* What only the key shows, as more rows of the facts. */
-static enum cm_status model_describe(const struct cm_pack_arguments *arguments, int fd,
+static enum cm_status model_describe(const uint8_t *manifest, size_t bytes, uint64_t payload_bytes,
                                      json_t *facts, struct cm_error *err)
 {
-    static struct cm_package_head head;
-    struct cm_secret *key = NULL;
-    struct cm_package *package = NULL;
     struct cm_manifest m;
-    size_t bytes;
-    enum cm_status status = cm_recovery_open(arguments, fd, &head, &key, err);
-    if (status == CM_OK) {
-        status = cm_package_open(fd, cm_secret_view(key), head.core.owner_key, &package, err);
-    }
-    cm_secret_free(key);
-    if (status == CM_OK) {
-        const uint8_t *manifest = cm_package_manifest(package, &bytes);
-        status = cm_manifest_parse(manifest, bytes, head.core.payload_bytes, &m, err);
-    }
+    enum cm_status status = cm_manifest_parse(manifest, bytes, payload_bytes, &m, err);
     if (status == CM_OK) {
         json_object_set_new(facts, "model",
                             json_pack("{s:s%, s:s%, s:i, s:i, s:i, s:i, s:i, s:i, s:f}", "name",
@@ -100,6 +87,69 @@ static enum cm_status model_describe(const struct cm_pack_arguments *arguments, 
                                       (int)m.context_max, "kl_positions", (int)m.loss_positions,
                                       "kl_divergence", (double)m.loss_divergence));
         cm_manifest_done(&m);
+    }
+    return status;
+}
+
+/* Which projections an adapter has in any layer. */
+static json_t *targets_describe(const struct cm_manifest_adapter *m)
+{
+    static const char *const names[] = {"q", "k", "v", "o", "gate", "up", "down"};
+    json_t *targets = json_array();
+    for (uint32_t t = 0; t < sizeof(names) / sizeof(names[0]); t++) {
+        uint32_t layers = 0;
+        for (uint32_t i = 0; i < m->tensor_count; i++) {
+            layers += m->tensors[i].role == 2 * t;
+        }
+        if (layers > 0) {
+            json_array_append_new(targets, json_string(names[t]));
+        }
+    }
+    return targets;
+}
+
+static enum cm_status adapter_describe(const uint8_t *manifest, size_t bytes,
+                                       uint64_t payload_bytes, json_t *facts, struct cm_error *err)
+{
+    struct cm_manifest_adapter m;
+    char base[2 * CM_DIGEST_BYTES + 1];
+    struct cm_manifest_tensor *tensors = calloc(CM_MANIFEST_ADAPTER_TENSORS_MAX, sizeof(*tensors));
+    if (tensors == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tensors");
+    }
+    enum cm_status status = cm_manifest_adapter_parse(manifest, bytes, payload_bytes, tensors,
+                                                      CM_MANIFEST_ADAPTER_TENSORS_MAX, &m, err);
+    if (status == CM_OK) {
+        cm_hex_write(m.base_digest, CM_DIGEST_BYTES, base);
+        json_object_set_new(facts, "adapter",
+                            json_pack("{s:s%, s:s%, s:s, s:i, s:f, s:i, s:o, s:i, s:f}", "name",
+                                      m.name.bytes, (size_t)m.name.size, "origin", m.origin.bytes,
+                                      (size_t)m.origin.size, "base", base, "rank", (int)m.rank,
+                                      "scale", (double)m.scale, "layers", (int)m.layers, "targets",
+                                      targets_describe(&m), "tensors", (int)m.tensor_count,
+                                      "relative_rms_error", (double)m.rounding));
+    }
+    free(tensors);
+    return status;
+}
+
+/* What only the key shows, as more rows of the facts. */
+static enum cm_status content_describe(const struct cm_pack_arguments *arguments, int fd,
+                                       json_t *facts, struct cm_error *err)
+{
+    static struct cm_package_head head;
+    struct cm_secret *key = NULL;
+    struct cm_package *package = NULL;
+    size_t bytes;
+    enum cm_status status = cm_recovery_open(arguments, fd, &head, &key, err);
+    if (status == CM_OK) {
+        status = cm_package_open(fd, cm_secret_view(key), head.core.owner_key, &package, err);
+    }
+    cm_secret_free(key);
+    if (status == CM_OK) {
+        const uint8_t *manifest = cm_package_manifest(package, &bytes);
+        status = (cm_manifest_is_adapter(manifest, bytes) ? adapter_describe : model_describe)(
+            manifest, bytes, head.core.payload_bytes, facts, err);
     }
     cm_package_close(package);
     return status;
@@ -120,6 +170,28 @@ static void model_print(const json_t *model)
     } else {
         printf(
             "no loss is recorded: its weights are what they were, or the loss was not measured\n");
+    }
+}
+
+static void adapter_print(const json_t *adapter)
+{
+    size_t i;
+    json_t *target;
+    printf("\nadapter %s to the package %s\nrank %lld, scale %g, in %lld layers at",
+           json_string_value(json_object_get(adapter, "name")),
+           json_string_value(json_object_get(adapter, "base")),
+           json_integer_value(json_object_get(adapter, "rank")),
+           json_real_value(json_object_get(adapter, "scale")),
+           json_integer_value(json_object_get(adapter, "layers")));
+    json_array_foreach(json_object_get(adapter, "targets"), i, target)
+    {
+        printf(" %s", json_string_value(target));
+    }
+    double rounding = json_real_value(json_object_get(adapter, "relative_rms_error"));
+    if (rounding > 0.0) {
+        printf("\nrounding to fp16 changed its values by %.6f (relative RMS)\n", rounding);
+    } else {
+        printf("\nits values are what they were\n");
     }
 }
 
@@ -164,8 +236,10 @@ static void head_print(const json_t *facts)
     }
     if (json_object_get(facts, "model") != NULL) {
         model_print(json_object_get(facts, "model"));
+    } else if (json_object_get(facts, "adapter") != NULL) {
+        adapter_print(json_object_get(facts, "adapter"));
     } else {
-        printf("\nModel, tokenizer and shapes are sealed: only the key opens them.\n");
+        printf("\nModel or adapter, tokenizer and shapes are sealed: only the key opens them.\n");
     }
 }
 
@@ -195,7 +269,7 @@ enum cm_status cm_command_inspect(const struct cm_pack_arguments *arguments, str
     if (status == CM_OK) {
         json_t *described = head_describe(head, (uint64_t)facts.st_size);
         if (arguments->recovery != NULL) {
-            status = model_describe(arguments, fd, described, err);
+            status = content_describe(arguments, fd, described, err);
         }
         if (status != CM_OK) {
             /* the caller says why */

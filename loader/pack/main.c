@@ -20,6 +20,11 @@ static const struct option_row option_rows[] = {
     {"--name", FIELD(name), "NAME", "served model name, [A-Za-z0-9._-]"},
     {"--suite", FIELD(suite), "SUITE", "aes-256-gcm (default) or chacha20-poly1305"},
     {"--revision", FIELD(revision), "N", "the model's revision, monotonic (default 1)"},
+    {"--base", FIELD(base), "BASE",
+     "an adapter's base: its package, or the core digest that `inspect` prints of it"},
+    {"--config", FIELD(config), "FILE",
+     "the base model's config.json (its shape is in no package "
+     "that can be read without its key)"},
     {"--chat-format", FIELD(chat_format), "F",
      "chatml, gemma or none; default: from the model's template"},
     {"--default-system", FIELD(default_system), "TEXT", "system prompt where a chat has none"},
@@ -53,6 +58,13 @@ static const struct {
      "tokenizer.json) and seal it into a package for nodes",
      "casemate-pack pack model.gguf --out model.cmpkg --owner owner --node node1.bin --measurement "
      "node1.measure"},
+    {"adapter", cm_command_adapter, "DIRECTORY", " --base --config --name --out --owner ",
+     " --node --measurement --suite --revision --recovery --passphrase-file --policy-ref "
+     "--ek-authority ",
+     "seal a LoRA adapter (adapter_config.json and adapter_model.safetensors, as peft writes them) "
+     "into a package of its own, for nodes that serve its base",
+     "casemate-pack adapter lora/ --base model.cmpkg --config model/config.json --name support "
+     "--out support.cmpkg --owner owner --node node1.bin --measurement node1.measure"},
     {"inspect", cm_command_inspect, "PACKAGE", "", " --recovery --passphrase-file ",
      "explain a package; with its recovery file the model too, and what rounding cost",
      "casemate-pack inspect model.cmpkg"},
@@ -60,8 +72,9 @@ static const struct {
      "prove that a recovery file opens a package",
      "casemate-pack recover model.cmpkg --recovery model.recovery --passphrase-file pass.txt"},
     {"slots-add", cm_command_slots_add, "PACKAGE",
-     " --node --measurement --owner --recovery --passphrase-file ", " --policy-ref --ek-authority ",
-     "seal an existing package to further nodes",
+     " --node --measurement --owner --recovery --passphrase-file ",
+     " --base --policy-ref --ek-authority ",
+     "seal an existing package to further nodes (of an adapter: with --base)",
      "casemate-pack slots-add model.cmpkg --node node2.bin --measurement node2.measure --owner "
      "owner --recovery m.recovery --passphrase-file pass.txt"},
     {"slots-remove", cm_command_slots_remove, "PACKAGE", " --label --recovery --passphrase-file ",
@@ -69,11 +82,12 @@ static const struct {
      "casemate-pack slots-remove model.cmpkg --label node2 --recovery m.recovery "
      "--passphrase-file pass.txt"},
     {"policy-sign", cm_command_policy_sign, "PACKAGE", " --node --measurement --owner ",
-     " --policy-ref --counter ", "sign one more state of nodes into PACKAGE.policy",
+     " --base --policy-ref --counter ",
+     "sign one more state of nodes into PACKAGE.policy (of an adapter: with --base)",
      "casemate-pack policy-sign model.cmpkg --node node1.bin --measurement new.measure --owner "
      "owner"},
     {"policy-revoke", cm_command_policy_revoke, "PACKAGE", " --node --measurement --owner ",
-     " --policy-ref --counter ",
+     " --base --policy-ref --counter ",
      "sign this state alone, for one counter step more; then `casemate revoke` on the node ends "
      "all "
      "older states",

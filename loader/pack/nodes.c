@@ -170,6 +170,17 @@ enum cm_status cm_package_measure(const char *package, struct cm_measurement *me
                            : status;
 }
 
+/* An adapter is used where its base is: that is the package which a node measures. */
+static enum cm_status base_measure(const char *base, struct cm_measurement *measurement,
+                                   struct cm_error *err)
+{
+    uint8_t digest[CM_DIGEST_BYTES];
+    enum cm_status status = cm_pack_base_digest(base, digest, err);
+    return status == CM_OK
+               ? cm_measurement_add(measurement, CM_EVENT_PACKAGE, digest, sizeof(digest), err)
+               : status;
+}
+
 static bool counter_parse(const char *text, uint64_t otherwise, uint64_t *ret_value)
 {
     char *end;
@@ -361,7 +372,8 @@ enum cm_status cm_nodes_policy_write(const struct cm_pack_arguments *arguments, 
     static struct cm_package_head head;
     enum cm_status status = cm_nodes_measurement_read(arguments->measurement, &measurement, err);
     if (status == CM_OK) {
-        status = cm_package_measure(package, &measurement, &head, err);
+        status = arguments->base != NULL ? base_measure(arguments->base, &measurement, err)
+                                         : cm_package_measure(package, &measurement, &head, err);
     }
     if (status == CM_OK) {
         status = key_load(arguments, &policy, point, err);

@@ -12,15 +12,11 @@
 #include <time.h>
 #include <unistd.h>
 
-#include <openssl/rand.h>
-
 #include "loader/pack/directory.h"
 #include "loader/pack/owner.h"
 #include "loader/pack/plan.h"
 #include "loader/package/internal.h"
 #include "loader/package/write.h"
-
-#define PASSPHRASE_BYTES_MAX 1024
 
 struct progress {
     uint64_t done, total;
@@ -68,42 +64,6 @@ enum cm_status cm_command_keygen(const struct cm_pack_arguments *arguments, stru
             arguments->owner, arguments->owner, arguments->owner, arguments->owner);
     }
     return status;
-}
-
-static enum cm_status passphrase_read(const char *path, char ret_text[PASSPHRASE_BYTES_MAX + 1],
-                                      struct cm_error *err)
-{
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t size = fd < 0 ? -1 : read(fd, ret_text, PASSPHRASE_BYTES_MAX);
-    if (size < 0) {
-        int error_number = errno;
-        if (fd >= 0) {
-            close(fd);
-        }
-        return cm_error_errno(err, error_number, "CM-PACK-PASSPHRASE", "cannot read %s", path);
-    }
-    close(fd);
-    ret_text[size] = '\0';
-    ret_text[strcspn(ret_text, "\r\n")] = '\0';
-    if (strlen(ret_text) < 8) {
-        return cm_error_set(err, CM_E_USAGE, "CM-PACK-PASSPHRASE",
-                            "the passphrase in %s is shorter than 8 bytes", path);
-    }
-    return CM_OK;
-}
-
-static enum cm_status suite_parse(const char *name, uint32_t *ret_suite, struct cm_error *err)
-{
-    if (name == NULL || strcmp(name, "aes-256-gcm") == 0) {
-        *ret_suite = CM_SUITE_AES_256_GCM;
-    } else if (strcmp(name, "chacha20-poly1305") == 0) {
-        *ret_suite = CM_SUITE_CHACHA20_POLY1305;
-    } else {
-        return cm_error_set(err, CM_E_USAGE, "CM-PACK-SUITE",
-                            "--suite '%s' is unknown; there are: aes-256-gcm, chacha20-poly1305",
-                            name);
-    }
-    return CM_OK;
 }
 
 /* Convert and append each tensor, with the zeros between them. */
@@ -172,32 +132,13 @@ static void summary_print(const struct cm_pack_arguments *arguments, const struc
     }
 }
 
-static enum cm_status package_write(const struct cm_pack_arguments *arguments,
-                                    const struct cm_plan *plan, struct cm_secret *key,
+static enum cm_status package_write(const struct cm_plan *plan, const struct cm_pack_seal *seal,
                                     struct cm_convert_loss *ret_loss, struct cm_error *err)
 {
-    struct cm_owner_key *owner = NULL;
     struct cm_package_writer *writer = NULL;
-    static struct cm_package_slot slots[CM_PACKAGE_SLOTS_MAX];
-    struct cm_package_write_options options = {
-        .slots = slots,
-        .path = arguments->out,
-        .revision = arguments->revision != NULL ? strtoull(arguments->revision, NULL, 10) : 1,
-        .host_version_min = 1,
-        .sign = cm_owner_sign};
-    enum cm_status status = suite_parse(arguments->suite, &options.suite, err);
-    if (status == CM_OK) {
-        status = cm_owner_load(arguments->owner, "owner", &owner, err);
-    }
-    if (status == CM_OK) {
-        options.sign_context = owner;
-        cm_owner_public(owner, options.owner_key);
-        status = cm_nodes_seal(arguments, cm_secret_view(key), slots, &options.slot_count, err);
-    }
-    if (status == CM_OK) {
-        status = cm_package_write_begin(&options, cm_secret_view(key), &plan->manifest,
-                                        plan->payload_bytes, &writer, err);
-    }
+    enum cm_status status =
+        cm_package_write_begin(&seal->options, cm_secret_view(seal->key), &plan->manifest,
+                               plan->payload_bytes, &writer, err);
     if (status == CM_OK) {
         status = payload_write(plan, writer, ret_loss, err);
         if (status == CM_OK) {
@@ -206,41 +147,6 @@ static enum cm_status package_write(const struct cm_pack_arguments *arguments,
             cm_package_write_abort(writer);
         }
     }
-    cm_owner_free(owner);
-    return status;
-}
-
-/* The recovery file is bound to the core digest, so it is written from the finished package. */
-static enum cm_status head_load(const char *path, struct cm_package_head *ret_head,
-                                struct cm_error *err)
-{
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) {
-        return cm_error_errno(err, errno, "CM-PKG-READ", "cannot open %s", path);
-    }
-    enum cm_status status = cm_package_head_read(fd, ret_head, err);
-    close(fd);
-    return status;
-}
-
-static enum cm_status recovery_make(const struct cm_pack_arguments *arguments,
-                                    const struct cm_secret *key, struct cm_error *err)
-{
-    char passphrase[PASSPHRASE_BYTES_MAX + 1];
-    struct cm_package_head *head = malloc(sizeof(*head));
-    if (head == NULL) {
-        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "head");
-    }
-    enum cm_status status = passphrase_read(arguments->passphrase_file, passphrase, err);
-    if (status == CM_OK) {
-        status = head_load(arguments->out, head, err);
-    }
-    if (status == CM_OK) {
-        status = cm_recovery_write(arguments->recovery, passphrase, head->core.core_digest,
-                                   cm_secret_view(key), err);
-    }
-    cm_wipe(passphrase, sizeof(passphrase));
-    free(head);
     return status;
 }
 
@@ -265,18 +171,14 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
 {
     struct input input = {NULL, NULL};
     struct cm_plan plan = {.payload_bytes = 0};
-    struct cm_secret *key = NULL;
+    struct cm_pack_seal seal = {.key = NULL};
     struct cm_convert_loss loss = {.exact = true};
     double started = seconds_now();
     struct cm_plan_options options = {.name = arguments->name,
                                       .chat_format = arguments->chat_format,
                                       .default_system = arguments->default_system,
                                       .origin = arguments->input};
-    if ((arguments->recovery != NULL) != (arguments->passphrase_file != NULL)) {
-        return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE",
-                            "--recovery and --passphrase-file go together");
-    }
-    enum cm_status status = cm_nodes_check(arguments, err);
+    enum cm_status status = cm_pack_seal_check(arguments, err);
     if (status == CM_OK) {
         status = input_plan(arguments->input, &options, &input, &plan, err);
     }
@@ -285,24 +187,18 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
             cm_plan_loss(&plan, &plan.manifest.loss_divergence, &plan.manifest.loss_positions, err);
     }
     if (status == CM_OK) {
-        status = cm_secret_new(CM_KEY_BYTES, &key, err);
-    }
-    if (status == CM_OK && RAND_priv_bytes(cm_secret_bytes(key), CM_KEY_BYTES) != 1) {
-        status = cm_error_set(err, CM_E_SYSTEM, "CM-SYS-RANDOM", "no random bytes for the key");
+        status = cm_pack_seal_begin(arguments, &seal, err);
     }
     if (status == CM_OK) {
-        status = package_write(arguments, &plan, key, &loss, err);
+        status = package_write(&plan, &seal, &loss, err);
     }
-    if (status == CM_OK && arguments->node_count > 0) {
-        status = cm_nodes_policy_write(arguments, arguments->out, false, 0, err);
-    }
-    if (status == CM_OK && arguments->recovery != NULL) {
-        status = recovery_make(arguments, key, err);
+    if (status == CM_OK) {
+        status = cm_pack_seal_finish(arguments, &seal, err);
     }
     if (status == CM_OK) {
         summary_print(arguments, &plan, &loss, seconds_now() - started);
     }
-    cm_secret_free(key);
+    cm_pack_seal_done(&seal);
     cm_plan_done(&plan);
     cm_gguf_close(input.gguf);
     cm_directory_close(input.directory);
@@ -330,34 +226,6 @@ static enum cm_status segments_check(const struct cm_package *package, int fd, s
     cm_secret_free(plaintext);
     free(ciphertext);
     return status;
-}
-
-enum cm_status cm_recovery_open(const struct cm_pack_arguments *arguments, int fd,
-                                struct cm_package_head *ret_head, struct cm_secret **ret_key,
-                                struct cm_error *err)
-{
-    char passphrase[PASSPHRASE_BYTES_MAX + 1];
-    struct cm_secret *key = NULL;
-    enum cm_status status =
-        fd >= 0 ? passphrase_read(arguments->passphrase_file, passphrase, err)
-                : cm_error_errno(err, errno, "CM-PKG-READ", "cannot open %s", arguments->input);
-    if (status == CM_OK) {
-        status = head_load(arguments->input, ret_head, err);
-    }
-    if (status == CM_OK) {
-        status = cm_secret_new(CM_KEY_BYTES, &key, err);
-    }
-    if (status == CM_OK) {
-        status = cm_recovery_read(arguments->recovery, passphrase, ret_head->core.core_digest,
-                                  cm_secret_bytes(key), err);
-    }
-    cm_wipe(passphrase, sizeof(passphrase));
-    if (status != CM_OK) {
-        cm_secret_free(key);
-        return status;
-    }
-    *ret_key = key;
-    return CM_OK;
 }
 
 enum cm_status cm_command_recover(const struct cm_pack_arguments *arguments, struct cm_error *err)

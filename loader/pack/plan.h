@@ -65,6 +65,10 @@ CM_MUST_USE enum cm_status cm_plan_convert(const struct cm_plan *plan, uint32_t 
                                            uint8_t *ret_bytes, struct cm_convert_loss *ret_loss,
                                            struct cm_error *err);
 
+/* The row of a tensor whose heads' RoPE pairs lie apart that belongs at `row` where they are
+ * adjacent. */
+uint64_t cm_plan_pair_row(const struct cm_manifest *m, uint64_t row);
+
 /* One tensor row by row, in stored order: what the file has, and what a device will make of it. Set
  * `row` to go elsewhere. close is fine after a failed open. */
 struct cm_plan_rows {

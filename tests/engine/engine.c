@@ -3,7 +3,9 @@
  *                                        vocabulary f32 each
  * engine greedy PACKAGE KEYFILE N CHUNK  stdin the same; stdout: N tokens, one a line
  * engine guard PACKAGE KEYFILE           decode with the built-in rules ÷ without, as JSON
- * CASEMATE_CPU and CASEMATE_THREADS force path and threads. */
+ * engine adapter PACKAGE KEYFILE         decode and prefill with the adapter ÷ without, as JSON
+ * CASEMATE_CPU and CASEMATE_THREADS force path and threads; CASEMATE_ADAPTER and
+ * CASEMATE_ADAPTER_KEY give slots an adapter. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -136,6 +138,51 @@ static void guard_run(struct engine *e)
     cm_rules_free(&rules);
 }
 
+/* Tokens a second of reading PROMPT tokens and of decoding behind them. */
+enum { ADAPTER_PROMPT = 256, ADAPTER_DECODES = 96, ADAPTER_ROUNDS = 11 };
+static void adapter_round(struct engine *e, double speeds[2])
+{
+    uint32_t prompt[ADAPTER_PROMPT], slot = engine_slot(e), next;
+    for (uint32_t k = 0; k < ADAPTER_PROMPT; k++) {
+        prompt[k] = 300 + 7 * k;
+    }
+    double started = seconds();
+    next = step(e, slot, 0, prompt, ADAPTER_PROMPT, true).token;
+    double read = seconds();
+    for (uint32_t k = 0; k < ADAPTER_DECODES; k++) {
+        next = step(e, slot, ADAPTER_PROMPT + k, &next, 1, true).token;
+    }
+    speeds[0] = ADAPTER_PROMPT / (read - started);
+    speeds[1] = ADAPTER_DECODES / (seconds() - read);
+    cm_device_slot_close(e->device, slot);
+}
+
+/* With the adapter and without, in turns. */
+static void adapter_run(struct engine *e)
+{
+    static double found[2][2][ADAPTER_ROUNDS]; /* prefill, decode; without, with */
+    const uint32_t adapter = e->adapter;
+    for (int i = -2; i < 2 * ADAPTER_ROUNDS; i++) { /* the first two warm up */
+        double speeds[2];
+        e->adapter = i % 2 == 0 ? CM_ADAPTER_NONE : adapter;
+        adapter_round(e, speeds);
+        for (int what = 0; what < 2 && i >= 0; what++) {
+            found[what][i % 2][i / 2] = speeds[what];
+        }
+    }
+    for (int what = 0; what < 2; what++) {
+        double middle[2];
+        for (int arm = 0; arm < 2; arm++) {
+            qsort(found[what][arm], ADAPTER_ROUNDS, sizeof(double), speed_order);
+            middle[arm] = found[what][arm][ADAPTER_ROUNDS / 2];
+        }
+        printf("%s\"%s_without\": %.1f, \"%s_with\": %.1f, \"%s_with_by_without\": %.4f%s",
+               what == 0 ? "{" : ", ", what == 0 ? "prefill" : "decode", middle[0],
+               what == 0 ? "prefill" : "decode", middle[1], what == 0 ? "prefill" : "decode",
+               middle[1] / middle[0], what == 0 ? "" : "}\n");
+    }
+}
+
 int main(int count, char **words)
 {
     static struct engine engine;
@@ -143,9 +190,10 @@ int main(int count, char **words)
     bool logits = count >= 4 && strcmp(words[1], "logits") == 0;
     bool greedy = count == 6 && strcmp(words[1], "greedy") == 0;
     bool guard = count == 4 && strcmp(words[1], "guard") == 0;
-    if (!logits && !greedy && !guard) {
+    bool adapter = count == 4 && strcmp(words[1], "adapter") == 0;
+    if (!logits && !greedy && !guard && !adapter) {
         fprintf(stderr, "usage: engine logits PACKAGE KEYFILE | greedy PACKAGE KEYFILE N CHUNK | "
-                        "guard PACKAGE KEYFILE\n");
+                        "guard PACKAGE KEYFILE | adapter PACKAGE KEYFILE\n");
         return 2;
     }
     engine_open(&engine, words[2], words[3], &limits);
@@ -153,6 +201,8 @@ int main(int count, char **words)
         logits_run(&engine, count > 4 ? (uint32_t)atoi(words[4]) : 0);
     } else if (guard) {
         guard_run(&engine);
+    } else if (adapter) {
+        adapter_run(&engine);
     } else {
         greedy_run(&engine, (uint32_t)atoi(words[4]), (uint32_t)atoi(words[5]));
     }

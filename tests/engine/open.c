@@ -22,10 +22,10 @@ static void *room(size_t count, size_t size)
     return memory;
 }
 
-static void package_open(struct engine *e, int fd, const char *key_path, struct cm_error *err)
+static struct cm_package *package_open(int fd, const char *key_path, struct cm_error *err)
 {
     uint8_t key[CM_KEY_BYTES];
-    size_t bytes;
+    struct cm_package *package;
     int key_fd = open(key_path, O_RDONLY);
     uint8_t *head = room(1, CM_PACKAGE_HEAD_BYTES);
     struct cm_package_head *parsed = room(1, sizeof(*parsed));
@@ -35,16 +35,88 @@ static void package_open(struct engine *e, int fd, const char *key_path, struct 
         exit(9);
     }
     engine_must(cm_package_head_parse(head, CM_PACKAGE_HEAD_BYTES, parsed, err), err);
-    engine_must(cm_package_open(fd, key, parsed->core.owner_key, &e->package, err), err);
-    const uint8_t *manifest = cm_package_manifest(e->package, &bytes);
-    engine_must(cm_manifest_parse(manifest, bytes,
-                                  cm_package_head_of(e->package)->core.payload_bytes, &e->manifest,
-                                  err),
-                err);
-    engine_must(cm_worker_model_make(&e->manifest, &e->model, err), err);
+    engine_must(cm_package_open(fd, key, parsed->core.owner_key, &package, err), err);
     free(head);
     free(parsed);
     close(key_fd);
+    return package;
+}
+
+static void model_open(struct engine *e, int fd, const char *key_path, struct cm_error *err)
+{
+    size_t bytes;
+    e->package = package_open(fd, key_path, err);
+    const uint8_t *manifest = cm_package_manifest(e->package, &bytes);
+    const uint64_t payload_bytes = cm_package_head_of(e->package)->core.payload_bytes;
+    engine_must(cm_manifest_parse(manifest, bytes, payload_bytes, &e->manifest, err), err);
+    engine_must(cm_worker_model_make(&e->manifest, &e->model, err), err);
+}
+
+static struct cm_adapter adapter_of(const struct cm_manifest_adapter *m,
+                                    struct cm_adapter_layer *layers)
+{
+    for (uint32_t i = 0; i < m->tensor_count; i++) {
+        const struct cm_manifest_tensor *from = &m->tensors[i];
+        struct cm_adapter_layer *layer = &layers[from->layer];
+        struct cm_tensor *to = (from->role % 2 == 0 ? layer->a : layer->b) + from->role / 2;
+        *to = (struct cm_tensor){.kind = from->kind,
+                                 .rows = from->rows,
+                                 .columns = from->columns,
+                                 .offset = from->offset,
+                                 .bytes = from->bytes};
+        snprintf(to->name, sizeof(to->name), "%.*s", (int)from->name.size, from->name.bytes);
+    }
+    return (struct cm_adapter){.rank = m->rank,
+                               .scale = m->scale,
+                               .layers = m->layers,
+                               .width = m->width,
+                               .heads = m->heads,
+                               .kv_heads = m->kv_heads,
+                               .head_width = m->head_width,
+                               .rope_width = m->rope_width,
+                               .ffn_width = m->ffn_width,
+                               .layer = layers};
+}
+
+static enum cm_status segment_open(void *context, uint64_t index, const uint8_t *ciphertext,
+                                   size_t bytes, uint8_t *plaintext, struct cm_error *err)
+{
+    return cm_package_segment_open(context, index, ciphertext, bytes, plaintext, err);
+}
+
+static void adapter_load(struct engine *e, const char *path, const char *key_path)
+{
+    static struct cm_error err;
+    static struct cm_manifest_tensor tensors[CM_MANIFEST_ADAPTER_TENSORS_MAX];
+    static struct cm_adapter_layer layers[CM_LAYERS_MAX];
+    struct cm_manifest_adapter manifest;
+    size_t bytes;
+    int fd = open(path, O_RDONLY);
+    struct cm_package *package = package_open(fd, key_path, &err);
+    const struct cm_package_core *core = &cm_package_head_of(package)->core;
+    const struct cm_device_cipher cipher = {segment_open, package};
+    const uint8_t *sealed = cm_package_manifest(package, &bytes);
+    engine_must(cm_manifest_adapter_parse(sealed, bytes, core->payload_bytes, tensors,
+                                          CM_MANIFEST_ADAPTER_TENSORS_MAX, &manifest, &err),
+                &err);
+    e->adapter = 1;
+    for (uint64_t i = 0; i < core->segment_count; i++) {
+        uint64_t offset;
+        cm_package_segment_place(package, i, &offset, &bytes);
+        uint8_t *place = cm_device_adapter_place(e->device, e->adapter, i);
+        if (place == NULL || pread(fd, place, bytes, (off_t)offset) != (ssize_t)bytes) {
+            fprintf(stderr, "engine: cannot read segment %llu of %s\n", (unsigned long long)i,
+                    path);
+            exit(9);
+        }
+        engine_must(cm_device_adapter_submit(e->device, &cipher, e->adapter, i, place, bytes, &err),
+                    &err);
+    }
+    const struct cm_adapter adapter = adapter_of(&manifest, layers);
+    engine_must(cm_device_adapter_bind(e->device, e->adapter, &adapter, core->payload_bytes, &err),
+                &err);
+    cm_package_close(package);
+    close(fd);
 }
 
 void engine_open(struct engine *e, const char *path, const char *key_path,
@@ -55,7 +127,8 @@ void engine_open(struct engine *e, const char *path, const char *key_path,
     const char *threads = getenv("CASEMATE_THREADS");
     struct cm_device_options options = {.threads = threads ? (uint32_t)atoi(threads) : 0,
                                         .path = getenv("CASEMATE_CPU")};
-    package_open(e, fd, key_path, &err);
+    model_open(e, fd, key_path, &err);
+    const char *adapter = getenv("CASEMATE_ADAPTER"), *its_key = getenv("CASEMATE_ADAPTER_KEY");
     const struct cm_package_core *core = &cm_package_head_of(e->package)->core;
     engine_must(cm_device_open("cpu", &options, &e->device, &err), &err);
     struct cm_device_reserve reserve = {.model = &e->model.model,
@@ -65,10 +138,18 @@ void engine_open(struct engine *e, const char *path, const char *key_path,
                                         .kv_pages = limits->pages,
                                         .context_max = limits->context,
                                         .step_tokens_max = limits->step_tokens};
+    if (adapter != NULL) {
+        reserve.adapters = 1;
+        reserve.adapter_bytes = 64u << 20;
+        reserve.adapter_rank_max = CM_ADAPTER_RANK_MAX;
+    }
     const struct cm_stream_options stream = {.threads = 2};
     engine_must(cm_device_reserve(e->device, &reserve, &err), &err);
     engine_must(cm_stream_load(e->package, fd, e->device, &stream, &e->times, &err), &err);
     engine_must(cm_device_model_bind(e->device, &e->model.model, &err), &err);
+    if (adapter != NULL) {
+        adapter_load(e, adapter, its_key);
+    }
     e->page_count = limits->pages;
     e->pages = room(limits->pages, sizeof(*e->pages));
     for (uint32_t i = 0; i < e->page_count; i++) {
@@ -92,7 +173,8 @@ uint32_t engine_slot(struct engine *e)
     uint32_t slot;
     struct cm_slot_params params = {.sampling = {.top_p = 1.0f, .repetition_penalty = 1.0f},
                                     .max_tokens = UINT32_MAX,
-                                    .ignore_eos = true};
+                                    .ignore_eos = true,
+                                    .adapter = e->adapter};
     engine_must(cm_device_slot_open(e->device, &params, &slot, &err), &err);
     return slot;
 }

@@ -14,14 +14,16 @@ struct engine {
     struct cm_stream_times times;
     uint32_t *pages; /* [page_count] in no order of memory */
     uint32_t page_count;
+    uint32_t adapter; /* that new slots get; CM_ADAPTER_NONE */
 };
 
 struct engine_limits {
     uint32_t slots, context, pages, step_tokens;
 };
 
-/* Ends the process with the error's text and exit code. CASEMATE_CPU and CASEMATE_THREADS force
- * path and threads. */
+/* CASEMATE_ADAPTER and CASEMATE_ADAPTER_KEY name an adapter's package and key: it is bound, and
+ * slots get it. CASEMATE_CPU and CASEMATE_THREADS force path and threads. Errors end the process
+ * with their text and exit code. */
 void engine_must(enum cm_status status, const struct cm_error *err);
 void engine_open(struct engine *e, const char *path, const char *key_path,
                  const struct engine_limits *limits);

@@ -1,4 +1,4 @@
-/* The smallest manifest there is. */
+/* The smallest manifests there are: of a model, and of an adapter with two layers. */
 #ifndef CASEMATE_TESTS_FUZZ_MANIFEST_SEED_H
 #define CASEMATE_TESTS_FUZZ_MANIFEST_SEED_H
 
@@ -35,6 +35,41 @@ static inline struct cm_manifest manifest_seed(void)
                                 .merge_count = 1,
                                 .tensors = &tensor,
                                 .tensor_count = 1};
+}
+
+#define ADAPTER_SEED_TENSORS 6u
+#define ADAPTER_SEED_PAYLOAD (ADAPTER_SEED_TENSORS * 4096ull)
+
+/* Q in the first layer, Q and down in the second. */
+static inline struct cm_manifest_adapter adapter_seed(void)
+{
+    static struct cm_manifest_tensor tensors[ADAPTER_SEED_TENSORS];
+    static const uint32_t layers[] = {0, 0, 1, 1, 1, 1}, roles[] = {0, 1, 0, 1, 12, 13};
+    for (uint32_t i = 0; i < ADAPTER_SEED_TENSORS; i++) {
+        tensors[i] = (struct cm_manifest_tensor){.name = {"t", 1},
+                                                 .layer = layers[i],
+                                                 .role = roles[i],
+                                                 .kind = 6,
+                                                 .rows = i % 2 == 0 ? 4 : 64,
+                                                 .columns = i % 2 == 0 ? 64 : 4,
+                                                 .offset = i * 4096ull,
+                                                 .bytes = i % 2 == 0 ? 2048 : 512};
+    }
+    return (struct cm_manifest_adapter){.name = {"adapter", 7},
+                                        .license = {"none", 4},
+                                        .origin = {"", 0},
+                                        .base_digest = {1, 2, 3},
+                                        .rank = 4,
+                                        .scale = 2.0f,
+                                        .layers = 2,
+                                        .width = 64,
+                                        .heads = 2,
+                                        .kv_heads = 1,
+                                        .head_width = 32,
+                                        .rope_width = 32,
+                                        .ffn_width = 64,
+                                        .tensors = tensors,
+                                        .tensor_count = ADAPTER_SEED_TENSORS};
 }
 
 #endif

@@ -2,6 +2,7 @@
  * are changed, then digests, MACs, checksums and the signature are made right again, so that the
  * deep checks are reached. Nothing may crash, and nothing but the sealed content may be accepted.
  */
+#include "tests/fuzz/manifest_seed.h"
 #include "tests/unit/mutate.h"
 #include "tests/unit/package_sample.h"
 
@@ -104,4 +105,42 @@ Test(package_mutation, manifests)
     printf("package_mutation: %d manifests, %u still well-formed\n", MUTATIONS * 4, accepted);
     free(bytes);
     sample_done(&sample);
+}
+
+/* An adapter's manifest: the same, and the parser that serves allocates nothing. */
+Test(package_mutation, adapter_manifests)
+{
+    struct cm_error err;
+    static struct cm_manifest_tensor tensors[ADAPTER_SEED_TENSORS];
+    const struct cm_manifest_adapter seed = adapter_seed();
+    uint8_t *bytes;
+    size_t size;
+    unsigned accepted = 0;
+    srand(13);
+    cr_assert_eq(cm_manifest_adapter_encode(&seed, &bytes, &size, &err), CM_OK);
+    for (int i = 0; i < MUTATIONS * 4; i++) {
+        size_t cut = rand() % 4 == 0 ? (size_t)rand() % (size + 1) : size;
+        uint8_t *work = malloc(cut == 0 ? 1 : cut);
+        struct cm_manifest_adapter adapter;
+        struct cm_manifest model;
+        memcpy(work, bytes, cut);
+        for (int k = 0; k <= rand() % 3 && cut > 8; k++) {
+            size_t width = (size_t)1 << (rand() % 4);
+            value_mutate(work + (size_t)rand() % (cut - width), width);
+        }
+        (void)cm_manifest_is_adapter(work, cut);
+        cr_assert_eq(cm_manifest_parse(work, cut, ADAPTER_SEED_PAYLOAD, &model, &err),
+                     CM_E_PACKAGE);
+        if (cm_manifest_adapter_parse(work, cut, ADAPTER_SEED_PAYLOAD, tensors,
+                                      ADAPTER_SEED_TENSORS, &adapter, &err) == CM_OK) {
+            accepted++;
+            cr_assert_leq(adapter.tensor_count, ADAPTER_SEED_TENSORS);
+            cr_assert(adapter.rank >= 1 && adapter.rank <= CM_MANIFEST_ADAPTER_RANK_MAX);
+            cr_assert_lt(tensors[adapter.tensor_count - 1].layer, adapter.layers);
+        }
+        free(work);
+    }
+    printf("package_mutation: %d adapter manifests, %u still well-formed\n", MUTATIONS * 4,
+           accepted);
+    free(bytes);
 }
