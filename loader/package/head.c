@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "runtime/base/cursor.h"
+#include "runtime/base/hex.h"
 
 enum cm_status cm_read_exact(int fd, void *bytes, size_t size, uint64_t offset, const char *part,
                              struct cm_error *err)
@@ -275,6 +276,25 @@ enum cm_status cm_package_slot_select(const struct cm_package_head *head, uint32
                         "the package is not sealed to this node (sealed to: %s): ask its owner for "
                         "`casemate-pack slots add` with this node's enrolment",
                         labels);
+}
+
+enum cm_status cm_package_owner_find(const struct cm_package_head *head,
+                                     const struct cm_adapter_owners *owners,
+                                     const struct cm_adapter_owner **ret_owner,
+                                     struct cm_error *err)
+{
+    char found[2 * CM_PUBLIC_KEY_BYTES + 1];
+    for (uint32_t i = 0; i < owners->count && i < CM_ADAPTER_OWNERS_MAX; i++) {
+        if (memcmp(owners->each[i].package, head->core.owner_key, CM_PUBLIC_KEY_BYTES) == 0) {
+            *ret_owner = &owners->each[i];
+            return CM_OK;
+        }
+    }
+    cm_hex_write(head->core.owner_key, CM_PUBLIC_KEY_BYTES, found);
+    return cm_error_set(err, CM_E_POLICY, "CM-PKG-OWNER",
+                        "signed by %.18s..., who is none of the %u in `sealed: adapter_owners`: "
+                        "whoever signs the states of this node decides whose adapters it loads",
+                        found, owners->count);
 }
 
 enum cm_status cm_package_head_authenticate(const struct cm_package_head *head,

@@ -11,8 +11,9 @@ struct cm_package {
     struct cm_package_head head;
     struct cm_secret *data_keys; /* [shard_count][CM_AEAD_KEY_BYTES] */
     uint8_t *manifest;           /* own mapping: locked where possible, never dumped */
-    size_t manifest_bytes;
-    uint8_t *table; /* [segment_count][48] */
+    size_t manifest_bytes, manifest_room;
+    uint8_t *table;         /* [segment_count][48] */
+    uint64_t segments_room; /* of a package that comes in parts */
 };
 
 enum cm_status cm_package_head_read(int fd, struct cm_package_head *ret_head, struct cm_error *err)
@@ -42,16 +43,14 @@ enum cm_status cm_package_head_read(int fd, struct cm_package_head *ret_head, st
     return CM_OK;
 }
 
-/* Read a part, compare its SHA-256 with what the signed header says. */
-static enum cm_status part_read(int fd, uint64_t offset, size_t size, const uint8_t *digest,
-                                const char *part, const char *id, uint8_t *ret_bytes,
-                                struct cm_error *err)
+/* A part that the signed header names by its SHA-256, and the zeros between it and the next 4 KiB
+ * border. */
+static enum cm_status part_check(const uint8_t *bytes, uint64_t offset, size_t size,
+                                 const uint8_t *digest, const char *part, const char *id,
+                                 struct cm_error *err)
 {
     uint8_t found[CM_DIGEST_BYTES];
-    enum cm_status status = cm_read_exact(fd, ret_bytes, size, offset, part, err);
-    if (status == CM_OK) {
-        status = cm_sha256(ret_bytes, size, found, err);
-    }
+    enum cm_status status = cm_sha256(bytes, size, found, err);
     if (status == CM_OK && memcmp(found, digest, sizeof(found)) != 0) {
         status = cm_error_set(err, CM_E_PACKAGE, id,
                               "%s at offset %llu: SHA-256 is not the one in the core header", part,
@@ -60,20 +59,33 @@ static enum cm_status part_read(int fd, uint64_t offset, size_t size, const uint
     return status;
 }
 
-/* The zeros between a part and the next 4 KiB border. */
-static enum cm_status padding_check(int fd, uint64_t from, const char *part, struct cm_error *err)
+static enum cm_status zeros_check(const uint8_t *bytes, uint64_t from, size_t size,
+                                  const char *part, struct cm_error *err)
 {
-    uint8_t bytes[CM_PACKAGE_ALIGN];
-    size_t size = (size_t)(cm_align_up(from) - from);
-    enum cm_status status = cm_read_exact(fd, bytes, size, from, part, err);
-    for (size_t i = 0; status == CM_OK && i < size; i++) {
+    for (size_t i = 0; i < size; i++) {
         if (bytes[i] != 0) {
-            status = cm_error_set(err, CM_E_PACKAGE, "CM-PKG-RESERVED",
-                                  "%s at offset %llu: padding is not zero", part,
-                                  (unsigned long long)(from + i));
+            return cm_error_set(err, CM_E_PACKAGE, "CM-PKG-RESERVED",
+                                "%s at offset %llu: padding is not zero", part,
+                                (unsigned long long)(from + i));
         }
     }
-    return status;
+    return CM_OK;
+}
+
+static enum cm_status part_read(int fd, uint64_t offset, size_t size, const uint8_t *digest,
+                                const char *part, const char *id, uint8_t *ret_bytes,
+                                struct cm_error *err)
+{
+    uint8_t padding[CM_PACKAGE_ALIGN];
+    size_t behind = (size_t)(cm_align_up(offset + size) - offset - size);
+    enum cm_status status = cm_read_exact(fd, ret_bytes, size, offset, part, err);
+    if (status == CM_OK) {
+        status = part_check(ret_bytes, offset, size, digest, part, id, err);
+    }
+    if (status == CM_OK) {
+        status = cm_read_exact(fd, padding, behind, offset + size, part, err);
+    }
+    return status == CM_OK ? zeros_check(padding, offset + size, behind, part, err) : status;
 }
 
 static enum cm_status table_load(struct cm_package *package, int fd, struct cm_error *err)
@@ -84,10 +96,41 @@ static enum cm_status table_load(struct cm_package *package, int fd, struct cm_e
     if (package->table == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tag table of %zu bytes", size);
     }
-    enum cm_status status = part_read(fd, core->table_offset, size, core->table_digest, "tag table",
-                                      "CM-PKG-TABLE", package->table, err);
-    return status == CM_OK ? padding_check(fd, core->table_offset + size, "tag table", err)
-                           : status;
+    return part_read(fd, core->table_offset, size, core->table_digest, "tag table", "CM-PKG-TABLE",
+                     package->table, err);
+}
+
+/* The manifest's plaintext: never in a core file, in memory where that may be locked (beyond
+ * RLIMIT_MEMLOCK it may fail: there is no swap then). */
+static enum cm_status manifest_map(struct cm_package *package, size_t bytes, struct cm_error *err)
+{
+    uint8_t *plain = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (plain == MAP_FAILED) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "manifest of %zu bytes", bytes);
+    }
+    (void)madvise(plain, bytes, MADV_DONTDUMP);
+    (void)mlock(plain, bytes);
+    package->manifest = plain;
+    package->manifest_room = bytes;
+    return CM_OK;
+}
+
+/* `sealed` has passed its digest. */
+static enum cm_status manifest_open(struct cm_package *package, const uint8_t *sealed,
+                                    const uint8_t *key, struct cm_error *err)
+{
+    const struct cm_package_core *core = &package->head.core;
+    size_t bytes = (size_t)core->manifest_bytes - CM_AEAD_TAG_BYTES;
+    uint8_t manifest_key[CM_AEAD_KEY_BYTES] = {0};
+    enum cm_status status = cm_key_derive(key, core->salt, core->suite, CM_PURPOSE_MANIFEST, 0,
+                                          manifest_key, sizeof(manifest_key), err);
+    if (status == CM_OK) {
+        status = cm_aead_open(core->suite, manifest_key, 0, sealed, bytes, sealed + bytes,
+                              package->manifest, err);
+    }
+    cm_wipe(manifest_key, sizeof(manifest_key));
+    package->manifest_bytes = status == CM_OK ? bytes : 0;
+    return status;
 }
 
 static enum cm_status manifest_load(struct cm_package *package, int fd, const uint8_t *key,
@@ -95,42 +138,19 @@ static enum cm_status manifest_load(struct cm_package *package, int fd, const ui
 {
     const struct cm_package_core *core = &package->head.core;
     size_t sealed_bytes = (size_t)core->manifest_bytes;
-    size_t bytes = sealed_bytes - CM_AEAD_TAG_BYTES;
-    uint8_t manifest_key[CM_AEAD_KEY_BYTES] = {0};
     uint8_t *sealed = malloc(sealed_bytes);
-    uint8_t *plain = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    enum cm_status status;
-    if (sealed == NULL || plain == MAP_FAILED) {
-        status = cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "manifest of %zu bytes", bytes);
-        goto out;
+    if (sealed == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "manifest of %zu bytes", sealed_bytes);
     }
-    (void)madvise(plain, bytes, MADV_DONTDUMP);
-    (void)mlock(plain, bytes); /* beyond RLIMIT_MEMLOCK it may fail: there is no swap then */
-    status = part_read(fd, core->manifest_offset, sealed_bytes, core->manifest_digest, "manifest",
-                       "CM-PKG-MANIFEST", sealed, err);
+    enum cm_status status = manifest_map(package, sealed_bytes - CM_AEAD_TAG_BYTES, err);
     if (status == CM_OK) {
-        status = padding_check(fd, core->manifest_offset + sealed_bytes, "manifest", err);
+        status = part_read(fd, core->manifest_offset, sealed_bytes, core->manifest_digest,
+                           "manifest", "CM-PKG-MANIFEST", sealed, err);
     }
     if (status == CM_OK) {
-        status = cm_key_derive(key, core->salt, core->suite, CM_PURPOSE_MANIFEST, 0, manifest_key,
-                               sizeof(manifest_key), err);
+        status = manifest_open(package, sealed, key, err);
     }
-    if (status == CM_OK) {
-        status =
-            cm_aead_open(core->suite, manifest_key, 0, sealed, bytes, sealed + bytes, plain, err);
-    }
-    if (status == CM_OK) {
-        package->manifest = plain;
-        package->manifest_bytes = bytes;
-        plain = MAP_FAILED;
-    }
-out:
-    cm_wipe(manifest_key, sizeof(manifest_key));
     free(sealed);
-    if (plain != MAP_FAILED) {
-        cm_wipe(plain, bytes);
-        munmap(plain, bytes);
-    }
     return status;
 }
 
@@ -138,8 +158,7 @@ static enum cm_status data_keys_derive(struct cm_package *package, const uint8_t
                                        struct cm_error *err)
 {
     const struct cm_package_core *core = &package->head.core;
-    enum cm_status status =
-        cm_secret_new((size_t)core->shard_count * CM_AEAD_KEY_BYTES, &package->data_keys, err);
+    enum cm_status status = CM_OK;
     for (uint32_t shard = 0; status == CM_OK && shard < core->shard_count; shard++) {
         status = cm_key_derive(key, core->salt, core->suite, CM_PURPOSE_DATA, shard,
                                cm_secret_bytes(package->data_keys) + shard * CM_AEAD_KEY_BYTES,
@@ -167,6 +186,10 @@ enum cm_status cm_package_open(int fd, const uint8_t key[static CM_KEY_BYTES],
         status = manifest_load(package, fd, key, err);
     }
     if (status == CM_OK) {
+        status = cm_secret_new((size_t)package->head.core.shard_count * CM_AEAD_KEY_BYTES,
+                               &package->data_keys, err);
+    }
+    if (status == CM_OK) {
         status = data_keys_derive(package, key, err);
     }
     if (status != CM_OK) {
@@ -177,14 +200,127 @@ enum cm_status cm_package_open(int fd, const uint8_t key[static CM_KEY_BYTES],
     return CM_OK;
 }
 
+enum cm_status cm_package_room(size_t manifest_bytes, uint64_t segments,
+                               struct cm_package **ret_package, struct cm_error *err)
+{
+    struct cm_package *package = calloc(1, sizeof(*package));
+    if (package == NULL) {
+        return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "package");
+    }
+    const size_t table_bytes = (size_t)segments * CM_PACKAGE_TABLE_ENTRY_BYTES;
+    package->segments_room = segments;
+    package->table = malloc(table_bytes);
+    enum cm_status status = manifest_map(package, manifest_bytes, err);
+    if (status == CM_OK && package->table == NULL) {
+        status =
+            cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tag table of %zu bytes", table_bytes);
+    }
+    if (status == CM_OK) {
+        status = cm_secret_new(CM_AEAD_KEY_BYTES, &package->data_keys, err);
+    }
+    if (status != CM_OK) {
+        cm_package_close(package);
+        return status;
+    }
+    /* Touched now, so that it is there later. */
+    explicit_bzero(package->manifest, manifest_bytes);
+    explicit_bzero(package->table, table_bytes);
+    *ret_package = package;
+    return CM_OK;
+}
+
+/* Does it fit into the room, and is all before the payload there? */
+static enum cm_status front_fits(const struct cm_package *package, size_t size, uint64_t file_bytes,
+                                 struct cm_error *err)
+{
+    const struct cm_package_core *core = &package->head.core;
+    if (core->file_bytes != file_bytes) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-PKG-LENGTH",
+                            "the file has %llu bytes, the header says %llu: copy it again",
+                            (unsigned long long)file_bytes, (unsigned long long)core->file_bytes);
+    }
+    if (core->shard_count != 1 || core->segment_count > package->segments_room ||
+        core->manifest_bytes - CM_AEAD_TAG_BYTES > package->manifest_room ||
+        core->payload_offset > size) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-PKG-ROOM",
+                            "manifest of %llu bytes and %llu segments: there is room for %zu and "
+                            "%llu (adapter_bytes_max)",
+                            (unsigned long long)core->manifest_bytes,
+                            (unsigned long long)core->segment_count, package->manifest_room,
+                            (unsigned long long)package->segments_room);
+    }
+    return CM_OK;
+}
+
+static enum cm_status front_part(const uint8_t *front, uint64_t offset, size_t size,
+                                 const uint8_t *digest, const char *part, const char *id,
+                                 struct cm_error *err)
+{
+    const uint64_t end = offset + size;
+    enum cm_status status = part_check(front + offset, offset, size, digest, part, id, err);
+    return status == CM_OK
+               ? zeros_check(front + end, end, (size_t)(cm_align_up(end) - end), part, err)
+               : status;
+}
+
+enum cm_status cm_package_room_open(struct cm_package *package, const uint8_t *front, size_t size,
+                                    uint64_t file_bytes, const uint8_t key[static CM_KEY_BYTES],
+                                    const struct cm_adapter_owners *owners, struct cm_error *err)
+{
+    const struct cm_package_core *core = &package->head.core;
+    const struct cm_adapter_owner *owner = NULL;
+    enum cm_status status =
+        size < CM_PACKAGE_HEAD_BYTES
+            ? cm_error_set(err, CM_E_PACKAGE, "CM-PKG-SHORT", "%zu bytes: no package", size)
+            : cm_package_head_parse(front, CM_PACKAGE_HEAD_BYTES, &package->head, err);
+    if (status == CM_OK) {
+        status = cm_package_owner_find(&package->head, owners, &owner, err);
+    }
+    if (status == CM_OK) {
+        status = cm_package_head_authenticate(&package->head, key, owner->package, err);
+    }
+    if (status == CM_OK) {
+        status = front_fits(package, size, file_bytes, err);
+    }
+    if (status == CM_OK) {
+        size_t bytes = (size_t)core->segment_count * CM_PACKAGE_TABLE_ENTRY_BYTES;
+        status = front_part(front, core->table_offset, bytes, core->table_digest, "tag table",
+                            "CM-PKG-TABLE", err);
+        memcpy(package->table, front + core->table_offset, status == CM_OK ? bytes : 0);
+    }
+    if (status == CM_OK) {
+        status = front_part(front, core->manifest_offset, (size_t)core->manifest_bytes,
+                            core->manifest_digest, "manifest", "CM-PKG-MANIFEST", err);
+    }
+    if (status == CM_OK) {
+        status = manifest_open(package, front + core->manifest_offset, key, err);
+    }
+    if (status == CM_OK) {
+        status = data_keys_derive(package, key, err);
+    }
+    if (status != CM_OK) {
+        cm_package_room_wipe(package);
+    }
+    return status;
+}
+
+void cm_package_room_wipe(struct cm_package *package)
+{
+    cm_wipe(package->manifest, package->manifest_room);
+    cm_wipe(cm_secret_bytes(package->data_keys), CM_AEAD_KEY_BYTES);
+    cm_wipe(package->table, (size_t)package->segments_room * CM_PACKAGE_TABLE_ENTRY_BYTES);
+    memset(&package->head, 0, sizeof(package->head));
+    package->manifest_bytes = 0;
+}
+
 void cm_package_close(struct cm_package *package)
 {
     if (package == NULL) {
         return;
     }
     if (package->manifest != NULL) {
-        cm_wipe(package->manifest, package->manifest_bytes);
-        munmap(package->manifest, package->manifest_bytes);
+        cm_wipe(package->manifest, package->manifest_room);
+        munmap(package->manifest, package->manifest_room);
     }
     cm_secret_free(package->data_keys);
     free(package->table);

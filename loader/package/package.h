@@ -93,6 +93,12 @@ CM_MUST_USE enum cm_status cm_package_slot_select(const struct cm_package_head *
                                                   const struct cm_package_slot **ret_slot,
                                                   struct cm_error *err);
 
+/* Which of these owners claims to have signed this package. Fails: POLICY CM-PKG-OWNER. */
+CM_MUST_USE enum cm_status cm_package_owner_find(const struct cm_package_head *head,
+                                                 const struct cm_adapter_owners *owners,
+                                                 const struct cm_adapter_owner **ret_owner,
+                                                 struct cm_error *err);
+
 /* Check header MAC, slots MAC and the owner's signature under the pinned owner key. */
 CM_MUST_USE enum cm_status cm_package_head_authenticate(
     const struct cm_package_head *head, const uint8_t key[static CM_KEY_BYTES],
@@ -104,6 +110,18 @@ struct cm_package;
 CM_MUST_USE enum cm_status cm_package_open(int fd, const uint8_t key[static CM_KEY_BYTES],
                                            const uint8_t owner_key[static CM_PUBLIC_KEY_BYTES],
                                            struct cm_package **ret_package, struct cm_error *err);
+/* The same of a package that comes in parts, for who may take no memory any more: room for one
+ * whose manifest and count of segments are at most these; then, as often as wanted, open (from the
+ * file's first bytes, the payload's beginning at least, of a file of file_bytes, signed by one of
+ * the owners) and wipe. On failure the room is wiped. */
+CM_MUST_USE enum cm_status cm_package_room(size_t manifest_bytes, uint64_t segments,
+                                           struct cm_package **ret_package, struct cm_error *err);
+CM_MUST_USE enum cm_status cm_package_room_open(struct cm_package *package, const uint8_t *front,
+                                                size_t size, uint64_t file_bytes,
+                                                const uint8_t key[static CM_KEY_BYTES],
+                                                const struct cm_adapter_owners *owners,
+                                                struct cm_error *err);
+void cm_package_room_wipe(struct cm_package *package);
 void cm_package_close(struct cm_package *package); /* wipes keys and manifest; NULL is fine */
 const struct cm_package_head *cm_package_head_of(const struct cm_package *package);
 /* The decrypted manifest's bytes, for cm_manifest_parse (manifest.h). Valid until close. */

@@ -40,15 +40,16 @@ CM_MUST_USE enum cm_status cm_tpm_credential_answer(struct cm_tpm *tpm, const ui
                                                     uint8_t ret_secret[static CM_DIGEST_BYTES],
                                                     struct cm_error *err);
 
-/* Unseal a package key: the slot's payload under the policy list; *ret_state is the one that did
- * it. Checks first that this is the enrolled TPM. Fails: TPM; POLICY CM-SEAL-PCR, CM-SEAL-COUNTER,
- * CM-SEAL-POLICY, CM-SEAL-OBJECT, CM-SEAL-NODE … with what to do next. */
+/* Unseal a package key into `key`, CM_KEY_BYTES of the caller's, wiped on failure: the slot's
+ * payload under the policy list; *ret_state is the one that did it. Checks first that this is the
+ * enrolled TPM. Fails: TPM; POLICY CM-SEAL-PCR, CM-SEAL-COUNTER, CM-SEAL-POLICY, CM-SEAL-OBJECT,
+ * CM-SEAL-NODE … with what to do next. */
 CM_MUST_USE enum cm_status cm_tpm_unseal(struct cm_tpm *tpm, const struct cm_enrolment *enrolment,
                                          const uint8_t *payload, size_t payload_bytes,
                                          const struct cm_policy_list *list,
                                          const uint8_t policy_key[static CM_PUBLIC_KEY_BYTES],
-                                         struct cm_secret **ret_key,
-                                         struct cm_policy_state *ret_state, struct cm_error *err);
+                                         struct cm_secret *key, struct cm_policy_state *ret_state,
+                                         struct cm_error *err);
 
 struct cm_tpm_quote {
     uint8_t attest[512]; /* TPMS_ATTEST as signed */

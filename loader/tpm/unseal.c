@@ -395,7 +395,7 @@ enum cm_status cm_tpm_unseal(struct cm_tpm *tpm, const struct cm_enrolment *enro
                              const uint8_t *payload, size_t payload_bytes,
                              const struct cm_policy_list *list,
                              const uint8_t policy_key[static CM_PUBLIC_KEY_BYTES],
-                             struct cm_secret **ret_key, struct cm_policy_state *ret_state,
+                             struct cm_secret *key, struct cm_policy_state *ret_state,
                              struct cm_error *err)
 {
     struct unsealing u = {.tpm = tpm,
@@ -406,14 +406,10 @@ enum cm_status cm_tpm_unseal(struct cm_tpm *tpm, const struct cm_enrolment *enro
                           .ek = ESYS_TR_NONE,
                           .object = ESYS_TR_NONE,
                           .authority = ESYS_TR_NONE};
-    struct cm_secret *key = NULL;
     struct cm_error local = {.status = CM_OK};
     enum cm_status status = cm_tpm_sealed_parse(payload, payload_bytes, &u.sealed, err);
     if (status == CM_OK) {
         status = node_check(&u, err);
-    }
-    if (status == CM_OK) {
-        status = cm_secret_new(CM_KEY_BYTES, &key, err);
     }
     if (status == CM_OK) {
         /* Any PCR extend by anybody ends a policy session: the whole of it is begun again. */
@@ -431,10 +427,9 @@ enum cm_status cm_tpm_unseal(struct cm_tpm *tpm, const struct cm_enrolment *enro
         status = places_overwrite(tpm, err);
     }
     if (status != CM_OK) {
-        cm_secret_free(key);
+        cm_wipe(cm_secret_bytes(key), CM_KEY_BYTES);
         return status;
     }
-    *ret_key = key;
     *ret_state = *u.state;
     return CM_OK;
 }

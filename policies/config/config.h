@@ -54,7 +54,7 @@ struct cm_config_names {
     char names[CM_CONFIG_TLS_NAMES][CM_NAME_BYTES];
 };
 
-#define CM_CONFIG_ROW_COUNT 36
+#define CM_CONFIG_ROW_COUNT 40
 
 struct cm_configuration {
     /* sealed */
@@ -66,6 +66,8 @@ struct cm_configuration {
     char attest_mode[CM_CONFIG_TEXT_BYTES];
     char require_sandbox[CM_CONFIG_TEXT_BYTES];
     char guard[CM_CONFIG_TEXT_BYTES], guard_rules[CM_CONFIG_TEXT_BYTES];
+    uint64_t adapters_max, adapter_bytes_max, adapter_rank_max;
+    char adapter_owners[CM_CONFIG_TEXT_BYTES];
     /* site */
     char state[CM_CONFIG_TEXT_BYTES];
     char listen[CM_CONFIG_TEXT_BYTES];
@@ -119,12 +121,19 @@ bool cm_config_tpm_development(const char *tpm);
 /* "strict" or "restartable": as written, or the development TPM's default. */
 const char *cm_config_attest_mode(const struct cm_configuration *configuration);
 
+/* Whose adapters may be loaded: the keys of `adapter_owners:`; none where adapters_max is 0. Fails:
+ * CONFIG. */
+CM_MUST_USE enum cm_status cm_config_owners_read(const struct cm_configuration *configuration,
+                                                 struct cm_adapter_owners *ret_owners,
+                                                 struct cm_error *err);
+
 /* The `sealed:` part as it is measured: one "key value" line each, keys by content and not by path.
  * The package itself is measured by its core digest. */
-#define CM_CONFIG_SEALED_BYTES 1024
+#define CM_CONFIG_SEALED_BYTES 2048
 CM_MUST_USE enum cm_status cm_config_sealed_text(const struct cm_configuration *configuration,
                                                  const uint8_t owner[static CM_PUBLIC_KEY_BYTES],
                                                  const uint8_t policy[static CM_PUBLIC_KEY_BYTES],
+                                                 const struct cm_adapter_owners *owners,
                                                  char ret_text[static CM_CONFIG_SEALED_BYTES],
                                                  size_t *ret_bytes, struct cm_error *err);
 

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #define DER_BYTES 91u
+#define PEM_BYTES 4096u
 
 static const uint8_t prefix[DER_BYTES - CM_PUBLIC_KEY_BYTES] = {
     0x30, 0x59,                                                 /* SEQUENCE, 89 bytes */
@@ -86,25 +87,98 @@ enum cm_status cm_config_point_parse(const char *pem, size_t bytes,
     return CM_OK;
 }
 
-enum cm_status cm_config_point_read(const char *path, uint8_t ret_point[static CM_PUBLIC_KEY_BYTES],
-                                    struct cm_error *err)
+/* A small file of public keys, whole. */
+static enum cm_status pem_read(const char *path, char ret_pem[static PEM_BYTES], size_t *ret_bytes,
+                               struct cm_error *err)
 {
-    char pem[4096];
-    struct cm_error cause;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0) {
         return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-KEY", "cannot open public key %s: %s",
                             path, strerrordesc_np(errno));
     }
-    ssize_t got = read(fd, pem, sizeof(pem));
+    ssize_t got = read(fd, ret_pem, PEM_BYTES);
     close(fd);
-    if (got < 0 || (size_t)got == sizeof(pem)) {
+    if (got < 0 || (size_t)got == PEM_BYTES) {
         return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-KEY",
                             "public key %s: cannot be read, or is longer than 4 KiB", path);
     }
-    enum cm_status status = cm_config_point_parse(pem, (size_t)got, ret_point, &cause);
-    if (status != CM_OK) {
-        return cm_error_set(err, status, cause.id, "public key %s: %s", path, cause.text);
-    }
+    *ret_bytes = (size_t)got;
     return CM_OK;
+}
+
+enum cm_status cm_config_point_read(const char *path, uint8_t ret_point[static CM_PUBLIC_KEY_BYTES],
+                                    struct cm_error *err)
+{
+    char pem[PEM_BYTES];
+    size_t bytes = 0;
+    struct cm_error cause;
+    enum cm_status status = pem_read(path, pem, &bytes, err);
+    if (status == CM_OK) {
+        status = cm_config_point_parse(pem, bytes, ret_point, &cause);
+        if (status != CM_OK) {
+            (void)cm_error_set(err, status, cause.id, "public key %s: %s", path, cause.text);
+        }
+    }
+    return status;
+}
+
+/* Keys one after the other; two make an owner. */
+static enum cm_status owners_parse(const char *pem, size_t bytes, struct cm_adapter_owners *owners,
+                                   struct cm_error *err)
+{
+    static const char end[] = "-----END PUBLIC KEY-----";
+    uint32_t keys = 0;
+    for (size_t at = 0; at < bytes;) {
+        const char *last = memmem(pem + at, bytes - at, end, sizeof(end) - 1);
+        if (last == NULL) {
+            break;
+        }
+        size_t next = (size_t)(last - pem) + sizeof(end) - 1;
+        if (keys == 2 * CM_ADAPTER_OWNERS_MAX) {
+            return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-OWNERS", "more than %u owners",
+                                CM_ADAPTER_OWNERS_MAX);
+        }
+        struct cm_adapter_owner *owner = &owners->each[keys / 2];
+        enum cm_status status = cm_config_point_parse(
+            pem + at, next - at, keys % 2 == 0 ? owner->package : owner->policy, err);
+        if (status != CM_OK) {
+            return status;
+        }
+        keys++;
+        at = next;
+    }
+    if (keys == 0 || keys % 2 != 0) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-OWNERS",
+                            "%u public keys: expected two for each owner, who signs packages and "
+                            "then who signs states (cat owner.pub policy.pub)",
+                            keys);
+    }
+    owners->count = keys / 2;
+    return CM_OK;
+}
+
+enum cm_status cm_config_owners_read(const struct cm_configuration *configuration,
+                                     struct cm_adapter_owners *ret_owners, struct cm_error *err)
+{
+    char pem[PEM_BYTES];
+    size_t bytes = 0;
+    struct cm_error cause;
+    const char *path = configuration->adapter_owners;
+    memset(ret_owners, 0, sizeof(*ret_owners));
+    if (configuration->adapters_max == 0) {
+        return CM_OK;
+    }
+    if (path[0] == '\0') {
+        return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-MISSING",
+                            "sealed: adapters_max is %llu, and adapter_owners is missing: whose?",
+                            (unsigned long long)configuration->adapters_max);
+    }
+    enum cm_status status = pem_read(path, pem, &bytes, err);
+    if (status == CM_OK) {
+        status = owners_parse(pem, bytes, ret_owners, &cause);
+        if (status != CM_OK) {
+            (void)cm_error_set(err, status, cause.id, "adapter_owners %s: %s", path, cause.text);
+        }
+    }
+    return status;
 }

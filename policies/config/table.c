@@ -26,6 +26,10 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     {"require_sandbox", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "full", "full|best", AT(require_sandbox), "full: refuse to start where nothing holds one of the sandbox's promises; best: take what the machine has"},
     {"guard", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "on", "on|off", AT(guard), "off: prompts and replies pass no rules"},
     {"guard_rules", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(guard_rules), "YAML file of more guard rules, or of other ones (policies/guard/README.md); empty: the built-in ones alone"},
+    {"adapters_max", SEALED, CM_CONFIG_NUMBER, 0, CM_ADAPTERS_MAX, "", "0", "", AT(adapters_max), "adapters (LoRA) that may be loaded at once; 0: none"},
+    {"adapter_bytes_max", SEALED, CM_CONFIG_NUMBER, 65536, 4ull << 30, "bytes", "67108864", "", AT(adapter_bytes_max), "weights of one adapter; memory for adapters_max of them is taken at the start"},
+    {"adapter_rank_max", SEALED, CM_CONFIG_NUMBER, 1, 64, "", "64", "", AT(adapter_rank_max), "rank of an adapter"},
+    {"adapter_owners", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(adapter_owners), "PEM file with two public keys (P-256) for each owner whose adapters are loaded: who signs packages, then who signs states"},
     {"state", SITE, CM_CONFIG_PATH, 1, 400, "", "", "", AT(state), "folder of keys, enrolment record and status"},
     {"listen", SITE, CM_CONFIG_ADDRESS, 1, 63, "", "127.0.0.1:8443", "", AT(listen), "address and port of the API"},
     {"tls_names", SITE, CM_CONFIG_NAMES, 1, CM_NAME_BYTES - 1, "", "localhost,127.0.0.1", "", AT(tls_names), "names in the server's certificate"},
@@ -109,9 +113,29 @@ const char *cm_config_nearest(const char *name, size_t size)
     return nearest;
 }
 
+/* What may be loaded beside the model: the same state without adapters has none of these lines. */
+static int adapters_put(const struct cm_configuration *configuration,
+                        const struct cm_adapter_owners *owners, char *text, size_t size)
+{
+    char owner[2 * CM_PUBLIC_KEY_BYTES + 1], policy[2 * CM_PUBLIC_KEY_BYTES + 1];
+    int used = snprintf(text, size,
+                        "adapters_max %llu\nadapter_bytes_max %llu\n"
+                        "adapter_rank_max %llu\n",
+                        (unsigned long long)configuration->adapters_max,
+                        (unsigned long long)configuration->adapter_bytes_max,
+                        (unsigned long long)configuration->adapter_rank_max);
+    for (uint32_t i = 0; i < owners->count && used > 0 && (size_t)used < size; i++) {
+        cm_hex_write(owners->each[i].package, CM_PUBLIC_KEY_BYTES, owner);
+        cm_hex_write(owners->each[i].policy, CM_PUBLIC_KEY_BYTES, policy);
+        used += snprintf(text + used, size - (size_t)used, "adapter_owner %s %s\n", owner, policy);
+    }
+    return used;
+}
+
 enum cm_status cm_config_sealed_text(const struct cm_configuration *configuration,
                                      const uint8_t owner[static CM_PUBLIC_KEY_BYTES],
                                      const uint8_t policy[static CM_PUBLIC_KEY_BYTES],
+                                     const struct cm_adapter_owners *owners,
                                      char ret_text[static CM_CONFIG_SEALED_BYTES],
                                      size_t *ret_bytes, struct cm_error *err)
 {
@@ -124,6 +148,10 @@ enum cm_status cm_config_sealed_text(const struct cm_configuration *configuratio
         "require_sandbox %s\nguard %s\n",
         owner_hex, policy_hex, configuration->device, configuration->tpm,
         cm_config_attest_mode(configuration), configuration->require_sandbox, configuration->guard);
+    if (bytes > 0 && bytes < CM_CONFIG_SEALED_BYTES && configuration->adapters_max > 0) {
+        bytes += adapters_put(configuration, owners, ret_text + bytes,
+                              CM_CONFIG_SEALED_BYTES - (size_t)bytes);
+    }
     if (bytes <= 0 || bytes >= CM_CONFIG_SEALED_BYTES) {
         return cm_error_set(err, CM_E_CONFIG, "CM-CONFIG-SIZE", "sealed: is too long to measure");
     }

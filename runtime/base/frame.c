@@ -64,6 +64,28 @@ const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
                                EXACT(struct cm_quote_failed), 0, "why there is no evidence"},
     [CM_FRAME_BROKEN] = {"broken", G | W, S, P1 | P2, false, 0, 0, 0,
                          "the neighbour broke the rules of the rings: it is replaced"},
+    [CM_FRAME_ADAPTER_OPEN] = {"adapter_open", S, K, P1, false, EXACT(struct cm_adapter_open), 1,
+                               "an adapter's head and policy list: unseal its key and keep it"},
+    [CM_FRAME_ADAPTER_KEY] = {"adapter_key", S, K, P1, false, EXACT(struct cm_adapter_step), 0,
+                              "hand its key out in the key page"},
+    [CM_FRAME_ADAPTER_ANSWER] = {"adapter_answer", K, S, P1 | P2, false,
+                                 EXACT(struct cm_adapter_answer), 0,
+                                 "its key is unsealed, or why it is not unsealed or handed out"},
+    [CM_FRAME_ADAPTER_PAGE] = {"adapter_page", K, S, P1 | P2, false, EXACT(struct cm_adapter_step),
+                               1, "the page with its key, passed on unmapped"},
+    [CM_FRAME_ADAPTER_CLOSE] = {"adapter_close", S, K, P1, false, EXACT(struct cm_adapter_step), 0,
+                                "a load is over, its page wiped; or the key is to be forgotten"},
+    [CM_FRAME_ADAPTER_LOAD] = {"adapter_load", S, W, P1, false, EXACT(struct cm_adapter_load), 1,
+                               "the page, with an adapter's key: load it"},
+    [CM_FRAME_ADAPTER_READ] = {"adapter_read", W, S, P1 | P2, false, EXACT(struct cm_adapter_chunk),
+                               0, "the worker wants these bytes of the adapter's file"},
+    [CM_FRAME_ADAPTER_BYTES] = {"adapter_bytes", S, W, P1, false, EXACT(struct cm_adapter_chunk), 1,
+                                "they, in sealed memory"},
+    [CM_FRAME_ADAPTER_UNLOAD] = {"adapter_unload", S, W, P1, false, EXACT(struct cm_adapter_step),
+                                 0, "begin nothing more with it, finish, wipe it"},
+    [CM_FRAME_ADAPTER_STATE] = {"adapter_state", W, S, P1 | P2, false,
+                                EXACT(struct cm_adapter_told), 0,
+                                "it serves, was refused, or is gone"},
     [CM_FRAME_STOP] = {"stop", S, C, P0 | P1 | P2, true, 0, 0, 0, "exit now with 0"},
 };
 
@@ -86,6 +108,21 @@ const struct cm_fd_row cm_fd_rows[CM_FD_COUNT] = {
                         "worker: package key; gateway: TLS key; wiped after use"},
     [CM_FD_TPM] = {"tpm", K | T, "raw TPM frames"},
 };
+
+const char *const cm_adapter_state_names[CM_ADAPTER_STATE_COUNT] = {
+    [CM_ADAPTER_ABSENT] = "absent",     [CM_ADAPTER_WAITING] = "waiting",
+    [CM_ADAPTER_UNSEALED] = "unsealed", [CM_ADAPTER_LOADING] = "loading",
+    [CM_ADAPTER_SERVING] = "serving",   [CM_ADAPTER_UNLOADING] = "unloading",
+    [CM_ADAPTER_REFUSED] = "refused",
+};
+
+bool cm_name_valid(const char *name)
+{
+    size_t size = strnlen(name, CM_NAME_BYTES);
+    return size >= 1 && size < CM_NAME_BYTES && name[0] != '.' &&
+           strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._") ==
+               size;
+}
 
 struct header {
     uint16_t type;
@@ -110,7 +147,7 @@ static void channel_advance(struct cm_channel *channel, enum cm_frame_type type)
 
 /* NULL if the table permits this frame now, else the reason. */
 static const char *frame_refusal(const struct cm_channel *channel, uint16_t type, uint32_t sender,
-                                 uint32_t receiver, uint32_t seen, size_t bytes, size_t fds)
+                                 uint32_t receiver, uint64_t seen, size_t bytes, size_t fds)
 {
     if (type == 0 || type >= CM_FRAME_TYPE_COUNT) {
         return "unknown type";
@@ -128,7 +165,7 @@ static const char *frame_refusal(const struct cm_channel *channel, uint16_t type
     if (fds != row->fds) {
         return "wrong number of descriptors";
     }
-    if (row->once && (seen & (1u << type)) != 0) {
+    if (row->once && (seen & (1ull << type)) != 0) {
         return "sent twice";
     }
     return NULL;
@@ -175,7 +212,7 @@ enum cm_status cm_channel_send(struct cm_channel *channel, enum cm_frame_type ty
                               cm_frames[type].name);
     }
     CM_KILL_POINT("after", "send", cm_frames[type].name);
-    channel->sent_once |= 1u << type;
+    channel->sent_once |= 1ull << type;
     channel_advance(channel, type);
     return CM_OK;
 }
@@ -254,7 +291,7 @@ enum cm_status cm_channel_receive(struct cm_channel *channel, struct cm_frame *f
     CM_KILL_POINT_AFTER("handle", cm_frames[header.type].name);
     frame->type = header.type;
     frame->bytes = header.bytes;
-    channel->received_once |= 1u << header.type;
+    channel->received_once |= 1ull << header.type;
     channel_advance(channel, (enum cm_frame_type)header.type);
     return CM_OK;
 }

@@ -57,29 +57,39 @@ enum cm_role {
 enum cm_phase { CM_PHASE_START = 1, CM_PHASE_SERVE = 2, CM_PHASE_DRAIN = 4, CM_PHASE_ALL = 7 };
 
 enum cm_frame_type {
-    CM_FRAME_CONFIG = 1,   /* S -> child: the role's configuration; first frame of all */
-    CM_FRAME_READY,        /* child -> S: the role serves, so confined; phase becomes SERVE */
-    CM_FRAME_FAILED,       /* child -> S: struct cm_error; the child exits after it */
-    CM_FRAME_PROGRESS,     /* worker -> S: load progress */
-    CM_FRAME_STATE,        /* S -> gateway: what the probes answer */
-    CM_FRAME_RINGS,        /* S -> gateway, worker: six descriptors of a fresh pair of rings */
-    CM_FRAME_KEY_REQUEST,  /* S -> keeper: package key page for a worker generation */
-    CM_FRAME_KEY_PAGE,     /* keeper -> S: its descriptor */
-    CM_FRAME_TLS_REQUEST,  /* S -> keeper: TLS key page for a gateway generation */
-    CM_FRAME_TLS_PAGE,     /* keeper -> S: its descriptor, and the certificate (public) */
-    CM_FRAME_LOADED,       /* worker -> S -> keeper: key page wiped; the keeper checks that */
-    CM_FRAME_KEYS,         /* S -> gateway: sealed memfd with the table of API keys */
-    CM_FRAME_HEARTBEAT,    /* child -> S, once a second: alive, with figures */
-    CM_FRAME_DRAIN,        /* S -> gateway, worker: finish by the deadline */
-    CM_FRAME_DRAINED,      /* gateway, worker -> S: nothing is left in flight */
-    CM_FRAME_STOP,         /* S -> child: exit now with 0 */
-    CM_FRAME_MEASURE,      /* S -> keeper: a sealed file that belongs into the next event */
-    CM_FRAME_UNSEAL,       /* S -> keeper: everything is measured; extend, unseal */
-    CM_FRAME_QUOTE,        /* gateway -> S -> keeper: evidence for a nonce; S: its own (id 0) */
-    CM_FRAME_EVIDENCE,     /* keeper -> S -> gateway: it, in a sealed memfd */
-    CM_FRAME_RULES,        /* S -> worker: the rule pack, sealed; CONFIG says whether it comes */
-    CM_FRAME_QUOTE_FAILED, /* keeper -> S -> gateway: why there is none */
-    CM_FRAME_BROKEN,       /* gateway, worker -> S: the other one broke the wire's rules */
+    CM_FRAME_CONFIG = 1,     /* S -> child: the role's configuration; first frame of all */
+    CM_FRAME_READY,          /* child -> S: the role serves, so confined; phase becomes SERVE */
+    CM_FRAME_FAILED,         /* child -> S: struct cm_error; the child exits after it */
+    CM_FRAME_PROGRESS,       /* worker -> S: load progress */
+    CM_FRAME_STATE,          /* S -> gateway: what the probes answer */
+    CM_FRAME_RINGS,          /* S -> gateway, worker: six descriptors of a fresh pair of rings */
+    CM_FRAME_KEY_REQUEST,    /* S -> keeper: package key page for a worker generation */
+    CM_FRAME_KEY_PAGE,       /* keeper -> S: its descriptor */
+    CM_FRAME_TLS_REQUEST,    /* S -> keeper: TLS key page for a gateway generation */
+    CM_FRAME_TLS_PAGE,       /* keeper -> S: its descriptor, and the certificate (public) */
+    CM_FRAME_LOADED,         /* worker -> S -> keeper: key page wiped; the keeper checks that */
+    CM_FRAME_KEYS,           /* S -> gateway: sealed memfd with the table of API keys */
+    CM_FRAME_HEARTBEAT,      /* child -> S, once a second: alive, with figures */
+    CM_FRAME_DRAIN,          /* S -> gateway, worker: finish by the deadline */
+    CM_FRAME_DRAINED,        /* gateway, worker -> S: nothing is left in flight */
+    CM_FRAME_STOP,           /* S -> child: exit now with 0 */
+    CM_FRAME_MEASURE,        /* S -> keeper: a sealed file that belongs into the next event */
+    CM_FRAME_UNSEAL,         /* S -> keeper: everything is measured; extend, unseal */
+    CM_FRAME_QUOTE,          /* gateway -> S -> keeper: evidence for a nonce; S: its own (id 0) */
+    CM_FRAME_EVIDENCE,       /* keeper -> S -> gateway: it, in a sealed memfd */
+    CM_FRAME_RULES,          /* S -> worker: the rule pack, sealed; CONFIG says whether it comes */
+    CM_FRAME_QUOTE_FAILED,   /* keeper -> S -> gateway: why there is none */
+    CM_FRAME_BROKEN,         /* gateway, worker -> S: the other one broke the wire's rules */
+    CM_FRAME_ADAPTER_OPEN,   /* S -> keeper: an adapter's head: unseal its key and keep it */
+    CM_FRAME_ADAPTER_KEY,    /* S -> keeper: hand its key out in the key page */
+    CM_FRAME_ADAPTER_ANSWER, /* keeper -> S: unsealed, or why one of the two cannot be */
+    CM_FRAME_ADAPTER_PAGE,   /* keeper -> S: the page */
+    CM_FRAME_ADAPTER_CLOSE,  /* S -> keeper: the load is over, the page wiped; or: forget the key */
+    CM_FRAME_ADAPTER_LOAD,   /* S -> worker: the page, with its key: load it */
+    CM_FRAME_ADAPTER_READ,   /* worker -> S: it wants these bytes of the file */
+    CM_FRAME_ADAPTER_BYTES,  /* S -> worker: they, in sealed memory */
+    CM_FRAME_ADAPTER_UNLOAD, /* S -> worker: finish with it, wipe it */
+    CM_FRAME_ADAPTER_STATE,  /* worker -> S: loaded, failed, unloaded */
     CM_FRAME_TYPE_COUNT
 };
 
@@ -107,8 +117,8 @@ struct cm_channel {
     enum cm_role self;
     enum cm_role peer;
     enum cm_phase phase;
-    uint32_t sent_once;     /* bits by type */
-    uint32_t received_once; /* bits by type */
+    uint64_t sent_once;     /* bits by type */
+    uint64_t received_once; /* bits by type */
 };
 
 struct cm_frame {
@@ -138,6 +148,9 @@ CM_MUST_USE enum cm_status cm_channel_wait(struct cm_channel *channel, struct cm
 
 void cm_frame_close_fds(struct cm_frame *frame);
 
+/* [A-Za-z0-9._-]{1,63}, not beginning with a dot: nodes, adapters, their files. */
+bool cm_name_valid(const char *name);
+
 /* ------------------------------------------------------------------ payloads */
 
 #define CM_NAME_BYTES       64 /* terminated: model name, node name */
@@ -147,6 +160,19 @@ void cm_frame_close_fds(struct cm_frame *frame);
 struct cm_ready {
     uint32_t probed; /* layers of sandbox/layers.h that the role itself has tried */
     uint32_t reserved;
+};
+
+#define CM_ADAPTERS_MAX       8u
+#define CM_ADAPTER_OWNERS_MAX 4u
+
+/* Whose adapters may be loaded; pinned in `sealed:`. */
+struct cm_adapter_owner {
+    uint8_t package[CM_PUBLIC_KEY_BYTES]; /* who signs packages */
+    uint8_t policy[CM_PUBLIC_KEY_BYTES];  /* who signs the states that may unseal them */
+};
+struct cm_adapter_owners {
+    uint32_t count;
+    struct cm_adapter_owner each[CM_ADAPTER_OWNERS_MAX];
 };
 
 struct cm_config_gateway { /* CM_FRAME_CONFIG to the gateway */
@@ -162,6 +188,8 @@ struct cm_config_gateway { /* CM_FRAME_CONFIG to the gateway */
     uint32_t max_tokens_default;      /* when the client names none; 0 = up to the context */
     uint32_t unauthenticated_metrics; /* 1: GET /metrics needs no key */
     uint32_t ring_data_bytes;
+    uint32_t adapters_max;
+    uint32_t reserved;
     char model_name[CM_NAME_BYTES]; /* served name; the worker's HELLO must agree */
     char version[CM_NAME_BYTES];
 };
@@ -178,7 +206,11 @@ struct cm_config_worker {
     uint32_t prefix_cache;     /* 1: keep KV pages for equal prefixes of one tenant */
     uint32_t ring_data_bytes;
     uint32_t guard; /* 1: a RULES frame follows, and every reply passes its rules */
+    uint32_t adapters_max;
+    uint32_t adapter_rank_max;
     uint32_t reserved;
+    uint64_t adapter_bytes_max;
+    struct cm_adapter_owners adapter_owners;
     char device[CM_NAME_BYTES];             /* "cpu" */
     char model_name[CM_NAME_BYTES];         /* "" : the package's own */
     uint8_t owner_key[CM_PUBLIC_KEY_BYTES]; /* package owner, pinned in `sealed:` */
@@ -197,6 +229,7 @@ struct cm_config_keeper {
     uint8_t enrolment[CM_ENROLMENT_BYTES_MAX];
     uint32_t tls_name_count; /* subject alternative names of the certificate */
     char tls_names[8][CM_NAME_BYTES];
+    struct cm_adapter_owners adapter_owners;
 };
 
 struct cm_rules_info { /* CM_FRAME_RULES; its descriptor: policies/guard/FORMAT.md */
@@ -258,7 +291,88 @@ struct cm_progress {
     uint64_t stage_us[CM_LOAD_STAGE_COUNT]; /* spent in each so far */
 };
 
-/* What /livez, /readyz, /startupz and /metrics answer of the other roles. */
+enum cm_adapter_state {
+    CM_ADAPTER_ABSENT = 0, /* the place is free */
+    CM_ADAPTER_WAITING,    /* wanted; its key is not unsealed yet */
+    CM_ADAPTER_UNSEALED,   /* the keeper has its key */
+    CM_ADAPTER_LOADING,    /* the worker reads it */
+    CM_ADAPTER_SERVING,
+    CM_ADAPTER_UNLOADING, /* no longer wanted; the worker finishes what it has begun with it */
+    CM_ADAPTER_REFUSED,   /* for a reason that another try would meet again */
+    CM_ADAPTER_STATE_COUNT
+};
+extern const char *const cm_adapter_state_names[CM_ADAPTER_STATE_COUNT];
+
+/* One row of <state>/adapters.table, behind "CMADAP1\0" and a u64 generation, by name: what shall
+ * be loaded. Its file is <state>/adapters/<name>.cmpkg; a file that was replaced has another
+ * serial. */
+struct cm_adapter_row {
+    uint64_t serial;
+    char name[CM_NAME_BYTES]; /* cm_name_valid */
+};
+
+/* What the gateway is told of one. */
+struct cm_adapter_info {
+    char name[CM_NAME_BYTES];
+    uint32_t state; /* enum cm_adapter_state */
+    uint32_t reserved;
+    uint64_t generation;        /* SERVING: requests name it by this number, never used twice */
+    char id[CM_ERROR_ID_BYTES]; /* REFUSED: why */
+};
+
+struct cm_adapter_open { /* its descriptor: [package head][policy list], read from where it stands
+                          */
+    uint64_t serial;
+    uint32_t place; /* 0 .. adapters_max - 1 */
+    uint32_t head_bytes;
+    uint32_t policy_bytes;
+    uint32_t reserved;
+};
+
+enum cm_adapter_close {
+    CM_ADAPTER_CLOSE_WIPED = 0,  /* a load is over: the worker has wiped the page */
+    CM_ADAPTER_CLOSE_UNUSED = 1, /* nobody got the page */
+    CM_ADAPTER_CLOSE_FORGET = 2, /* as WIPED; and its key is not wanted any more */
+};
+
+struct cm_adapter_step { /* ADAPTER_KEY, ADAPTER_PAGE, ADAPTER_CLOSE, ADAPTER_UNLOAD */
+    uint64_t serial;
+    uint32_t place;
+    uint32_t how; /* ADAPTER_CLOSE: enum cm_adapter_close */
+};
+
+struct cm_adapter_answer {
+    uint64_t serial;
+    struct cm_error error; /* status CM_OK: done */
+};
+
+struct cm_adapter_load { /* its descriptor: CM_KEY_BYTES of key at offset 0 */
+    uint64_t serial;
+    uint32_t place;
+    uint32_t reserved;
+    uint64_t file_bytes;
+    char name[CM_NAME_BYTES]; /* the manifest's must be the same */
+};
+
+#define CM_ADAPTER_CHUNK_BYTES (1u << 20)
+struct cm_adapter_chunk { /* ADAPTER_READ, ADAPTER_BYTES */
+    uint64_t serial;
+    uint64_t offset; /* in the file */
+    uint32_t bytes;  /* 1 .. CM_ADAPTER_CHUNK_BYTES */
+    uint32_t reserved;
+};
+
+struct cm_adapter_told { /* ADAPTER_STATE */
+    uint64_t serial;
+    uint32_t state; /* SERVING, REFUSED or ABSENT */
+    uint32_t reserved;
+    uint64_t generation;                  /* SERVING */
+    uint64_t bytes;                       /* of its weights */
+    char digest[2 * CM_DIGEST_BYTES + 8]; /* hex of its core digest, terminated */
+    struct cm_error error;                /* REFUSED */
+};
+
+/* What /livez, /readyz, /startupz and /metrics answer of the other roles, and what is served. */
 struct cm_state {
     struct cm_progress load;
     uint32_t ready; /* 1: requests are accepted */
@@ -270,6 +384,7 @@ struct cm_state {
     char reason[CM_NAME_BYTES]; /* why not ready: "loading", "worker_gone", "draining", … */
     uint64_t resident_bytes[5]; /* supervisor, gateway, keeper, worker, devtpm; 0 unknown */
     uint32_t ends[4][CM_ROLE_END_COUNT]; /* gateway, keeper, worker, devtpm */
+    struct cm_adapter_info adapters[CM_ADAPTERS_MAX];
 };
 
 struct cm_key_request {

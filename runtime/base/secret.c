@@ -120,13 +120,21 @@ enum cm_status cm_key_page_new(int *ret_fd, bool *ret_secret_memory, struct cm_e
 
 enum cm_status cm_key_page_map(int fd, uint8_t **ret_bytes, struct cm_error *err)
 {
+    enum cm_status status = cm_key_page_map_late(fd, ret_bytes, err);
+    if (status == CM_OK) {
+        /* memfd_secret pages are locked by nature; this holds for the memfd fallback. */
+        (void)mlock(*ret_bytes, CM_KEY_PAGE_BYTES);
+        (void)madvise(*ret_bytes, CM_KEY_PAGE_BYTES, MADV_DONTDUMP);
+    }
+    return status;
+}
+
+enum cm_status cm_key_page_map_late(int fd, uint8_t **ret_bytes, struct cm_error *err)
+{
     uint8_t *bytes = mmap(NULL, CM_KEY_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (bytes == MAP_FAILED) {
         return cm_error_errno(err, errno, "CM-SYS-KEYPAGE", "cannot map the key page");
     }
-    /* memfd_secret pages are locked by nature; this holds for the memfd fallback. */
-    (void)mlock(bytes, CM_KEY_PAGE_BYTES);
-    (void)madvise(bytes, CM_KEY_PAGE_BYTES, MADV_DONTDUMP);
     *ret_bytes = bytes;
     return CM_OK;
 }

@@ -37,6 +37,8 @@ CM_MUST_USE enum cm_status cm_key_page_new(int *ret_fd, bool *ret_secret_memory,
                                            struct cm_error *err);
 /* Map a key page that was received; unmap wipes nothing, cm_wipe first. Fails: SYSTEM. */
 CM_MUST_USE enum cm_status cm_key_page_map(int fd, uint8_t **ret_bytes, struct cm_error *err);
+/* The same behind a filter that lets nothing be locked: pages of memfd_secret(2) are by nature. */
+CM_MUST_USE enum cm_status cm_key_page_map_late(int fd, uint8_t **ret_bytes, struct cm_error *err);
 void cm_key_page_unmap(uint8_t *bytes);
 
 #endif

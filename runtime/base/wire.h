@@ -63,7 +63,8 @@ struct cm_wire_generate {
     uint32_t max_tokens; /* 0: up to the context */
     uint32_t min_tokens;
     uint32_t ignore_eos;
-    uint64_t tenant; /* from the authenticated key, never from the client */
+    uint64_t tenant;  /* from the authenticated key, never from the client */
+    uint64_t adapter; /* generation of the adapter that answers; 0: the model alone */
     struct cm_sampling sampling;
 };
 
@@ -96,6 +97,7 @@ enum cm_refusal {
     CM_REFUSAL_FAILED = 5,  /* 500 */
     CM_REFUSAL_EMPTY = 6,   /* the prompt has no token: 400 */
     CM_REFUSAL_FILTER = 7,  /* the guard refused the prompt: 400 content_filter */
+    CM_REFUSAL_ADAPTER = 8, /* its adapter is not loaded any more: 409 */
 };
 
 struct cm_wire_refused {

@@ -123,6 +123,11 @@ static void files_check(struct report *report, const struct cm_configuration *co
     report_add(report, "package owner", configuration->package_owner, status, &err);
     status = cm_config_point_read(configuration->policy_authority, authority, &err);
     report_add(report, "policy key", configuration->policy_authority, status, &err);
+    if (configuration->adapters_max > 0) {
+        struct cm_adapter_owners owners;
+        status = cm_config_owners_read(configuration, &owners, &err);
+        report_add(report, "adapter owners", configuration->adapter_owners, status, &err);
+    }
     status = package_check(configuration, owner_known ? owner : NULL, &err);
     report_add(report, "package head", configuration->package, status, &err);
     snprintf(path, sizeof(path), "%s.policy", configuration->package);

@@ -41,6 +41,7 @@ enum cm_status command_revoke(struct words *words, struct cm_error *err);
 enum cm_status command_answer(struct words *words, struct cm_error *err);
 enum cm_status command_rules(struct words *words, struct cm_error *err);
 enum cm_status command_guard(struct words *words, struct cm_error *err);
+enum cm_status command_adapter(struct words *words, struct cm_error *err);
 enum cm_status command_version(struct words *words, struct cm_error *err);
 
 /* status.c: the supervisor of that state folder lives: it holds its lock as long. */

@@ -39,6 +39,16 @@ static const struct command commands[] = {
      "second.\n\n"
      "example: casemate keys add alice --expires-days 90 --state node\n",
      command_keys},
+    {"adapter", "add, remove and list adapters (LoRA) of the model",
+     "usage: casemate adapter add FILE [--name NAME] | remove NAME | list\n\n" WHERE
+     "  --name NAME     the name that requests use as `model`, which must be the one that its\n"
+     "                  owner gave it (default: FILE without .cmpkg)\n"
+     "  --json          for machines\n\n"
+     "FILE is a sealed adapter, its policy list lies beside it as FILE.policy; both are copied\n"
+     "into DIR/adapters. `sealed: adapters_max` and `adapter_owners` say what may be loaded.\n"
+     "A running service follows within a second; without one it is the next start that loads.\n\n"
+     "example: casemate adapter add fables.cmpkg --state node\n",
+     command_adapter},
     {"check", "check configuration, keys, package and address without starting",
      "usage: casemate check [--config FILE | --state DIR] [--json]\n"
      "       casemate check --keys\n\n" WHERE "  --json          for machines\n"

@@ -88,6 +88,7 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
     static struct cm_image_store store;
     struct cm_digest_cache digests = {.count = 0};
     uint8_t owner[CM_PUBLIC_KEY_BYTES], policy[CM_PUBLIC_KEY_BYTES];
+    struct cm_adapter_owners owners;
     char text[CM_CONFIG_SEALED_BYTES];
     size_t bytes = 0;
     int folder = -1;
@@ -108,7 +109,10 @@ enum cm_status cli_measure(const struct cm_configuration *configuration,
         status = cm_config_point_read(configuration->policy_authority, policy, err);
     }
     if (status == CM_OK) {
-        status = cm_config_sealed_text(configuration, owner, policy, text, &bytes, err);
+        status = cm_config_owners_read(configuration, &owners, err);
+    }
+    if (status == CM_OK) {
+        status = cm_config_sealed_text(configuration, owner, policy, &owners, text, &bytes, err);
     }
     if (status == CM_OK) {
         status = cm_measurement_add(ret_measurement, CM_EVENT_CONFIGURATION, text, bytes, err);

@@ -69,6 +69,20 @@ static void lacks_print(const json_t *lacks)
     printf("%s\n", json_array_size(lacks) == 0 ? "sandbox:  whole" : "");
 }
 
+/* `casemate adapter list` says why one is refused. */
+static void adapters_print(const json_t *root)
+{
+    const json_t *adapters = json_object_get(root, "adapters");
+    long long most = number_of(root, "adapters_max");
+    printf("adapters: %zu of %lld%s", json_array_size(adapters), most,
+           json_array_size(adapters) > 0 ? ": " : "");
+    for (size_t i = 0; i < json_array_size(adapters); i++) {
+        const json_t *each = json_array_get(adapters, i);
+        printf("%s%s %s", i > 0 ? ", " : "", text_of(each, "name"), text_of(each, "state"));
+    }
+    printf("\n");
+}
+
 static void time_text(long long unix_s, char ret_text[static 24])
 {
     struct tm day;
@@ -117,6 +131,7 @@ static void status_print(const json_t *root)
                number_of(load, "decrypt_us") / 1000);
         printf("weights:  %s\n", text_of(load, "weights"));
     }
+    adapters_print(root);
     lacks_print(json_object_get(json_object_get(root, "sandbox"), "lacks"));
     roles_print(json_object_get(root, "roles"));
     ends_print(json_object_get(root, "ends"), 5);

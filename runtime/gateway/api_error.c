@@ -18,6 +18,7 @@ static const struct {
     {404, "Not Found", "invalid_request_error"},
     {405, "Method Not Allowed", "invalid_request_error"},
     {408, "Request Timeout", "invalid_request_error"},
+    {409, "Conflict", "invalid_request_error"},
     {411, "Length Required", "invalid_request_error"},
     {413, "Content Too Large", "invalid_request_error"},
     {415, "Unsupported Media Type", "invalid_request_error"},

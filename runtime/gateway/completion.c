@@ -11,7 +11,7 @@ static void common(const struct flight *flight, const char *object, struct evbuf
     const struct cm_wire_hello *hello = &flight->gateway->link.hello;
     cm_text_format(out, "{\"id\":\"%s\",\"object\":\"%s\",\"created\":%" PRIu64 ",\"model\":",
                    flight->reply_id, object, flight->created_unix_s);
-    cm_json_text(out, hello->model_name);
+    cm_json_text(out, flight->model);
     /* Of the sealed package: the same weights and chat format have the same fingerprint. */
     cm_text_format(out, ",\"system_fingerprint\":\"fp_%.*s\",\"choices\":", FINGERPRINT_DIGITS,
                    hello->package_digest);

@@ -76,6 +76,13 @@ static void on_state(struct gateway *gateway)
     if (strspn(state->reason, "abcdefghijklmnopqrstuvwxyz0123456789_") != strlen(state->reason)) {
         memcpy(state->reason, "not_ready", sizeof("not_ready"));
     }
+    for (size_t i = 0; i < CM_ADAPTERS_MAX; i++) {
+        struct cm_adapter_info *adapter = &state->adapters[i];
+        adapter->id[sizeof(adapter->id) - 1] = '\0';
+        if (adapter->state >= CM_ADAPTER_STATE_COUNT || !cm_name_valid(adapter->name)) {
+            *adapter = (struct cm_adapter_info){.state = CM_ADAPTER_ABSENT};
+        }
+    }
     gateway->startup_done = gateway->startup_done || state->ready != 0;
 }
 
@@ -188,6 +195,16 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_UNSEAL:
     case CM_FRAME_QUOTE:
     case CM_FRAME_BROKEN:
+    case CM_FRAME_ADAPTER_OPEN:
+    case CM_FRAME_ADAPTER_KEY:
+    case CM_FRAME_ADAPTER_ANSWER:
+    case CM_FRAME_ADAPTER_PAGE:
+    case CM_FRAME_ADAPTER_CLOSE:
+    case CM_FRAME_ADAPTER_LOAD:
+    case CM_FRAME_ADAPTER_READ:
+    case CM_FRAME_ADAPTER_BYTES:
+    case CM_FRAME_ADAPTER_UNLOAD:
+    case CM_FRAME_ADAPTER_STATE:
     case CM_FRAME_TYPE_COUNT:
         break; /* the channel's table lets none of these through */
     }

@@ -275,6 +275,7 @@ void flight_submit(struct flight *flight, struct evbuffer *body)
     }
     const struct cm_request_limits limits = {
         .model = gateway->link.hello.model_name,
+        .adapters = gateway->state.adapters,
         .max_tokens_default = gateway->config.max_tokens_default,
         .record_bytes_max =
             cm_ring_payload_max(&gateway->link.requests) - sizeof(struct cm_wire_generate),
@@ -287,6 +288,8 @@ void flight_submit(struct flight *flight, struct evbuffer *body)
         status = cm_request_encode(&request, limits.record_bytes_max, &flight->payload,
                                    &flight->payload_bytes, &error);
         flight->wire = request.wire;
+        snprintf(flight->model, sizeof(flight->model), "%s",
+                 request.adapter != NULL ? request.adapter->name : limits.model);
         flight->stream = request.stream;
         flight->include_usage = request.include_usage;
         flight->continuous_usage = request.continuous_usage;
@@ -366,6 +369,11 @@ static void refusal_fill(const struct flight *flight, const struct cm_wire_refus
     case CM_REFUSAL_FILTER:
         filter_fill(flight, ret_error);
         return;
+    case CM_REFUSAL_ADAPTER:
+        cm_api_error_field(ret_error, 409, "model_unloading", "model",
+                           "The adapter '%.63s' was unloaded.", flight->model);
+        ret_error->no_retry = true;
+        return;
     case CM_REFUSAL_NONE:
     case CM_REFUSAL_FAILED:
         break;
@@ -385,7 +393,7 @@ static const char *on_refused(struct flight *flight, const struct cm_wire_refuse
     if (flight->accepted) {
         return "refused after it was accepted";
     }
-    if (refused->reason < CM_REFUSAL_CONTEXT || refused->reason > CM_REFUSAL_FILTER) {
+    if (refused->reason < CM_REFUSAL_CONTEXT || refused->reason > CM_REFUSAL_ADAPTER) {
         return "unknown refusal";
     }
     if (flight->connection != NULL) {

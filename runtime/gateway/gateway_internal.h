@@ -108,7 +108,8 @@ struct flight {
     bool suspect;                               /* a worker died over this prompt */
     uint64_t sent_ms;
     struct cm_wire_generate wire;
-    uint8_t *payload; /* until it is in the ring */
+    char model[CM_NAME_BYTES]; /* as it was asked for: the model, or one of its adapters */
+    uint8_t *payload;          /* until it is in the ring */
     size_t payload_bytes;
     struct cm_wire_accepted usage;
     struct cm_moderation moderation;

@@ -4,6 +4,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #include "runtime/gateway/moderation.h"
 #include "runtime/gateway/text.h"
@@ -18,8 +19,8 @@ static const double output_token_bounds[] = {0.01, 0.025, 0.05, 0.075, 0.1, 0.15
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
-static const int statuses[CM_STATUS_SLOTS] = {200, 400, 401, 404, 405, 408, 411, 413, 415, 417,
-                                              422, 429, 431, 499, 500, 501, 503, 504, 505};
+static const int statuses[CM_STATUS_SLOTS] = {200, 400, 401, 404, 405, 408, 409, 411, 413, 415,
+                                              417, 422, 429, 431, 499, 500, 501, 503, 504, 505};
 
 static const char *const end_names[CM_END_COUNT] = {
     [CM_END_STOP] = "stop",
@@ -292,6 +293,15 @@ static void compatibility_write(const struct cm_metrics_now *now, struct evbuffe
     head(out, "vllm:cache_config_info", "gauge", "Shape of the key-value cache.");
     cm_text_format(out, "vllm:cache_config_info{block_size=\"%u\",num_gpu_blocks=\"%u\"} 1\n",
                    now->hello->kv_page_positions, now->hello->kv_pages);
+    if (now->adapters_max > 0) {
+        head(out, "vllm:lora_requests_info", "gauge", "Adapters that requests use now.");
+        cm_text_format(out, "vllm:lora_requests_info{max_lora=\"%u\",running_lora_adapters=",
+                       now->adapters_max);
+        label(out, now->adapters_running);
+        cm_text_put(out, ",waiting_lora_adapters=");
+        label(out, now->adapters_waiting);
+        cm_text_format(out, "} %lld\n", (long long)time(NULL));
+    }
 }
 
 void cm_metrics_write(const struct cm_metrics *metrics, const struct cm_metrics_now *now,

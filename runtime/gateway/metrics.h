@@ -1,9 +1,9 @@
 /* Counters and histograms, and the Prometheus text of them.
  *
  * Own names are casemate_…_seconds/_bytes/_total. Beside them stands a compatibility set under the
- * names that routers read from vLLM; it holds only what is true here (no LoRA row: there are no
- * adapters). A test fixes both; a name is never changed without both names for two releases.
- * Bucket bounds are those of the OpenTelemetry GenAI server metrics. */
+ * names that routers read from vLLM; it holds only what is true here. A test fixes both; a name is
+ * never changed without both names for two releases. Bucket bounds are those of the OpenTelemetry
+ * GenAI server metrics. */
 #ifndef CASEMATE_RUNTIME_GATEWAY_METRICS_H
 #define CASEMATE_RUNTIME_GATEWAY_METRICS_H
 
@@ -35,7 +35,7 @@ enum cm_end {
 };
 const char *cm_end_name(enum cm_end end);
 
-#define CM_STATUS_SLOTS 19
+#define CM_STATUS_SLOTS 20
 
 #define CM_VERDICT_ROWS 64 /* categories by action and stage; beyond them "other" */
 struct cm_verdict_row {
@@ -80,6 +80,8 @@ struct cm_metrics_now {
     const struct cm_wire_hello *hello;
     const struct cm_wire_stats *stats;
     double last_step_age_seconds; /* < 0: unknown */
+    uint32_t adapters_max;
+    const char *adapters_running, *adapters_waiting; /* names that requests use, with commas */
 };
 
 void cm_metrics_response(struct cm_metrics *metrics, const struct cm_route *route, int status);

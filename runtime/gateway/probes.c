@@ -6,6 +6,8 @@
 #include "runtime/gateway/gateway_internal.h"
 #include "runtime/gateway/text.h"
 
+#define ADAPTER_NAMES_BYTES (CM_ADAPTERS_MAX * CM_NAME_BYTES + 1)
+
 static const char *const stage_names[CM_LOAD_STAGE_COUNT] = {
     [CM_LOAD_START] = "start",     [CM_LOAD_UNSEAL] = "unseal",   [CM_LOAD_HEAD] = "head",
     [CM_LOAD_RESERVE] = "reserve", [CM_LOAD_WEIGHTS] = "weights", [CM_LOAD_BIND] = "bind",
@@ -101,16 +103,44 @@ static int startupz(const struct gateway *gateway, struct evbuffer *out)
     return gateway->startup_done ? 200 : 503;
 }
 
-static void model_write(const struct gateway *gateway, struct evbuffer *out)
+/* The model, or one of its adapters, whose parent it is. */
+static void model_write(const struct gateway *gateway, const struct cm_adapter_info *adapter,
+                        struct evbuffer *out)
 {
     const struct cm_wire_hello *hello = &gateway->link.hello;
+    const char *name = adapter != NULL ? adapter->name : hello->model_name;
     cm_text_put(out, "{\"id\":");
-    cm_json_text(out, hello->model_name);
+    cm_json_text(out, name);
     cm_text_format(out, ",\"object\":\"model\",\"created\":%" PRIu64 ",\"owned_by\":\"casemate\",",
                    hello->created_unix_s);
     cm_text_put(out, "\"root\":");
-    cm_json_text(out, hello->model_name);
-    cm_text_format(out, ",\"parent\":null,\"max_model_len\":%u}", hello->context_max);
+    cm_json_text(out, name);
+    cm_text_put(out, ",\"parent\":");
+    if (adapter != NULL) {
+        cm_json_text(out, hello->model_name);
+    } else {
+        cm_text_put(out, "null");
+    }
+    cm_text_format(out, ",\"max_model_len\":%u}", hello->context_max);
+}
+
+static bool adapter_serves(const struct gateway *gateway, const struct cm_adapter_info *adapter)
+{
+    return adapter->state == CM_ADAPTER_SERVING &&
+           strcmp(adapter->name, gateway->link.hello.model_name) != 0;
+}
+
+static void models_write(const struct gateway *gateway, struct evbuffer *out)
+{
+    cm_text_put(out, "{\"object\":\"list\",\"data\":[");
+    model_write(gateway, NULL, out);
+    for (size_t i = 0; i < CM_ADAPTERS_MAX; i++) {
+        if (adapter_serves(gateway, &gateway->state.adapters[i])) {
+            cm_text_put(out, ",");
+            model_write(gateway, &gateway->state.adapters[i], out);
+        }
+    }
+    cm_text_put(out, "]}");
 }
 
 /* The status, or 0 with *ret_error. */
@@ -126,23 +156,53 @@ static int models(const struct connection *connection, struct evbuffer *out,
         return 0;
     }
     if (connection->route->handler == CM_HANDLER_MODELS) {
-        cm_text_put(out, "{\"object\":\"list\",\"data\":[");
-        model_write(gateway, out);
-        cm_text_put(out, "]}");
+        models_write(gateway, out);
         return 200;
     }
-    if (strcmp(connection->parameter, gateway->link.hello.model_name) != 0) {
+    const struct cm_adapter_info *adapter = NULL;
+    for (size_t i = 0; i < CM_ADAPTERS_MAX; i++) {
+        const struct cm_adapter_info *each = &gateway->state.adapters[i];
+        if (adapter_serves(gateway, each) && strcmp(connection->parameter, each->name) == 0) {
+            adapter = each;
+        }
+    }
+    if (adapter == NULL && strcmp(connection->parameter, gateway->link.hello.model_name) != 0) {
         cm_api_error_field(ret_error, 404, "model_not_found", "model",
                            "The model '%.63s' does not exist here; see GET /v1/models.",
                            connection->parameter);
         return 0;
     }
-    model_write(gateway, out);
+    model_write(gateway, adapter, out);
     return 200;
+}
+
+/* Names of the adapters that requests use, which the worker has accepted or not. */
+static void adapters_used(const struct gateway *gateway, bool accepted,
+                          char ret_names[static ADAPTER_NAMES_BYTES])
+{
+    size_t used = 0;
+    ret_names[0] = '\0';
+    for (size_t i = 0; i < CM_ADAPTERS_MAX; i++) {
+        const struct cm_adapter_info *adapter = &gateway->state.adapters[i];
+        const struct flight *flight;
+        bool found = false;
+        TAILQ_FOREACH(flight, &gateway->flights, entry)
+        {
+            found = found || (adapter->generation != 0 && flight->accepted == accepted &&
+                              flight->wire.adapter == adapter->generation);
+        }
+        if (found) {
+            used += (size_t)snprintf(ret_names + used, ADAPTER_NAMES_BYTES - used, "%s%s",
+                                     used > 0 ? "," : "", adapter->name);
+        }
+    }
 }
 
 static void metrics(const struct gateway *gateway, struct evbuffer *out)
 {
+    char running[ADAPTER_NAMES_BYTES], waiting[ADAPTER_NAMES_BYTES];
+    adapters_used(gateway, true, running);
+    adapters_used(gateway, false, waiting);
     const struct worker_link *link = &gateway->link;
     uint64_t now = clock_us();
     struct cm_metrics_now values = {
@@ -161,6 +221,9 @@ static void metrics(const struct gateway *gateway, struct evbuffer *out)
         .hello = link->hello_seen ? &link->hello : NULL,
         .stats = link->stats_seen ? &link->stats : NULL,
         .last_step_age_seconds = -1,
+        .adapters_max = gateway->config.adapters_max,
+        .adapters_running = running,
+        .adapters_waiting = waiting,
     };
     if (link->stats_seen && link->stats.last_step_us != 0 && link->stats.last_step_us <= now) {
         values.last_step_age_seconds = (double)(now - link->stats.last_step_us) / 1e6;

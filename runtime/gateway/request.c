@@ -116,6 +116,50 @@ static enum cm_status body_load(const void *body, size_t bytes, json_t **ret_roo
     return CM_OK;
 }
 
+/* An adapter that is there, but not to be had now. */
+static enum cm_status adapter_refuse(const struct cm_adapter_info *adapter,
+                                     struct cm_api_error *ret_error)
+{
+    if (adapter->state == CM_ADAPTER_REFUSED) {
+        (void)cm_api_error_field(ret_error, 409, "model_refused", "model",
+                                 "The adapter '%.63s' could not be loaded: %.31s.", adapter->name,
+                                 adapter->id);
+        ret_error->no_retry = true;
+        return CM_E_INPUT;
+    }
+    bool leaves = adapter->state == CM_ADAPTER_UNLOADING;
+    (void)cm_api_error_field(ret_error, 409, leaves ? "model_unloading" : "model_loading", "model",
+                             "The adapter '%.63s' is being %s.", adapter->name,
+                             leaves ? "unloaded" : "loaded; try again");
+    ret_error->no_retry = leaves;
+    ret_error->retry_after_s = leaves ? 0 : 1;
+    return CM_E_INPUT;
+}
+
+/* The model, or one of its adapters. */
+static enum cm_status model_choose(struct cm_request *request,
+                                   const struct cm_request_limits *limits, const char *model,
+                                   struct cm_api_error *ret_error)
+{
+    if (strcmp(model, limits->model) == 0) {
+        return CM_OK;
+    }
+    for (size_t i = 0; limits->adapters != NULL && i < CM_ADAPTERS_MAX; i++) {
+        const struct cm_adapter_info *adapter = &limits->adapters[i];
+        if (adapter->state == CM_ADAPTER_ABSENT || strcmp(adapter->name, model) != 0) {
+            continue;
+        }
+        if (adapter->state != CM_ADAPTER_SERVING) {
+            return adapter_refuse(adapter, ret_error);
+        }
+        request->adapter = adapter;
+        request->wire.adapter = adapter->generation;
+        return CM_OK;
+    }
+    return cm_api_error_field(ret_error, 404, "model_not_found", "model",
+                              "The model '%.64s' does not exist here; see GET /v1/models.", model);
+}
+
 /* What no single field can see. */
 static enum cm_status request_complete(struct cm_request *request,
                                        const struct cm_request_limits *limits,
@@ -127,10 +171,9 @@ static enum cm_status request_complete(struct cm_request *request,
                                   "'model' is required.");
     }
     const char *model = json_string_value(json_object_get(request->root, "model"));
-    if (strcmp(model, limits->model) != 0) {
-        return cm_api_error_field(ret_error, 404, "model_not_found", "model",
-                                  "The model '%.64s' does not exist here; see GET /v1/models.",
-                                  model);
+    enum cm_status status = model_choose(request, limits, model, ret_error);
+    if (status != CM_OK) {
+        return status;
     }
     if (!request->prompt_given) {
         return cm_api_error_field(ret_error, 400, "missing_required_parameter", prompt,

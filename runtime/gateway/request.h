@@ -29,9 +29,10 @@ struct cm_request {
     bool stream_options_given;
     bool model_given;
     bool moderated;
-    struct cm_wire_generate wire; /* without tenant */
-    json_t *root;                 /* owned; texts below are borrowed from it */
-    const json_t *prompt;         /* array of messages, or a string */
+    const struct cm_adapter_info *adapter; /* that answers; NULL: the model alone */
+    struct cm_wire_generate wire;          /* without tenant */
+    json_t *root;                          /* owned; texts below are borrowed from it */
+    const json_t *prompt;                  /* array of messages, or a string */
     const char *stops[CM_STOPS_MAX];
 };
 
@@ -50,7 +51,8 @@ extern const struct cm_field_row cm_field_rows[];
 extern const size_t cm_field_count;
 
 struct cm_request_limits {
-    const char *model; /* the served name */
+    const char *model;                      /* the served name */
+    const struct cm_adapter_info *adapters; /* [CM_ADAPTERS_MAX]; NULL: there are none */
     uint32_t max_tokens_default;
     size_t record_bytes_max;
 };

@@ -1,11 +1,13 @@
 /* Evidence: a fresh quote with everything that a verifier needs beside it, in a sealed memfd. */
 #include "loader/evidence/evidence.h"
-#include "runtime/base/sealed.h"
 #include "runtime/keeper/keeper.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 /* The same boot, and a PCR that nobody else has touched? */
 enum cm_status cm_keeper_boot_check(struct cm_keeper *keeper, struct cm_error *err)
@@ -107,11 +109,32 @@ static enum cm_status evidence_quote(struct cm_keeper *keeper, struct cm_evidenc
     return status;
 }
 
+enum cm_status cm_keeper_evidence_prepare(struct cm_keeper *keeper, struct cm_error *err)
+{
+    const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL;
+    for (size_t i = 0; i < 2; i++) {
+        struct cm_keeper_evidence_memory *memory = &keeper->evidence[i];
+        memory->fd = memfd_create("casemate-evidence", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        void *bytes = MAP_FAILED;
+        if (memory->fd >= 0 && ftruncate(memory->fd, CM_EVIDENCE_BYTES_MAX) == 0) {
+            bytes = mmap(NULL, CM_EVIDENCE_BYTES_MAX, PROT_READ | PROT_WRITE, MAP_SHARED,
+                         memory->fd, 0);
+        }
+        /* Sealed after it was mapped: whoever gets the descriptor can read. */
+        if (bytes == MAP_FAILED || fcntl(memory->fd, F_ADD_SEALS, seals) != 0) {
+            return cm_error_errno(err, errno, "CM-KEEPER-EVIDENCE", "no memory for evidence");
+        }
+        memory->bytes = bytes;
+    }
+    return CM_OK;
+}
+
 enum cm_status cm_keeper_evidence(struct cm_keeper *keeper, const struct cm_quote_request *request,
                                   int *ret_fd, uint32_t *ret_bytes, struct cm_error *err)
 {
     static struct cm_evidence evidence;
-    static uint8_t bytes[CM_EVIDENCE_BYTES_MAX];
+    const struct cm_keeper_evidence_memory *memory =
+        &keeper->evidence[request->kind == CM_QUOTE_SESSION];
     size_t used = 0;
     enum cm_status status = cm_keeper_boot_check(keeper, err);
     if (status == CM_OK) {
@@ -121,14 +144,9 @@ enum cm_status cm_keeper_evidence(struct cm_keeper *keeper, const struct cm_quot
         status = evidence_quote(keeper, &evidence, err);
     }
     if (status == CM_OK) {
-        status = cm_evidence_encode(&evidence, bytes, sizeof(bytes), &used, err);
+        status = cm_evidence_encode(&evidence, memory->bytes, CM_EVIDENCE_BYTES_MAX, &used, err);
     }
-    if (status == CM_OK) {
-        *ret_bytes = (uint32_t)used;
-        *ret_fd = cm_memfd_sealed("evidence", bytes, used);
-        if (*ret_fd < 0) {
-            status = cm_error_errno(err, errno, "CM-KEEPER-EVIDENCE", "cannot seal the evidence");
-        }
-    }
+    *ret_bytes = (uint32_t)used;
+    *ret_fd = memory->fd;
     return status;
 }

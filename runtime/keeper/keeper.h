@@ -33,6 +33,25 @@ struct cm_page {
     bool secret_memory;
 };
 
+#define CM_KEEPER_RATE_COUNT 8u
+struct cm_keeper_rate { /* times of the last hand-outs */
+    uint64_t at_us[CM_KEEPER_RATE_COUNT];
+    uint32_t next;
+};
+
+struct cm_keeper_adapter {
+    uint64_t serial; /* 0: there is no key here */
+    struct cm_secret *key;
+    struct cm_keeper_rate rate;
+};
+
+/* Memory that others read evidence from: made before the filter closes, written by us alone. One
+ * for the service's own and one for a client's, so that neither is overwritten while it is read. */
+struct cm_keeper_evidence_memory {
+    int fd;
+    uint8_t *bytes; /* CM_EVIDENCE_BYTES_MAX */
+};
+
 struct cm_keeper {
     struct cm_channel channel;
     struct cm_confinement confinement;
@@ -52,9 +71,10 @@ struct cm_keeper {
     struct cm_secret *package_key;
     struct cm_tls_identity tls;
     struct cm_page key_page, tls_page;
+    struct cm_keeper_evidence_memory evidence[2]; /* by kind, from CM_QUOTE_BOOT on */
     uint32_t handed_generation;
-    uint64_t hand_outs_us[8]; /* times of the last hand-outs: the rate limit */
-    uint32_t hand_out_next;
+    struct cm_keeper_rate rate;
+    struct cm_keeper_adapter adapters[CM_ADAPTERS_MAX];
 };
 
 /* Take MEASURE frames until UNSEAL. */
@@ -67,7 +87,10 @@ CM_MUST_USE enum cm_status cm_keeper_cap(struct cm_keeper *keeper, struct cm_err
 
 /* Fails: POLICY CM-SEAL-RESET where the TPM or our PCR is not as it was at the unseal. */
 CM_MUST_USE enum cm_status cm_keeper_boot_check(struct cm_keeper *keeper, struct cm_error *err);
-/* Evidence into a sealed memfd, which the caller closes. Checks the boot first. */
+/* The two pieces of evidence memory. */
+CM_MUST_USE enum cm_status cm_keeper_evidence_prepare(struct cm_keeper *keeper,
+                                                      struct cm_error *err);
+/* Evidence into the memory of its kind; *ret_fd stays ours. Checks the boot first. */
 CM_MUST_USE enum cm_status cm_keeper_evidence(struct cm_keeper *keeper,
                                               const struct cm_quote_request *request, int *ret_fd,
                                               uint32_t *ret_bytes, struct cm_error *err);
@@ -78,6 +101,21 @@ CM_MUST_USE enum cm_status cm_keeper_unseal(struct cm_keeper *keeper, struct cm_
 CM_MUST_USE enum cm_status cm_keeper_prepare(struct cm_keeper *keeper, struct cm_error *err);
 /* Until STOP, or the supervisor is gone. */
 CM_MUST_USE enum cm_status cm_keeper_serve(struct cm_keeper *keeper, struct cm_error *err);
+/* At most CM_KEEPER_RATE_COUNT hand-outs of one key a minute. Fails: BUSY CM-KEEPER-RATE. */
+CM_MUST_USE enum cm_status cm_keeper_rate_check(struct cm_keeper_rate *rate, struct cm_error *err);
+/* The worker says that it has wiped the page: look, and wipe it in any case. */
+void cm_keeper_page_check(struct cm_keeper *keeper);
+
+/* adapters.c: memory for their keys; the three frames about them. */
+CM_MUST_USE enum cm_status cm_keeper_adapters_prepare(struct cm_keeper *keeper,
+                                                      struct cm_error *err);
+void cm_keeper_adapters_wipe(struct cm_keeper *keeper);
+CM_MUST_USE enum cm_status cm_keeper_adapter_open(struct cm_keeper *keeper, struct cm_frame *frame,
+                                                  struct cm_error *err);
+CM_MUST_USE enum cm_status
+cm_keeper_adapter_key(struct cm_keeper *keeper, const struct cm_frame *frame, struct cm_error *err);
+void cm_keeper_adapter_close(struct cm_keeper *keeper, const struct cm_frame *frame);
+
 /* Wipe keys and pages; the process ends after it. */
 void cm_keeper_wipe(struct cm_keeper *keeper);
 

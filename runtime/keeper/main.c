@@ -22,14 +22,6 @@ static enum cm_status restrict_early(struct cm_error *err)
     return CM_OK;
 }
 
-static bool node_name_valid(const char *name)
-{
-    size_t size = strlen(name);
-    return size >= 1 && size < CM_NAME_BYTES &&
-           strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._") ==
-               size;
-}
-
 /* TPM at descriptor 13, the record to standard output. */
 static enum cm_status provision(const char *node_name, bool development, struct cm_error *err)
 {
@@ -37,7 +29,7 @@ static enum cm_status provision(const char *node_name, bool development, struct 
     struct cm_enrolment enrolment;
     uint8_t bytes[CM_ENROLMENT_BYTES_MAX];
     size_t size = 0;
-    if (!node_name_valid(node_name)) {
+    if (!cm_name_valid(node_name)) {
         return cm_error_set(err, CM_E_USAGE, "CM-KEEPER-NAME",
                             "node name '%s' is not [A-Za-z0-9._-]{1,63}", node_name);
     }

@@ -10,20 +10,19 @@
 #include <unistd.h>
 
 #define RATE_WINDOW_US 60000000ull /* at most 8 hand-outs a minute: a crash loop gains nothing */
-#define RATE_COUNT     8u
-#define HEAP_BYTES     (4 << 20) /* TPM commands and quotes take some ten KiB */
+#define HEAP_BYTES     (4 << 20)   /* TPM commands and quotes take some ten KiB */
 
-static enum cm_status rate_check(struct cm_keeper *keeper, struct cm_error *err)
+enum cm_status cm_keeper_rate_check(struct cm_keeper_rate *rate, struct cm_error *err)
 {
-    uint64_t *oldest = &keeper->hand_outs_us[keeper->hand_out_next % RATE_COUNT];
+    uint64_t *oldest = &rate->at_us[rate->next % CM_KEEPER_RATE_COUNT];
     uint64_t now = cm_clock_us();
     if (*oldest != 0 && now - *oldest < RATE_WINDOW_US) {
         return cm_error_set(err, CM_E_BUSY, "CM-KEEPER-RATE",
                             "more than %u key pages a minute: the worker is in a crash loop",
-                            RATE_COUNT);
+                            CM_KEEPER_RATE_COUNT);
     }
     *oldest = now;
-    keeper->hand_out_next++;
+    rate->next++;
     return CM_OK;
 }
 
@@ -38,6 +37,12 @@ enum cm_status cm_keeper_prepare(struct cm_keeper *keeper, struct cm_error *err)
     enum cm_status status = page_make(&keeper->key_page, err);
     if (status == CM_OK) {
         status = page_make(&keeper->tls_page, err);
+    }
+    if (status == CM_OK) {
+        status = cm_keeper_evidence_prepare(keeper, err);
+    }
+    if (status == CM_OK) {
+        status = cm_keeper_adapters_prepare(keeper, err);
     }
     /* From here on malloc only takes from what is there and never gives back. */
     if (mallopt(M_TRIM_THRESHOLD, INT32_MAX) != 1 || mallopt(M_MMAP_THRESHOLD, HEAP_BYTES) != 1) {
@@ -56,7 +61,7 @@ static enum cm_status key_hand_out(struct cm_keeper *keeper, uint32_t generation
 {
     struct cm_page *page = &keeper->key_page;
     struct cm_key_page_info info = {generation, page->secret_memory};
-    enum cm_status status = rate_check(keeper, err);
+    enum cm_status status = cm_keeper_rate_check(&keeper->rate, err);
     if (status == CM_OK) {
         status = cm_keeper_boot_check(keeper, err);
     }
@@ -94,8 +99,7 @@ static enum cm_status tls_hand_out(struct cm_keeper *keeper, uint32_t generation
                            err);
 }
 
-/* The worker says that it has wiped the page: look. */
-static void loaded_check(struct cm_keeper *keeper)
+void cm_keeper_page_check(struct cm_keeper *keeper)
 {
     static const uint8_t zeros[CM_KEY_PAGE_BYTES];
     if (!cm_ct_equal(keeper->key_page.bytes, zeros, sizeof(zeros))) {
@@ -117,10 +121,8 @@ static enum cm_status quote_answer(struct cm_keeper *keeper, const struct cm_fra
     enum cm_status status = cm_keeper_evidence(keeper, &request, &fd, &bytes, err);
     if (status == CM_OK) {
         const struct cm_evidence_info info = {.id = request.id, .bytes = bytes};
-        status =
-            cm_channel_send(&keeper->channel, CM_FRAME_EVIDENCE, &info, sizeof(info), &fd, 1, err);
-        close(fd);
-        return status;
+        return cm_channel_send(&keeper->channel, CM_FRAME_EVIDENCE, &info, sizeof(info), &fd, 1,
+                               err);
     }
     if (status == CM_E_POLICY) {
         return status;
@@ -131,8 +133,8 @@ static enum cm_status quote_answer(struct cm_keeper *keeper, const struct cm_fra
                            0, err);
 }
 
-static enum cm_status frame_take(struct cm_keeper *keeper, const struct cm_frame *frame,
-                                 bool *ret_stop, struct cm_error *err)
+static enum cm_status frame_take(struct cm_keeper *keeper, struct cm_frame *frame, bool *ret_stop,
+                                 struct cm_error *err)
 {
     struct cm_key_request request;
     switch (frame->type) {
@@ -145,8 +147,15 @@ static enum cm_status frame_take(struct cm_keeper *keeper, const struct cm_frame
     case CM_FRAME_QUOTE:
         return quote_answer(keeper, frame, err);
     case CM_FRAME_LOADED:
-        loaded_check(keeper);
+        cm_keeper_page_check(keeper);
         return keeper->config.strict == 1 && !keeper->capped ? cm_keeper_cap(keeper, err) : CM_OK;
+    case CM_FRAME_ADAPTER_OPEN:
+        return cm_keeper_adapter_open(keeper, frame, err);
+    case CM_FRAME_ADAPTER_KEY:
+        return cm_keeper_adapter_key(keeper, frame, err);
+    case CM_FRAME_ADAPTER_CLOSE:
+        cm_keeper_adapter_close(keeper, frame);
+        return CM_OK;
     case CM_FRAME_STOP:
         *ret_stop = true;
         return CM_OK;
@@ -181,6 +190,7 @@ enum cm_status cm_keeper_serve(struct cm_keeper *keeper, struct cm_error *err)
 
 void cm_keeper_wipe(struct cm_keeper *keeper)
 {
+    cm_keeper_adapters_wipe(keeper);
     uint8_t *const pages[] = {keeper->key_page.bytes, keeper->tls_page.bytes};
     struct cm_secret *const secrets[] = {keeper->package_key, keeper->tls.key};
     for (size_t i = 0; i < 2; i++) {

@@ -66,8 +66,11 @@ enum cm_status cm_keeper_unseal(struct cm_keeper *keeper, struct cm_error *err)
         status = cm_keeper_extend(keeper, err);
     }
     if (status == CM_OK) {
+        status = cm_secret_new(CM_KEY_BYTES, &key, err);
+    }
+    if (status == CM_OK) {
         status = cm_tpm_unseal(keeper->tpm, enrolment, slot->payload, slot->payload_bytes, &list,
-                               keeper->config.policy_key, &key, &keeper->state, err);
+                               keeper->config.policy_key, key, &keeper->state, err);
     }
     if (status == CM_OK) {
         memset(&keeper->boot, 0, sizeof(keeper->boot));

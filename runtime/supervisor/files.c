@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -16,12 +15,30 @@
 
 #define KEYS_HEADER_BYTES 16u
 
-/* Read up to `size` bytes from the start; short only at the end of the file. -1 on error. */
-static ssize_t file_read(int fd, uint8_t *bytes, size_t size)
+int file_look(const char *path, struct stat *ret_facts)
+{
+    memset(ret_facts, 0, sizeof(*ret_facts));
+    errno = 0;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
+    if (fd >= 0 && (fstat(fd, ret_facts) != 0 || !S_ISREG(ret_facts->st_mode))) {
+        close(fd);
+        memset(ret_facts, 0, sizeof(*ret_facts));
+        return -1;
+    }
+    return fd;
+}
+
+bool file_same(const struct stat *a, const struct stat *b)
+{
+    return a->st_ino == b->st_ino && a->st_size == b->st_size &&
+           a->st_mtim.tv_sec == b->st_mtim.tv_sec && a->st_mtim.tv_nsec == b->st_mtim.tv_nsec;
+}
+
+ssize_t file_read(int fd, uint8_t *bytes, size_t size, uint64_t offset)
 {
     size_t used = 0;
     while (used < size) {
-        ssize_t got = pread(fd, bytes + used, size - used, (off_t)used);
+        ssize_t got = pread(fd, bytes + used, size - used, (off_t)(offset + used));
         if (got < 0 && errno == EINTR) {
             continue;
         }
@@ -64,7 +81,7 @@ static enum cm_status policy_read(const char *package_path, uint8_t *bytes, size
     if (fd < 0) {
         return cm_error_errno(err, errno, "CM-SUP-POLICY", "cannot open %s", path);
     }
-    ssize_t got = file_read(fd, bytes, size);
+    ssize_t got = file_read(fd, bytes, size, 0);
     int error_number = errno;
     close(fd);
     if (got < 0) {
@@ -82,10 +99,10 @@ enum cm_status head_memfd_make(int package_fd, const char *package_path, int *re
                                uint32_t *ret_head_bytes, uint32_t *ret_policy_bytes,
                                struct cm_error *err)
 {
+    /* Static: adapters come once the filter is closed. */
+    static uint8_t bytes[CM_PACKAGE_HEAD_BYTES + CM_POLICY_LIST_BYTES_MAX + 1];
     size_t policy_bytes = 0;
-    uint8_t *bytes = malloc(CM_PACKAGE_HEAD_BYTES + CM_POLICY_LIST_BYTES_MAX + 1);
-    CM_ASSERT(bytes != NULL);
-    ssize_t got = file_read(package_fd, bytes, CM_PACKAGE_HEAD_BYTES);
+    ssize_t got = file_read(package_fd, bytes, CM_PACKAGE_HEAD_BYTES, 0);
     enum cm_status status = CM_OK;
     if (got < 0) {
         status = cm_error_errno(err, errno, "CM-SUP-PACKAGE", "cannot read %s", package_path);
@@ -107,7 +124,6 @@ enum cm_status head_memfd_make(int package_fd, const char *package_path, int *re
             *ret_policy_bytes = (uint32_t)policy_bytes;
         }
     }
-    free(bytes);
     return status;
 }
 
@@ -144,7 +160,7 @@ static bool keys_load(struct service *service, int fd)
     const size_t most = sizeof(bytes) - 1;
     struct cm_keys_info info = {.generation = 0};
     memset(bytes, 0, KEYS_HEADER_BYTES);
-    ssize_t got = fd >= 0 ? file_read(fd, bytes, most + 1) : 0;
+    ssize_t got = fd >= 0 ? file_read(fd, bytes, most + 1, 0) : 0;
     bool good =
         fd < 0 || (got >= 0 && (size_t)got <= most && keys_parse(bytes, (size_t)got, &info));
     if (!good) {
@@ -170,18 +186,9 @@ bool keys_refresh(struct service *service)
 {
     char path[CM_CONFIG_TEXT_BYTES + 16];
     struct stat facts;
-    memset(&facts, 0, sizeof(facts));
     snprintf(path, sizeof(path), "%s/keys.table", service->state_path);
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
-    if (fd >= 0 && (fstat(fd, &facts) != 0 || !S_ISREG(facts.st_mode))) {
-        close(fd);
-        fd = -1;
-        memset(&facts, 0, sizeof(facts));
-    }
-    bool same = service->keys_known && facts.st_ino == service->keys_seen.st_ino &&
-                facts.st_size == service->keys_seen.st_size &&
-                facts.st_mtim.tv_sec == service->keys_seen.st_mtim.tv_sec &&
-                facts.st_mtim.tv_nsec == service->keys_seen.st_mtim.tv_nsec;
+    int fd = file_look(path, &facts);
+    bool same = service->keys_known && file_same(&facts, &service->keys_seen);
     bool changed = !same && keys_load(service, fd);
     if (changed) {
         service->keys_seen = facts;

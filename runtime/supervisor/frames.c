@@ -174,6 +174,7 @@ static void gateway_configure(struct service *service, struct child *gateway)
         .max_tokens_default = (uint32_t)from->max_tokens_default,
         .unauthenticated_metrics = (uint32_t)from->metrics_unauthenticated,
         .ring_data_bytes = cm_config_ring_bytes(from),
+        .adapters_max = (uint32_t)from->adapters_max,
     };
     snprintf(config.model_name, sizeof(config.model_name), "%.63s", from->model_name);
     snprintf(config.version, sizeof(config.version), "%s", CASEMATE_VERSION);
@@ -208,6 +209,10 @@ static void worker_configure(struct service *service, struct child *worker)
         .prefix_cache = (uint32_t)from->prefix_cache,
         .ring_data_bytes = cm_config_ring_bytes(from),
         .guard = service->rules_fd >= 0,
+        .adapters_max = (uint32_t)from->adapters_max,
+        .adapter_rank_max = (uint32_t)from->adapter_rank_max,
+        .adapter_bytes_max = from->adapter_bytes_max,
+        .adapter_owners = service->keeper_config.adapter_owners,
     };
     struct cm_rules_info rules = {.bytes = service->rules_bytes};
     snprintf(config.device, sizeof(config.device), "%.63s", from->device);
@@ -322,6 +327,15 @@ static void on_broken(struct service *service, const struct child *accuser)
     child_kill(service, accused, CM_ROLE_END_PROTOCOL, &err);
 }
 
+static void adapter_frame_handle(struct service *service, struct child *child)
+{
+    const char *broken = service->frame.type == CM_FRAME_ADAPTER_READ ? on_adapter_read(service)
+                                                                      : on_adapter_state(service);
+    if (broken != NULL) {
+        violation(service, child, broken);
+    }
+}
+
 static void frame_handle(struct service *service, struct child *child)
 {
     switch ((enum cm_frame_type)service->frame.type) {
@@ -355,6 +369,16 @@ static void frame_handle(struct service *service, struct child *child)
     case CM_FRAME_BROKEN:
         on_broken(service, child);
         return;
+    case CM_FRAME_ADAPTER_ANSWER:
+        on_adapter_answer(service);
+        return;
+    case CM_FRAME_ADAPTER_PAGE:
+        on_adapter_page(service);
+        return;
+    case CM_FRAME_ADAPTER_READ:
+    case CM_FRAME_ADAPTER_STATE:
+        adapter_frame_handle(service, child);
+        return;
     case CM_FRAME_HEARTBEAT:
         return; /* as each frame, a sign of life */
     case CM_FRAME_DRAINED:
@@ -371,6 +395,12 @@ static void frame_handle(struct service *service, struct child *child)
     case CM_FRAME_MEASURE:
     case CM_FRAME_RULES:
     case CM_FRAME_UNSEAL:
+    case CM_FRAME_ADAPTER_OPEN:
+    case CM_FRAME_ADAPTER_KEY:
+    case CM_FRAME_ADAPTER_CLOSE:
+    case CM_FRAME_ADAPTER_LOAD:
+    case CM_FRAME_ADAPTER_BYTES:
+    case CM_FRAME_ADAPTER_UNLOAD:
     case CM_FRAME_TYPE_COUNT:
         break;
     }

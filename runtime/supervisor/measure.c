@@ -46,9 +46,9 @@ enum cm_status measure_open(struct service *service, struct cm_error *err)
     char text[CM_CONFIG_SEALED_BYTES];
     size_t bytes = 0;
     const char *device = service->configuration->device;
-    enum cm_status status =
-        cm_config_sealed_text(service->configuration, service->keeper_config.owner_key,
-                              service->keeper_config.policy_key, text, &bytes, err);
+    enum cm_status status = cm_config_sealed_text(
+        service->configuration, service->keeper_config.owner_key, service->keeper_config.policy_key,
+        &service->keeper_config.adapter_owners, text, &bytes, err);
     service->keeper_config.strict =
         strcmp(cm_config_attest_mode(service->configuration), "strict") == 0;
     if (status == CM_OK) {

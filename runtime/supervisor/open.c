@@ -164,6 +164,10 @@ enum cm_status service_files_open(struct service *service, struct cm_error *err)
                                       service->keeper_config.policy_key, err);
     }
     if (status == CM_OK) {
+        status = cm_config_owners_read(service->configuration,
+                                       &service->keeper_config.adapter_owners, err);
+    }
+    if (status == CM_OK) {
         status = state_open(service, err);
     }
     if (status == CM_OK) {

@@ -144,6 +144,9 @@ static void child_ended(struct service *service, struct child *child)
     if (child->role == CM_ROLE_KEEPER) {
         service->tls_pending = service->key_pending = false;
         evidence_keeper_lost(service);
+        adapters_keeper_lost(service);
+    } else if (child->role == CM_ROLE_WORKER) {
+        adapters_worker_lost(service);
     }
     if (service->phase == SERVICE_STOP) {
         return;
@@ -217,7 +220,10 @@ static void pages_request(struct service *service, struct child *keeper, uint64_
         service->tls_asked_ms = now;
         frame_send(service, keeper, CM_FRAME_TLS_REQUEST, &request, sizeof(request), NULL, 0);
     }
-    if (worker->state == CHILD_ABSENT && now >= worker->due_ms && !service->key_pending) {
+    /* In strict mode nothing unseals once the worker has loaded: adapters first. */
+    bool adapters_first = service->keeper_config.strict == 1 && !adapters_unsealed(service);
+    if (worker->state == CHILD_ABSENT && now >= worker->due_ms && !service->key_pending &&
+        !adapters_first && !adapters_key_out(service)) {
         struct cm_key_request request = {.generation = ++service->key_generation};
         service->key_pending = true;
         service->key_asked_ms = now;
@@ -239,6 +245,7 @@ static void reconcile_run(struct service *service, uint64_t now)
         (!development || devtpm->state == CHILD_SERVING)) {
         keeper_start(service, keeper);
     }
+    adapters_step(service);
     if (keeper->state == CHILD_SERVING) {
         pages_request(service, keeper, now);
     }
@@ -332,6 +339,11 @@ static void child_watch(struct service *service, struct child *child, uint64_t n
         cm_error_set(&why, CM_E_TPM, "CM-SUP-KEEPER", "the keeper gave no key page within %u s",
                      ANSWER_WAIT_MS / 1000);
         child_kill(service, child, CM_ROLE_END_STUCK, &why);
+    } else if (adapters_stuck(service, child->role, now)) {
+        cm_error_set(&why, CM_E_SYSTEM, "CM-SUP-ADAPTER",
+                     "%s has said nothing of an adapter for %u s", child->name,
+                     ANSWER_WAIT_MS / 1000);
+        child_kill(service, child, CM_ROLE_END_STUCK, &why);
     }
 }
 
@@ -360,6 +372,7 @@ static void tick(struct service *service, uint64_t now)
             frame_send(service, &service->children[CHILD_GATEWAY], CM_FRAME_KEYS,
                        &service->keys_info, sizeof(service->keys_info), &service->keys_fd, 1);
         }
+        adapters_refresh(service);
     }
     if (now - service->status_written_ms >= 1000) {
         status_write(service, now);
@@ -470,6 +483,7 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     service->sealed_fd = service->device_id_fd = service->filters_fd = service->rules_fd = -1;
     snprintf(service->state_path, sizeof(service->state_path), "%s", configuration->state);
     rings_init(&service->rings);
+    adapters_init(service);
     child_init(&service->children[CHILD_GATEWAY], CM_ROLE_GATEWAY, "gateway", "casemate-gateway");
     child_init(&service->children[CHILD_WORKER], CM_ROLE_WORKER, "worker", "casemate-worker");
     child_init(&service->children[CHILD_KEEPER], CM_ROLE_KEEPER, "keeper", "casemate-keeper");

@@ -132,6 +132,32 @@ static void sandbox_put(struct page *page, const struct service *service)
     put(page, "]},\n");
 }
 
+static void adapters_put(struct page *page, const struct service *service)
+{
+    const char *comma = "";
+    put(page, " \"adapters_max\": %llu, \"adapters\": [",
+        (unsigned long long)service->configuration->adapters_max);
+    for (uint32_t i = 0; i < CM_ADAPTERS_MAX; i++) {
+        const struct adapter *adapter = &service->adapters.each[i];
+        if (adapter->serial == 0) {
+            continue;
+        }
+        put(page, "%s\n  {", comma);
+        put_text(page, "name", adapter->name);
+        put(page, ", \"serial\": %llu, \"state\": \"%s\", \"bytes\": %llu, ",
+            (unsigned long long)adapter->serial, cm_adapter_state_names[adapter->state],
+            (unsigned long long)adapter->bytes);
+        put_text(page, "package", adapter->digest);
+        put(page, ", ");
+        put_text(page, "id", adapter->state == CM_ADAPTER_REFUSED ? adapter->why.id : "");
+        put(page, ", ");
+        put_text(page, "text", adapter->state == CM_ADAPTER_REFUSED ? adapter->why.text : "");
+        put(page, "}");
+        comma = ",";
+    }
+    put(page, "],\n");
+}
+
 /* Oldest first. */
 static void ends_put(struct page *page, const struct service *service)
 {
@@ -181,7 +207,8 @@ void status_write(struct service *service, uint64_t now_ms)
     sandbox_put(&page, service);
     ends_put(&page, service);
     last_word_put(&page, service);
-    put(&page, " \"not_yet\": [\"guard: learned tiers\", \"adapters\", \"GPU backend\"]}\n");
+    adapters_put(&page, service);
+    put(&page, " \"not_yet\": [\"guard: learned tiers\", \"GPU backend\"]}\n");
     service->state_dirty = true; /* the gateway's metrics show resident bytes */
     run_file_write(service, "status.json", page.text, page.used);
 }

@@ -118,6 +118,33 @@ struct sandbox {
     uint32_t accepted; /* layers that may be off although it has them: tests and bench alone */
 };
 
+/* One place for an adapter: a region of the worker's device. */
+struct adapter {
+    enum cm_adapter_state state;
+    uint64_t serial; /* of its row in the table; 0: the place is free */
+    char name[CM_NAME_BYTES];
+    int fd; /* its file, while it is being loaded; else -1 */
+    uint64_t file_bytes;
+    bool key_held; /* the keeper has its key */
+    bool unload_sent;
+    uint64_t generation, bytes;           /* SERVING */
+    char digest[2 * CM_DIGEST_BYTES + 1]; /* of its package, as the worker has checked it */
+    struct cm_error why;                  /* REFUSED, or about to be */
+};
+
+enum adapter_question { ADAPTER_ASK_NOTHING, ADAPTER_ASK_OPEN, ADAPTER_ASK_KEY, ADAPTER_ASK_LOAD };
+
+struct adapters {
+    struct adapter each[CM_ADAPTERS_MAX];
+    struct cm_adapter_row rows[CM_ADAPTERS_MAX]; /* what shall be loaded */
+    uint32_t row_count;
+    struct stat seen;
+    bool known;
+    enum adapter_question question; /* what is under way, of keeper or worker */
+    struct adapter *asked;
+    uint64_t asked_ms; /* or of the worker's last sign that it goes on */
+};
+
 enum service_phase { SERVICE_RUN, SERVICE_DRAIN, SERVICE_STOP };
 
 struct service {
@@ -158,6 +185,7 @@ struct service {
     int keys_fd;
     struct cm_keys_info keys_info;
     uint64_t keys_checked_ms;
+    struct adapters adapters;
     /* what the probes answer */
     struct cm_state state;
     bool state_dirty;
@@ -261,7 +289,34 @@ void on_quote_failed(struct service *service);
 /* The keeper is gone, and with it what it was asked for. */
 void evidence_keeper_lost(struct service *service);
 
+/* adapters.c */
+void adapters_init(struct service *service);
+/* Look at adapters.table. */
+void adapters_refresh(struct service *service);
+/* Do what comes next. */
+void adapters_step(struct service *service);
+/* Nothing waits for the keeper to unseal it. */
+bool adapters_unsealed(const struct service *service);
+/* The key page is on its way with an adapter's key: it is not free for the package's. */
+bool adapters_key_out(const struct service *service);
+/* This role owes an answer about an adapter for too long. */
+bool adapters_stuck(const struct service *service, enum cm_role role, uint64_t now);
+void on_adapter_answer(struct service *service);
+void on_adapter_page(struct service *service);
+/* NULL, or how the worker broke the protocol. */
+const char *on_adapter_read(struct service *service);
+const char *on_adapter_state(struct service *service);
+void adapters_worker_lost(struct service *service);
+void adapters_keeper_lost(struct service *service);
+
 /* files.c */
+/* Open a regular file for reading, whatever it may be replaced with; -1 and zeros: there is none.
+ */
+int file_look(const char *path, struct stat *ret_facts);
+/* Nobody has written or replaced it. */
+bool file_same(const struct stat *a, const struct stat *b);
+/* Up to `size` bytes from `offset` on; short only at the end of the file. -1 on error. */
+ssize_t file_read(int fd, uint8_t *bytes, size_t size, uint64_t offset);
 CM_MUST_USE enum cm_status head_memfd_make(int package_fd, const char *package_path, int *ret_fd,
                                            uint32_t *ret_head_bytes, uint32_t *ret_policy_bytes,
                                            struct cm_error *err);

@@ -107,6 +107,7 @@ enum cm_refusal cm_intake_parse(const struct cm_intake *intake, const uint8_t *p
         return CM_REFUSAL_FILTER;
     }
     request.tenant = head.tenant;
+    request.adapter = head.adapter;
     request.max_tokens = head.max_tokens;
     request.slot.sampling = head.sampling;
     request.slot.min_tokens = head.min_tokens;

@@ -127,6 +127,11 @@ static enum cm_status limits_make(struct cm_worker *worker, struct cm_device_res
                                               .kv_pages = 1,
                                               .context_max = context,
                                               .step_tokens_max = config->step_tokens_max};
+    if (config->adapters_max > 0) {
+        ret_reserve->adapters = config->adapters_max;
+        ret_reserve->adapter_bytes = config->adapter_bytes_max;
+        ret_reserve->adapter_rank_max = config->adapter_rank_max;
+    }
     enum cm_status status = cm_device_need(worker->device, ret_reserve, &arena, &page, err);
     if (status != CM_OK) {
         return status;
@@ -239,6 +244,9 @@ static enum cm_status serving_make(struct cm_worker *worker, struct cm_error *er
                              &worker->chat, err);
     }
     if (status == CM_OK) {
+        status = cm_adapters_make(worker, err);
+    }
+    if (status == CM_OK) {
         status = cm_scheduler_new(worker->device, &worker->limits, emit, worker, &worker->scheduler,
                                   err);
     }
@@ -297,6 +305,7 @@ void cm_worker_wipe(struct cm_worker *worker)
     if (worker->scheduler != NULL) {
         cm_scheduler_wipe(worker->scheduler);
     }
+    cm_adapters_wipe(&worker->adapters);
     if (worker->payload != NULL) {
         cm_wipe(worker->payload, worker->payload_bytes);
     }

@@ -12,7 +12,7 @@ struct page {
     uint32_t parent, children; /* of kept ones */
     uint32_t next;             /* in its bucket */
     uint32_t older, newer;     /* in the list of kept ones that nobody holds */
-    uint64_t tenant;
+    struct cm_pages_of of;
     uint32_t bucket;
     uint32_t tokens[CM_KV_PAGE_POSITIONS];
 };
@@ -74,13 +74,14 @@ uint64_t cm_siphash(const uint8_t key[static 16], const void *bytes, size_t size
     return v[0] ^ v[1] ^ v[2] ^ v[3];
 }
 
-static uint32_t bucket_of(const struct cm_pages *p, uint64_t tenant, uint32_t parent,
+static uint32_t bucket_of(const struct cm_pages *p, struct cm_pages_of of, uint32_t parent,
                           const uint32_t *tokens)
 {
     struct {
-        uint64_t tenant, parent;
+        struct cm_pages_of of;
+        uint64_t parent;
         uint32_t tokens[CM_KV_PAGE_POSITIONS];
-    } whole = {.tenant = tenant, .parent = parent};
+    } whole = {.of = of, .parent = parent};
     memcpy(whole.tokens, tokens, sizeof(whole.tokens));
     return (uint32_t)cm_siphash(p->key, &whole, sizeof(whole)) & (p->bucket_count - 1);
 }
@@ -210,14 +211,14 @@ static void hold(struct cm_pages *p, uint32_t index)
     }
 }
 
-static uint32_t find(const struct cm_pages *p, uint32_t bucket, uint64_t tenant, uint32_t parent,
-                     const uint32_t *tokens)
+static uint32_t find(const struct cm_pages *p, uint32_t bucket, struct cm_pages_of of,
+                     uint32_t parent, const uint32_t *tokens)
 {
     uint32_t index = p->buckets[bucket];
     while (index != CM_PAGE_NONE) {
         const struct page *page = &p->page[index];
-        if (page->tenant == tenant && page->parent == parent &&
-            memcmp(page->tokens, tokens, sizeof(page->tokens)) == 0) {
+        if (page->of.tenant == of.tenant && page->of.adapter == of.adapter &&
+            page->parent == parent && memcmp(page->tokens, tokens, sizeof(page->tokens)) == 0) {
             break;
         }
         index = page->next;
@@ -225,13 +226,13 @@ static uint32_t find(const struct cm_pages *p, uint32_t bucket, uint64_t tenant,
     return index;
 }
 
-uint32_t cm_pages_match(struct cm_pages *p, uint64_t tenant, const uint32_t *tokens, uint32_t count,
-                        uint32_t *ret_page)
+uint32_t cm_pages_match(struct cm_pages *p, struct cm_pages_of of, const uint32_t *tokens,
+                        uint32_t count, uint32_t *ret_page)
 {
     uint32_t found = 0, parent = CM_PAGE_NONE;
     while (p->keep && (found + 1) * CM_KV_PAGE_POSITIONS <= count) {
         const uint32_t *at = tokens + found * CM_KV_PAGE_POSITIONS;
-        uint32_t index = find(p, bucket_of(p, tenant, parent, at), tenant, parent, at);
+        uint32_t index = find(p, bucket_of(p, of, parent, at), of, parent, at);
         if (index == CM_PAGE_NONE) {
             break;
         }
@@ -241,23 +242,23 @@ uint32_t cm_pages_match(struct cm_pages *p, uint64_t tenant, const uint32_t *tok
     return found;
 }
 
-uint32_t cm_pages_keep(struct cm_pages *p, uint64_t tenant, uint32_t parent, const uint32_t *tokens,
-                       uint32_t index)
+uint32_t cm_pages_keep(struct cm_pages *p, struct cm_pages_of of, uint32_t parent,
+                       const uint32_t *tokens, uint32_t index)
 {
     struct page *page = &p->page[index];
     if (!p->keep || page->kept) {
         return index;
     }
     CM_ASSERT(page->holders == 1 && (parent == CM_PAGE_NONE || p->page[parent].kept));
-    const uint32_t bucket = bucket_of(p, tenant, parent, tokens);
-    uint32_t equal = find(p, bucket, tenant, parent, tokens);
+    const uint32_t bucket = bucket_of(p, of, parent, tokens);
+    uint32_t equal = find(p, bucket, of, parent, tokens);
     if (equal != CM_PAGE_NONE) {
         hold(p, equal);
         cm_pages_release(p, &index, 1);
         return equal;
     }
     page->kept = true;
-    page->tenant = tenant;
+    page->of = of;
     page->parent = parent;
     page->bucket = bucket;
     page->next = p->buckets[bucket];

@@ -1,11 +1,12 @@
 /* KV pages: who holds which, and which full ones are kept for the same prefix of the same tenant.
  *
  * A page is wiped and free, held by one or more sequences, or kept: nobody holds it, but its
- * content is known (a tenant's tokens up to it), so the next sequence with that prefix takes it up
- * instead of computing it. Kept pages form trees (a page's parent is the page before it); they are
- * given up from the leaves, least recently used first, when pages run out, and wiped then. A page
- * is found only by the exact tenant, parent and tokens; the hash that finds its place is keyed anew
- * at each start. All memory is taken in _new. Single-threaded. */
+ * content is known (a tenant's tokens up to it, by the model or one adapter), so the next sequence
+ * with that prefix takes it up instead of computing it. Kept pages form trees (a page's parent is
+ * the page before it); they are given up from the leaves, least recently used first, when pages run
+ * out, and wiped then. A page is found only by the exact tenant, adapter, parent and tokens; the
+ * hash that finds its place is keyed anew at each start. All memory is taken in _new.
+ * Single-threaded. */
 #ifndef CASEMATE_RUNTIME_WORKER_PAGES_H
 #define CASEMATE_RUNTIME_WORKER_PAGES_H
 
@@ -24,14 +25,19 @@ void cm_pages_free(struct cm_pages *pages); /* forgets all tokens; NULL is fine 
 uint32_t cm_pages_available(const struct cm_pages *pages);
 /* A wiped page, held once. One must be available. */
 uint32_t cm_pages_take(struct cm_pages *pages);
-/* The kept pages that hold the first whole pages of `tokens` for this tenant, each held once more.
+/* Whose pages are found: of one tenant, computed with one adapter (its generation, never used
+ * again; 0: none). */
+struct cm_pages_of {
+    uint64_t tenant, adapter;
+};
+/* The kept pages that hold the first whole pages of `tokens` for them, each held once more.
  * Returns how many; ret_page has room for count / CM_KV_PAGE_POSITIONS. */
-uint32_t cm_pages_match(struct cm_pages *pages, uint64_t tenant, const uint32_t *tokens,
+uint32_t cm_pages_match(struct cm_pages *pages, struct cm_pages_of of, const uint32_t *tokens,
                         uint32_t count, uint32_t *ret_page);
 /* `page` is computed to its end and holds `tokens` (one page full) after `parent` (CM_PAGE_NONE:
  * the first), which the caller holds too: keep it from now on. Returns the page to go on with:
  * itself, or an equal one that was kept before, and then `page` is given back. */
-uint32_t cm_pages_keep(struct cm_pages *pages, uint64_t tenant, uint32_t parent,
+uint32_t cm_pages_keep(struct cm_pages *pages, struct cm_pages_of of, uint32_t parent,
                        const uint32_t *tokens, uint32_t page);
 /* Hold them no more. */
 void cm_pages_release(struct cm_pages *pages, const uint32_t *page, uint32_t count);

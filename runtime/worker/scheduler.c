@@ -13,9 +13,10 @@ enum state { FREE = 0, WAITING, RUNNING };
 struct request {
     enum state state;
     bool ended; /* DONE is still to be emitted; nothing more is computed */
-    uint64_t id, tenant;
-    uint64_t order;    /* of arrival */
-    uint64_t admitted; /* of admission: the latest is preempted first */
+    uint64_t id;
+    struct cm_pages_of of; /* tenant, and the generation of the adapter that answers */
+    uint64_t order;        /* of arrival */
+    uint64_t admitted;     /* of admission: the latest is preempted first */
     uint32_t slot;
     bool has_slot;
     struct cm_slot_params params;
@@ -205,7 +206,7 @@ void cm_scheduler_submit(struct cm_scheduler *s, const struct cm_scheduler_reque
     }
     r->state = WAITING;
     r->id = request->id;
-    r->tenant = request->tenant;
+    r->of = (struct cm_pages_of){request->tenant, request->adapter};
     r->order = s->next_order++;
     r->params = request->slot;
     r->params.max_tokens = most;
@@ -236,6 +237,17 @@ bool cm_scheduler_busy(const struct cm_scheduler *s)
 {
     for (uint32_t i = 0; i < s->request_count; i++) {
         if (s->requests[i].state != FREE) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool cm_scheduler_uses(const struct cm_scheduler *s, uint64_t adapter)
+{
+    for (uint32_t i = 0; i < s->request_count; i++) {
+        const struct request *r = &s->requests[i];
+        if (r->state != FREE && r->of.adapter == adapter) {
             return true;
         }
     }
@@ -355,8 +367,8 @@ static struct request *waiting_next(const struct cm_scheduler *s)
             best = best == NULL || r->has_slot ? r : best;
             continue;
         }
-        uint64_t turn = r->tenant - s->last_tenant - 1,
-                 best_turn = best->tenant - s->last_tenant - 1;
+        uint64_t turn = r->of.tenant - s->last_tenant - 1,
+                 best_turn = best->of.tenant - s->last_tenant - 1;
         bool earlier = r->has_slot
                            ? r->order < best->order
                            : turn < best_turn || (turn == best_turn && r->order < best->order);
@@ -370,7 +382,7 @@ static struct request *waiting_next(const struct cm_scheduler *s)
 static bool pages_begin(struct cm_scheduler *s, struct request *r)
 {
     const uint32_t wanted = pages_for(r->count + 1);
-    r->page_count = cm_pages_match(s->pages, r->tenant, r->tokens, r->count - 1, r->pages);
+    r->page_count = cm_pages_match(s->pages, r->of, r->tokens, r->count - 1, r->pages);
     if (wanted - r->page_count > cm_pages_available(s->pages)) {
         pages_return(s, r);
         return false;
@@ -407,7 +419,7 @@ static void admit(struct cm_scheduler *s)
             r->has_slot = true;
             r->started_us = cm_clock_us();
             r->cached_tokens = r->computed;
-            s->last_tenant = r->tenant;
+            s->last_tenant = r->of.tenant;
         }
         matched_skip(s, r);
         r->state = RUNNING;
@@ -557,7 +569,7 @@ static void full_keep(struct cm_scheduler *s, struct request *r)
 {
     for (; (r->kept_pages + 1) * CM_KV_PAGE_POSITIONS <= r->computed; r->kept_pages++) {
         const uint32_t i = r->kept_pages;
-        r->pages[i] = cm_pages_keep(s->pages, r->tenant, i > 0 ? r->pages[i - 1] : CM_PAGE_NONE,
+        r->pages[i] = cm_pages_keep(s->pages, r->of, i > 0 ? r->pages[i - 1] : CM_PAGE_NONE,
                                     r->tokens + (size_t)i * CM_KV_PAGE_POSITIONS, r->pages[i]);
     }
 }

@@ -42,6 +42,7 @@ void cm_scheduler_free(struct cm_scheduler *scheduler); /* wipes tokens; NULL is
 struct cm_scheduler_request {
     uint64_t id;
     uint64_t tenant;
+    uint64_t adapter;           /* generation of slot.adapter; 0: none. Equal prefixes are of one */
     uint32_t max_tokens;        /* 0: up to the context */
     struct cm_slot_params slot; /* max_tokens is set by the scheduler */
 };
@@ -59,6 +60,8 @@ void cm_scheduler_cancel(struct cm_scheduler *scheduler, uint64_t id);
 /* Forget all; emits nothing: whoever asked them is gone. */
 void cm_scheduler_cancel_all(struct cm_scheduler *scheduler);
 
+/* Does any request, running or waiting, use the adapter of this generation? */
+bool cm_scheduler_uses(const struct cm_scheduler *scheduler, uint64_t adapter);
 /* Anything to do? False: step would do nothing. */
 bool cm_scheduler_busy(const struct cm_scheduler *scheduler);
 /* One mixed step. Fails only where the device fails: every request is then over. */

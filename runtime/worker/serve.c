@@ -89,6 +89,10 @@ static void generate_take(struct cm_worker *worker, uint64_t id, size_t bytes)
     for (uint32_t i = 0; i < verdicts.count; i++) {
         record_put(worker, CM_WIRE_VERDICT, id, &verdicts.each[i], sizeof(verdicts.each[i]));
     }
+    if (refusal == CM_REFUSAL_NONE && request.adapter != 0) {
+        request.slot.adapter = cm_adapters_region(&worker->adapters, request.adapter);
+        refusal = request.slot.adapter == CM_ADAPTER_NONE ? CM_REFUSAL_ADAPTER : CM_REFUSAL_NONE;
+    }
     if (refusal == CM_REFUSAL_NONE) {
         cm_scheduler_submit(worker->scheduler, &request, list.count);
     } else {
@@ -131,6 +135,24 @@ static void requests_take(struct cm_worker *worker)
     }
 }
 
+static void adapter_frame_take(struct cm_worker *worker, struct cm_frame *frame)
+{
+    union {
+        struct cm_adapter_load load;
+        struct cm_adapter_chunk chunk;
+        struct cm_adapter_step step;
+    } payload;
+    memcpy(&payload, frame->payload, frame->bytes); /* the table has held it to its size */
+    if (frame->type == CM_FRAME_ADAPTER_LOAD) {
+        cm_adapters_load(worker, &payload.load, frame->fds[0]);
+    } else if (frame->type == CM_FRAME_ADAPTER_BYTES) {
+        cm_adapters_bytes(worker, &payload.chunk, frame->fds[0]);
+    } else {
+        cm_adapters_unload(worker, &payload.step);
+    }
+    cm_frame_close_fds(frame);
+}
+
 static enum cm_status frame_take(struct cm_worker *worker, struct cm_frame *frame,
                                  struct cm_error *err)
 {
@@ -142,6 +164,11 @@ static enum cm_status frame_take(struct cm_worker *worker, struct cm_frame *fram
         return CM_OK;
     case CM_FRAME_STOP:
         worker->stopping = true;
+        return CM_OK;
+    case CM_FRAME_ADAPTER_LOAD:
+    case CM_FRAME_ADAPTER_BYTES:
+    case CM_FRAME_ADAPTER_UNLOAD:
+        adapter_frame_take(worker, frame);
         return CM_OK;
     default:
         cm_frame_close_fds(frame);
@@ -232,6 +259,7 @@ enum cm_status cm_worker_serve(struct cm_worker *worker, struct cm_error *err)
             }
             steps = stats.steps_total;
         }
+        cm_adapters_tick(worker);
         tick(worker);
         gateway_wake(worker);
         drained_say(worker);

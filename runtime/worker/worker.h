@@ -9,6 +9,7 @@
 #include "runtime/base/frame.h"
 #include "runtime/base/log.h"
 #include "runtime/base/ring.h"
+#include "runtime/worker/adapters.h"
 #include "runtime/worker/bind.h"
 #include "runtime/worker/chat.h"
 #include "runtime/worker/scheduler.h"
@@ -28,6 +29,7 @@ struct cm_worker {
     struct cm_tokenizer *tokenizer;
     struct cm_chat *chat;
     struct cm_scheduler *scheduler;
+    struct cm_worker_adapters adapters;
     struct cm_scheduler_limits limits;
     struct cm_wire_hello hello;
     struct cm_ring requests, responses;

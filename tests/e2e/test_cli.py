@@ -248,7 +248,7 @@ def test_status_of_a_stopped_and_of_a_running_service(casemate, node, build, tmp
         assert serve.stdout.readline().startswith("casemate: ready: model m.cmpkg, device cpu")
         status = run(casemate, "status", "--state", node)
         assert status.returncode == 0 and "ready" in status.stdout.splitlines()[0]
-        for name in ("adapters", "guard", "GPU backend"):
+        for name in ("guard", "GPU backend"):
             assert f"not yet: {name}" in status.stdout
         facts = json.loads(run(casemate, "status", "--state", node, "--json").stdout)
         assert facts["running"] and facts["keys"]["count"] == 1

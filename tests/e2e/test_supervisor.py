@@ -125,7 +125,7 @@ def test_start_in_order_with_exact_descriptors(service):
     assert service.seen("gateway .* listener 1")
     assert service.seen("(gateway|worker) .* rings put=0")
     assert not service.seen("broken")
-    assert status["listen"].startswith("127.0.0.1:") and "adapters" in status["not_yet"]
+    assert status["listen"].startswith("127.0.0.1:") and "GPU backend" in status["not_yet"]
     for role in ROLES:
         assert status["roles"][role]["state"] == "serving"
         assert status["roles"][role]["resident_bytes"] > 0

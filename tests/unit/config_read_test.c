@@ -178,3 +178,66 @@ Test(config_point, a_p256_key_parses_and_everything_else_is_refused)
     cr_assert_eq(cm_config_point_parse(private_key, strlen(private_key), point, &err), CM_E_CONFIG);
     cr_assert_str_eq(err.id, "CM-CONFIG-PRIVATE");
 }
+
+static enum cm_status owners_load(const char *pem, struct cm_adapter_owners *ret_owners)
+{
+    char path[] = "/tmp/casemate-owners-XXXXXX";
+    int fd = mkstemp(path);
+    cr_assert(fd >= 0 && write(fd, pem, strlen(pem)) == (ssize_t)strlen(pem));
+    close(fd);
+    snprintf(configuration.adapter_owners, sizeof(configuration.adapter_owners), "%s", path);
+    enum cm_status status = cm_config_owners_read(&configuration, ret_owners, &err);
+    unlink(path);
+    return status;
+}
+
+Test(config_point, owners_of_adapters_are_pairs_of_keys)
+{
+    struct cm_adapter_owners owners;
+    char many[8192] = "";
+    memset(&configuration, 0, sizeof(configuration));
+    cr_assert_eq(owners_load("x", &owners), CM_OK, "no adapters: nobody reads it");
+    cr_assert_eq(owners.count, 0u);
+    configuration.adapters_max = 1;
+    configuration.adapter_owners[0] = '\0';
+    cr_assert_eq(cm_config_owners_read(&configuration, &owners, &err), CM_E_CONFIG);
+    cr_assert(strstr(err.text, "adapter_owners") != NULL);
+    for (uint32_t keys = 0; keys < 10; keys++) {
+        bool good_count = keys > 0 && keys % 2 == 0 && keys <= 8;
+        cr_assert_eq(owners_load(many, &owners), good_count ? CM_OK : CM_E_CONFIG, "%u keys", keys);
+        for (uint32_t i = 0; good_count && i < keys / 2; i++) {
+            cr_assert_eq(owners.count, keys / 2);
+            cr_assert_eq(memcmp(owners.each[i].package, expected, sizeof(expected)), 0);
+            cr_assert_eq(memcmp(owners.each[i].policy, expected, sizeof(expected)), 0);
+        }
+        strcat(many, good);
+    }
+    snprintf(many, sizeof(many), "%s%s", good, p384);
+    cr_assert_eq(owners_load(many, &owners), CM_E_CONFIG);
+}
+
+/* What the base's owner signs: nothing is new where there are no adapters, all of it where there
+ * are. */
+Test(config_point, what_may_be_loaded_is_measured)
+{
+    struct cm_adapter_owners owners = {.count = 2};
+    char without[CM_CONFIG_SEALED_BYTES], with[CM_CONFIG_SEALED_BYTES];
+    size_t bytes[2];
+    cr_assert_eq(text_load("", NULL, 0, NULL), CM_OK);
+    memset(owners.each, 0xab, sizeof(owners.each));
+    cr_assert_eq(cm_config_sealed_text(&configuration, expected, expected, &owners, without,
+                                       &bytes[0], &err),
+                 CM_OK);
+    cr_assert_null(strstr(without, "adapter"));
+    configuration.adapters_max = 3;
+    cr_assert_eq(
+        cm_config_sealed_text(&configuration, expected, expected, &owners, with, &bytes[1], &err),
+        CM_OK);
+    cr_assert_eq(memcmp(with, without, bytes[0]), 0);
+    cr_assert(strstr(with, "\nadapters_max 3\nadapter_bytes_max 67108864\nadapter_rank_max 64\n"
+                           "adapter_owner abab") != NULL);
+    owners.count = CM_ADAPTER_OWNERS_MAX;
+    cr_assert_eq(
+        cm_config_sealed_text(&configuration, expected, expected, &owners, with, &bytes[1], &err),
+        CM_OK, "the most there can be: %s", err.text);
+}

@@ -407,3 +407,48 @@ Test(gateway_fields, the_encoded_record)
     cr_expect(error.status == 413 && strcmp(error.code, "request_too_large") == 0);
     cm_request_free(&request);
 }
+
+/* By the state of the adapter that is named: a place that is free names none. */
+Test(gateway_fields, a_model_is_chosen_by_name_among_the_adapters)
+{
+    struct cm_adapter_info adapters[CM_ADAPTERS_MAX] = {
+        {.name = "m", .state = CM_ADAPTER_SERVING, .generation = 1},
+        {.name = "waits", .state = CM_ADAPTER_WAITING},
+        {.name = "loads", .state = CM_ADAPTER_LOADING},
+        {.name = "serves", .state = CM_ADAPTER_SERVING, .generation = 7},
+        {.name = "leaves", .state = CM_ADAPTER_UNLOADING, .generation = 6},
+        {.name = "broken", .state = CM_ADAPTER_REFUSED, .id = "CM-PKG-MAC"},
+        {.name = "gone", .state = CM_ADAPTER_ABSENT},
+    };
+    const struct cm_request_limits with = {
+        .model = "m", .adapters = adapters, .record_bytes_max = 4096};
+    const struct {
+        const char *name, *code;
+        uint64_t generation;
+        int status;
+        bool again;
+    } rows[] = {{"m", NULL, 0, 0, false},
+                {"serves", NULL, 7, 0, false},
+                {"waits", "model_loading", 0, 409, true},
+                {"loads", "model_loading", 0, 409, true},
+                {"leaves", "model_unloading", 0, 409, false},
+                {"broken", "model_refused", 0, 409, false},
+                {"gone", "model_not_found", 0, 404, false}};
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        int size = snprintf(body, BODY_BYTES, "{\"model\":\"%s\",\"prompt\":\"a\"}", rows[i].name);
+        enum cm_status status =
+            cm_request_parse(CM_ENDPOINT_TEXT, body, (size_t)size, &with, &request, &error);
+        cr_assert_eq(status == CM_OK, rows[i].code == NULL, "%s", rows[i].name);
+        if (status == CM_OK) {
+            cr_expect_eq(request.wire.adapter, rows[i].generation);
+            cr_expect_eq(request.adapter != NULL, rows[i].generation != 0);
+            cm_request_free(&request);
+            continue;
+        }
+        cr_expect_eq(error.status, rows[i].status);
+        cr_expect_str_eq(error.code, rows[i].code);
+        cr_expect_str_eq(error.param, "model");
+        cr_expect_eq(error.retry_after_s != 0, rows[i].again, "%s", rows[i].name);
+        cr_expect(strstr(error.message, rows[i].name) != NULL);
+    }
+}

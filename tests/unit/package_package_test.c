@@ -248,3 +248,68 @@ Test(package, recovery_file_opens_with_its_passphrase_and_package_only)
     free(bytes);
     sample_done(&sample);
 }
+
+/* A package that comes as bytes: the same checks, into memory that was there before. */
+Test(package, a_room_takes_what_fits_and_refuses_the_rest)
+{
+    struct cm_error err;
+    struct cm_package *room = NULL;
+    size_t size;
+    sample_make(&sample, CM_SUITE_AES_256_GCM, CM_PACKAGE_SEGMENT_BYTES + 4096, "model.cmpkg");
+    uint8_t *bytes = file_load(sample.path, &size);
+    struct cm_adapter_owners owners = {.count = 2};
+    memcpy(owners.each[1].package, sample.owner_key, CM_PUBLIC_KEY_BYTES);
+    cr_assert_eq(cm_package_room(8192, 2, &room, &err), CM_OK);
+    for (int round = 0; round < 2; round++) { /* once more in the same room */
+        cr_assert_eq(cm_package_room_open(room, bytes, size, size, sample.key, &owners, &err),
+                     CM_OK, "%s", err.text);
+        const uint64_t offset = cm_package_head_of(room)->core.payload_offset;
+        uint8_t *plain = malloc(sample.payload_bytes);
+        for (uint64_t i = 0; i < 2; i++) {
+            uint64_t at = i * CM_PACKAGE_SEGMENT_BYTES;
+            cr_assert_eq(cm_package_segment_open(room, i, bytes + offset + at,
+                                                 i == 0 ? CM_PACKAGE_SEGMENT_BYTES : 4096,
+                                                 plain + at, &err),
+                         CM_OK, "%s", err.text);
+        }
+        cr_assert_eq(memcmp(plain, sample.payload, sample.payload_bytes), 0);
+        free(plain);
+        cm_package_room_wipe(room);
+        size_t manifest_bytes;
+        const uint8_t *manifest = cm_package_manifest(room, &manifest_bytes);
+        for (size_t i = 0; i < 8192; i++) {
+            cr_assert_eq(manifest[i], 0);
+        }
+        cr_assert_eq(manifest_bytes, 0u);
+    }
+    const size_t front = CM_PACKAGE_HEAD_BYTES + 8192;
+    for (size_t at = CM_PACKAGE_CORE_OFFSET; at < front; at += at < 4460 ? 1 : 37) {
+        bytes[at] ^= 4;
+        enum cm_status status =
+            cm_package_room_open(room, bytes, size, size, sample.key, &owners, &err);
+        bytes[at] ^= 4;
+        cr_assert(status != CM_OK || flip_neutral(at), "byte %zu flipped and accepted", at);
+    }
+    cr_assert_neq(cm_package_room_open(room, bytes, size, size + 1, sample.key, &owners, &err),
+                  CM_OK);
+    cr_assert_neq(cm_package_room_open(room, bytes, CM_PACKAGE_HEAD_BYTES + 1, size, sample.key,
+                                       &owners, &err),
+                  CM_OK, "the front is cut");
+    cr_assert_neq(cm_package_room_open(room, bytes, 100, size, sample.key, &owners, &err), CM_OK);
+    owners.count = 1;
+    cr_assert_eq(cm_package_room_open(room, bytes, size, size, sample.key, &owners, &err),
+                 CM_E_POLICY);
+    cr_assert_str_eq(err.id, "CM-PKG-OWNER");
+    owners.count = 2;
+    cm_package_close(room);
+    cr_assert_eq(cm_package_room(8192, 1, &room, &err), CM_OK);
+    cr_assert_eq(cm_package_room_open(room, bytes, size, size, sample.key, &owners, &err),
+                 CM_E_PACKAGE, "one segment more than there is room for");
+    cm_package_close(room);
+    cr_assert_eq(cm_package_room(16, 2, &room, &err), CM_OK);
+    cr_assert_eq(cm_package_room_open(room, bytes, size, size, sample.key, &owners, &err),
+                 CM_E_PACKAGE, "a manifest larger than the room");
+    cm_package_close(room);
+    free(bytes);
+    sample_done(&sample);
+}

@@ -4,10 +4,11 @@
 #include "runtime/worker/pages.h"
 #include "tests/unit/tiny_device.h"
 
-#define PAGES     24u
-#define PAGE      CM_KV_PAGE_POSITIONS
-#define SEQUENCES 6u
-#define DEPTH     6u
+#define PAGES      24u
+#define PAGE       CM_KV_PAGE_POSITIONS
+#define SEQUENCES  6u
+#define OF(number) ((struct cm_pages_of){.tenant = (number)})
+#define DEPTH      6u
 
 static struct cm_device *device;
 static struct cm_pages *pages;
@@ -92,25 +93,28 @@ Test(worker_pages, the_exact_prefix_of_the_same_tenant_is_found_and_nothing_else
     tokens_make(5, tokens);
     for (uint32_t i = 0; i < 3; i++) {
         own[i] = cm_pages_take(pages);
-        own[i] =
-            cm_pages_keep(pages, 1, i > 0 ? own[i - 1] : CM_PAGE_NONE, tokens + i * PAGE, own[i]);
+        own[i] = cm_pages_keep(pages, OF(1), i > 0 ? own[i - 1] : CM_PAGE_NONE, tokens + i * PAGE,
+                               own[i]);
     }
     for (uint32_t held = 0; held < 2; held++) {
-        cr_assert_eq(cm_pages_match(pages, 1, tokens, DEPTH * PAGE, found), 3u);
+        cr_assert_eq(cm_pages_match(pages, OF(1), tokens, DEPTH * PAGE, found), 3u);
         cr_assert_eq(memcmp(found, own, sizeof(own[0]) * 3), 0);
         cm_pages_release(pages, found, 3);
-        cr_assert_eq(cm_pages_match(pages, 1, tokens, 2 * PAGE + 31, found), 2u);
+        cr_assert_eq(cm_pages_match(pages, OF(1), tokens, 2 * PAGE + 31, found), 2u);
         cm_pages_release(pages, found, 2);
-        cr_assert_eq(cm_pages_match(pages, 1, tokens, 31, found), 0u);
-        cr_assert_eq(cm_pages_match(pages, 2, tokens, DEPTH * PAGE, found), 0u, "another tenant");
+        cr_assert_eq(cm_pages_match(pages, OF(1), tokens, 31, found), 0u);
+        cr_assert_eq(cm_pages_match(pages, OF(2), tokens, DEPTH * PAGE, found), 0u,
+                     "another tenant");
+        const struct cm_pages_of adapted = {.tenant = 1, .adapter = 1};
+        cr_assert_eq(cm_pages_match(pages, adapted, tokens, DEPTH * PAGE, found), 0u, "an adapter");
         for (uint32_t at = 0; at < 3 * PAGE; at++) { /* one token differs */
             memcpy(other, tokens, sizeof(other));
             other[at] ^= 1;
-            cr_assert_eq(cm_pages_match(pages, 1, other, DEPTH * PAGE, found), at / PAGE);
+            cr_assert_eq(cm_pages_match(pages, OF(1), other, DEPTH * PAGE, found), at / PAGE);
             cm_pages_release(pages, found, at / PAGE);
         }
         /* The second page's tokens at the beginning: another parent. */
-        cr_assert_eq(cm_pages_match(pages, 1, tokens + PAGE, 2 * PAGE, found), 0u);
+        cr_assert_eq(cm_pages_match(pages, OF(1), tokens + PAGE, 2 * PAGE, found), 0u);
         if (held == 0) {
             cm_pages_release(pages, own, 3);
         }
@@ -124,9 +128,9 @@ Test(worker_pages, equal_pages_become_one)
     begin(true);
     tokens_make(1, tokens);
     uint32_t a = cm_pages_take(pages), b = cm_pages_take(pages);
-    cr_assert_eq(cm_pages_keep(pages, 1, CM_PAGE_NONE, tokens, a), a);
+    cr_assert_eq(cm_pages_keep(pages, OF(1), CM_PAGE_NONE, tokens, a), a);
     page_write(b, 9);
-    cr_assert_eq(cm_pages_keep(pages, 1, CM_PAGE_NONE, tokens, b), a);
+    cr_assert_eq(cm_pages_keep(pages, OF(1), CM_PAGE_NONE, tokens, b), a);
     cr_assert_eq(page_read(b), 0, "the one that was given back is wiped");
     cr_assert_eq(cm_pages_available(pages), PAGES - 1);
     cm_pages_release(pages, &a, 1);
@@ -145,22 +149,22 @@ Test(worker_pages, the_least_recently_used_leaf_goes_first)
         tokens[s][0] = 50 + s; /* three trees of two pages */
         for (uint32_t i = 0; i < 2; i++) {
             page[s][i] = cm_pages_take(pages);
-            (void)cm_pages_keep(pages, 1, i > 0 ? page[s][0] : CM_PAGE_NONE, tokens[s] + i * PAGE,
-                                page[s][i]);
+            (void)cm_pages_keep(pages, OF(1), i > 0 ? page[s][0] : CM_PAGE_NONE,
+                                tokens[s] + i * PAGE, page[s][i]);
             page_write(page[s][i], 100 + s);
         }
         cm_pages_release(pages, page[s], 2);
     }
-    cr_assert_eq(cm_pages_match(pages, 1, tokens[0], 2 * PAGE, found), 2u); /* used again */
+    cr_assert_eq(cm_pages_match(pages, OF(1), tokens[0], 2 * PAGE, found), 2u); /* used again */
     cm_pages_release(pages, found, 2);
     for (uint32_t i = 0; i < PAGES - 6 + 3; i++) {
         rest[i] = cm_pages_take(pages);
         cr_assert_eq(page_read(rest[i]), 0, "wiped");
     }
-    cr_assert_eq(cm_pages_match(pages, 1, tokens[1], 2 * PAGE, found), 0u);
-    cr_assert_eq(cm_pages_match(pages, 1, tokens[2], 2 * PAGE, found), 1u, "its leaf is gone");
+    cr_assert_eq(cm_pages_match(pages, OF(1), tokens[1], 2 * PAGE, found), 0u);
+    cr_assert_eq(cm_pages_match(pages, OF(1), tokens[2], 2 * PAGE, found), 1u, "its leaf is gone");
     cm_pages_release(pages, found, 1);
-    cr_assert_eq(cm_pages_match(pages, 1, tokens[0], 2 * PAGE, found), 2u);
+    cr_assert_eq(cm_pages_match(pages, OF(1), tokens[0], 2 * PAGE, found), 2u);
     cm_pages_release(pages, found, 2);
     cm_pages_release(pages, rest, PAGES - 3);
     end();
@@ -183,7 +187,7 @@ static void sequence_begin(struct sequence *s)
     *s = (struct sequence){
         .on = true, .tenant = (uint64_t)rand() % 2, .which = (uint32_t)rand() % 8};
     tokens_make(s->which, tokens);
-    s->count = s->full = cm_pages_match(pages, s->tenant, tokens, DEPTH * PAGE, s->page);
+    s->count = s->full = cm_pages_match(pages, OF(s->tenant), tokens, DEPTH * PAGE, s->page);
     for (uint32_t i = 0; i < s->count; i++) {
         cr_assert_eq(page_read(s->page[i]), mark_of(s->tenant, s->which, i));
     }
@@ -203,7 +207,7 @@ static void sequence_grow(struct sequence *s)
     tokens_make(s->which, tokens);
     page_write(s->page[s->full], mark_of(s->tenant, s->which, s->full));
     s->page[s->full] =
-        cm_pages_keep(pages, s->tenant, s->full > 0 ? s->page[s->full - 1] : CM_PAGE_NONE,
+        cm_pages_keep(pages, OF(s->tenant), s->full > 0 ? s->page[s->full - 1] : CM_PAGE_NONE,
                       tokens + s->full * PAGE, s->page[s->full]);
     s->full++;
 }
