@@ -31,7 +31,7 @@ enum cm_tensor_kind {
     CM_TENSOR_U4A = 2,  /* u4 affine: w = d*q + m, q 0..15; fp16 d[16], m[16] per tile */
     CM_TENSOR_U4S = 3,  /* u4 symmetric: w = d*(q-8); fp16 d[16] per tile */
     CM_TENSOR_U8S = 4,  /* u8 symmetric: w = d*(q-128); fp16 d[16] per tile */
-    CM_TENSOR_BF16 = 5, /* bf16 tile: row-major [16][32] u16 per tile, no scale plane */
+    CM_TENSOR_BF16 = 5, /* bf16: pairs of columns [16][16][2] per tile, no scale plane */
     CM_TENSOR_F16 = 6,  /* fp16 [row tile][columns][16 rows], no scale plane (adapters) */
     CM_TENSOR_KIND_COUNT
 };

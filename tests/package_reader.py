@@ -85,6 +85,11 @@ class Package:
             assert not values[rows:].any()
             return values[:rows].astype(numpy.float32)
         tiles, blocks = (rows + 31) // 32 * 2, (columns + 31) // 32
+        if kind == 5:
+            # byte 64*(k/2) + 4*r + 2*(k%2)  ->  [tile, block, k/2, r, k%2]
+            high = numpy.frombuffer(self.payload, "<u2", tiles * blocks * 512, at).astype("<u4")
+            values = (high << 16).view("<f4").reshape(tiles, blocks, 16, 16, 2)
+            return values.transpose(0, 3, 1, 2, 4).reshape(tiles * 16, -1)[:rows, :columns]
         quant_bytes = 512 if kind == 4 else 256
         quants = numpy.frombuffer(self.payload, numpy.uint8, tiles * blocks * quant_bytes, at)
         scales = numpy.frombuffer(self.payload, "<f2", tiles * blocks * (32 if kind == 2 else 16),

@@ -72,15 +72,21 @@ def vocabulary(family):
     return tokens, types + [1] * (len(tokens) - len(types)), merges
 
 
-def weights(family):
-    """Seeded, by the names of `transformers`; fp16 matrices, fp32 vectors."""
+def bfloats(values):
+    """bf16, to nearest, as uint16"""
+    bits = values.astype("<f4").view("<u4")
+    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype("<u2")
+
+
+def weights(family, bf16=False):
+    """Seeded, by the names of `transformers`; fp16 (or bf16) matrices, fp32 vectors."""
     shape, random = FAMILIES[family], numpy.random.default_rng(sum(map(ord, family)))
     width, kv = head_width(family) * HEADS, head_width(family) * KV_HEADS
     made, gemma = {}, family.startswith("gemma")
 
     def matrix(name, rows, columns):
         values = random.standard_normal((rows, columns)) / columns ** 0.5
-        made[name + ".weight"] = values.astype(numpy.float16)
+        made[name + ".weight"] = bfloats(values) if bf16 else values.astype(numpy.float16)
 
     def norm(name, size=WIDTH):
         made[name + ".weight"] = ((0 if gemma else 1) + 0.2 * random.standard_normal(size)).astype(
@@ -139,7 +145,7 @@ def tokenizer(family):
 def safetensors(tensors):
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, values in tensors.items():
-        kind = {"float16": "F16", "float32": "F32"}[values.dtype.name]
+        kind = {"float16": "F16", "float32": "F32", "uint16": "BF16"}[values.dtype.name]
         header[name] = {"dtype": kind, "shape": list(values.shape),
                         "data_offsets": [at, at + values.nbytes]}
         at += values.nbytes
@@ -148,12 +154,12 @@ def safetensors(tensors):
     return len(text).to_bytes(8, "little") + text + b"".join(v.tobytes() for v in tensors.values())
 
 
-def write_directory(folder, family):
+def write_directory(folder, family, bf16=False):
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
     shape = FAMILIES[family] | {"vocab_size": len(vocabulary(family)[0])}
     (folder / "config.json").write_text(json.dumps(shape))
-    (folder / "model.safetensors").write_bytes(safetensors(weights(family)))
+    (folder / "model.safetensors").write_bytes(safetensors(weights(family, bf16)))
     tokenizer(family).save(str(folder / "tokenizer.json"))
     return folder
 
@@ -191,7 +197,7 @@ def gguf_values(name, values, family):
     return values
 
 
-def write_gguf(path, family):
+def write_gguf(path, family, bf16=False):
     shape, (tokens, types, merges) = FAMILIES[family], vocabulary(family)
     arch = "llama" if family == "mistral" else family
     out = gguf.GGUFWriter(str(path), arch)
@@ -225,8 +231,13 @@ def write_gguf(path, family):
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
     out.add_add_bos_token(False)
-    for name, values in weights(family).items():
-        out.add_tensor(gguf_name(name, family), gguf_values(name, values, family))
+    for name, values in weights(family, bf16).items():
+        values = gguf_values(name, values, family)
+        if values.dtype == numpy.uint16:
+            out.add_tensor(gguf_name(name, family), values.view(numpy.uint8),
+                           raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            out.add_tensor(gguf_name(name, family), values)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()

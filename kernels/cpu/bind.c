@@ -12,22 +12,32 @@ static enum cm_status refuse(const struct cm_tensor *tensor, const char *what, s
                         (unsigned long long)tensor->offset, what);
 }
 
-/* No NaN or infinity among `count` halves (their exponent is all ones), four at a time: there are
- * millions of scales. Adding one to an exponent of all ones, and to no other, carries into the
- * sign's place, which was cleared. */
-bool cm_halves_finite(const uint8_t *halves, uint64_t count)
+/* No NaN or infinity among `count` floats of 16 bits (their exponent is all ones), four at a time:
+ * there are millions of scales. Adding one to an exponent of all ones, and to no other, carries
+ * into the sign's place, which was cleared. */
+static inline __attribute__((always_inline)) bool words_finite(const uint8_t *words, uint64_t count,
+                                                               uint64_t exponents, uint64_t ones)
 {
-    const uint64_t exponents = 0x7c007c007c007c00ull, ones = 0x0400040004000400ull;
     uint64_t found = 0, four = 0;
     uint64_t i = 0;
     for (; i + 4 <= count; i += 4) {
-        memcpy(&four, halves + 2 * i, sizeof(four));
+        memcpy(&four, words + 2 * i, sizeof(four));
         found |= (four & exponents) + ones;
     }
     four = 0;
-    memcpy(&four, halves + 2 * i, 2 * (count - i));
+    memcpy(&four, words + 2 * i, 2 * (count - i));
     found |= (four & exponents) + ones;
     return (found & 0x8000800080008000ull) == 0;
+}
+
+bool cm_halves_finite(const uint8_t *halves, uint64_t count)
+{
+    return words_finite(halves, count, 0x7c007c007c007c00ull, 0x0400040004000400ull);
+}
+
+static bool bfloats_finite(const uint8_t *bfloats, uint64_t count)
+{
+    return words_finite(bfloats, count, 0x7f807f807f807f80ull, 0x0080008000800080ull);
 }
 
 static enum cm_status place_check(const struct cm_device *device, const struct cm_tensor *tensor,
@@ -56,20 +66,28 @@ static enum cm_status matrix_bind(const struct cm_device *device, const struct c
     if (status != CM_OK) {
         return status;
     }
-    if (tensor->kind != CM_TENSOR_U4A && tensor->kind != CM_TENSOR_U4S &&
-        tensor->kind != CM_TENSOR_U8S) {
+    if (tensor->kind == CM_TENSOR_F32) {
         return refuse(tensor, "this device has no kernel for the kind", err);
     }
+    const uint8_t *quants = device->payload + tensor->offset;
     const uint8_t *scales = device->payload + tensor->scale_offset;
-    uint64_t scale_bytes = tensor->offset + tensor->bytes - tensor->scale_offset;
-    if (!cm_halves_finite(scales, scale_bytes / 2)) {
+    if (tensor->kind == CM_TENSOR_BF16) {
+        if (!device->bfloats) {
+            return refuse(tensor, "is bf16, and the model that was reserved for had none", err);
+        }
+        if (!bfloats_finite(quants, tensor->bytes / 2)) {
+            return refuse(tensor, "a weight is NaN or infinite", err);
+        }
+        scales = NULL;
+    } else if (!cm_halves_finite(scales,
+                                 (tensor->offset + tensor->bytes - tensor->scale_offset) / 2)) {
         return refuse(tensor, "a scale is NaN or infinite", err);
     }
     *ret_matrix = (struct cm_matrix){.kind = tensor->kind,
                                      .rows = rows,
                                      .row_tiles = cm_padded(rows, CM_ROWS_PAD) / CM_TILE_ROWS,
                                      .blocks = columns / CM_TILE_COLUMNS,
-                                     .quants = device->payload + tensor->offset,
+                                     .quants = quants,
                                      .scales = scales};
     return CM_OK;
 }

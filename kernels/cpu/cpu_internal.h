@@ -35,10 +35,11 @@ struct cm_matrix { /* a bound weight matrix */
     const uint8_t *scales;
 };
 
-/* Quantised activations of `tokens` rows of `columns` (a multiple of 32). Tokens lie in panels of
- * 16 (the last one may be narrower); within a panel: [block][token], so that a block's activations
- * of all tokens of a panel are one piece. */
+/* Activations of `tokens` rows of `columns` (a multiple of 32), quantised, or, for bf16 matrices,
+ * as they are. Tokens lie in panels of 16 (the last one may be narrower); within a panel:
+ * [block][token], so that a block's activations of all tokens of a panel are one piece. */
 struct cm_activations {
+    float *x;       /* [panel][block][token of the panel][32]; NULL: quantised */
     int8_t *q;      /* [panel][block][token of the panel][32] */
     float *scale;   /* [panel][block][token of the panel]: d */
     float *sum;     /* s = d * n */
@@ -138,6 +139,8 @@ struct cm_path {
 #define CM_PATH_DECLARE(path)                                                                      \
     void cm_##path##_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,          \
                           struct cm_span span, float *y, size_t stride);                           \
+    void cm_##path##_bfloat_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,   \
+                                 struct cm_span span, float *y, size_t stride);                    \
     void cm_##path##_quantise(const float *x, const struct cm_activations *act, uint32_t token,    \
                               uint32_t block_first, uint32_t count);                               \
     void cm_##path##_norm(const float *x, const float *weight, uint32_t size, float epsilon,       \
@@ -333,6 +336,7 @@ struct cm_device {
     struct cm_device_reserve limits;
     struct cm_model model; /* shapes; pointers are our own copies after bind */
     bool reserved, loaded, bound, poisoned;
+    bool bfloats; /* reserved for a model with bf16 matrices */
     bool arena_locked;
     uint8_t *arena;
     uint64_t arena_bytes;

@@ -98,11 +98,26 @@ static uint32_t greatest(uint32_t a, uint32_t b)
     return a > b ? a : b;
 }
 
-static struct cm_activations activations_lay(struct layout *layout, uint64_t tokens,
+/* Has the model a matrix of bf16, whose activations are floats? */
+static bool bfloats_any(const struct cm_model *m)
+{
+    bool any = m->embedding.kind == CM_TENSOR_BF16 || m->head.kind == CM_TENSOR_BF16;
+    for (uint32_t i = 0; m->layer != NULL && i < m->layers; i++) {
+        for (uint32_t role = 0; role < CM_LAYER_ROLE_COUNT; role++) {
+            any = any || m->layer[i].tensors[role].kind == CM_TENSOR_BF16;
+        }
+    }
+    return any;
+}
+
+/* Room for both forms, if a model has both kinds of matrices. */
+static struct cm_activations activations_lay(struct layout *layout, bool bfloats, uint64_t tokens,
                                              uint32_t columns)
 {
     uint64_t blocks = tokens * (columns / CM_TILE_COLUMNS);
-    return (struct cm_activations){.q = piece(layout, blocks, CM_TILE_COLUMNS, 64),
+    float *x = bfloats ? piece(layout, blocks, CM_TILE_COLUMNS * sizeof(float), 64) : NULL;
+    return (struct cm_activations){.x = x,
+                                   .q = piece(layout, blocks, CM_TILE_COLUMNS, 64),
                                    .scale = piece(layout, blocks, 4, 64),
                                    .sum = piece(layout, blocks, 4, 64),
                                    .count = piece(layout, blocks, 4, 64)};
@@ -123,8 +138,8 @@ static void scratch_lay(struct cm_device *device, struct layout *layout,
     s->attention = piece(layout, (uint64_t)tokens * attention, 4, 64);
     s->partials = piece(layout, (uint64_t)CM_SPLITS * threads * device->chunks_max,
                         cm_partial_floats(group, m->head_width) * 4, 64);
-    s->act = activations_lay(layout, tokens, inputs);
-    s->hidden = activations_lay(layout, tokens, m->ffn_width);
+    s->act = activations_lay(layout, device->bfloats, tokens, inputs);
+    s->hidden = activations_lay(layout, device->bfloats, tokens, m->ffn_width);
     if (m->decoder.post_norms) {
         s->result = piece(layout, (uint64_t)tokens * m->width, 4, 64);
     }
@@ -137,7 +152,7 @@ static void scratch_lay(struct cm_device *device, struct layout *layout,
             .attention = piece(
                 layout, cm_attention_floats(greatest(CM_ATTENTION_ROWS, group), m->head_width), 4,
                 64),
-            .act = activations_lay(layout, 1, inputs),
+            .act = activations_lay(layout, device->bfloats, 1, inputs),
             .candidates = piece(layout, m->vocabulary, sizeof(struct cm_candidate), 64)};
         if (layout->base != NULL) {
             s->threads[i] = own;
@@ -175,6 +190,7 @@ static void arena_lay(struct cm_device *device, struct layout *layout,
     const struct cm_model *m = r->model;
     uint32_t tokens = greatest(r->step_tokens_max, r->slots);
     device->chunks_max = (r->context_max + CM_ATTENTION_CHUNK - 1) / CM_ATTENTION_CHUNK;
+    device->bfloats = bfloats_any(m);
     device->payload = piece(layout, 1, r->payload_bytes, 4096);
     /* Weights are read ahead by up to 4 KiB. */
     (void)piece(layout, 1, 8192, 64);

@@ -64,11 +64,19 @@ static void row_quantise(struct run *run, const struct rows *rows, uint32_t row,
     run->path->quantise(x, act, row, 0, rows->columns / CM_TILE_COLUMNS);
 }
 
+/* The form that a matrix multiplies. */
+static void form_choose(const struct cm_matrix *matrix, struct cm_activations *act)
+{
+    act->x = matrix->kind == CM_TENSOR_BF16 ? act->x : NULL;
+}
+
 /* A single row is computed by each thread for itself: cheaper than to wait for another's. */
-static struct cm_activations activate(struct run *run, const struct rows *rows)
+static struct cm_activations activate(struct run *run, const struct rows *rows,
+                                      const struct cm_matrix *matrix)
 {
     struct cm_activations act = rows->count == 1 ? run->own->act : run->scratch->act;
     uint32_t first, last;
+    form_choose(matrix, &act);
     act.columns = rows->columns;
     act.tokens = rows->count;
     if (rows->count == 1) {
@@ -228,6 +236,7 @@ static void gate_finish(struct run *run, struct cm_span span, float *y, size_t s
     uint32_t block = span.tile_first / 4, blocks = (span.tile_last - span.tile_first) / 4;
     hidden.columns = run->model->ffn_width;
     hidden.tokens = run->device->token_count;
+    form_choose(&run->layer->down, &hidden);
     for (uint32_t t = span.token_first; t < span.token_last; t++) {
         run->path->gate(y + (t - span.token_first) * stride, blocks * CM_TILE_COLUMNS,
                         run->model->decoder.activation, run->own->row);
@@ -350,21 +359,22 @@ static void layer_run(struct run *run)
     uint32_t tokens = run->device->token_count, attention = model->heads * model->head_width;
     uint32_t head_tiles = cm_heads_per_unit(model->head_width) * model->head_width / CM_TILE_ROWS;
     struct rows x = {scratch->x, model->width, NULL, tokens, model->width, layer->attention_norm};
-    struct cm_activations act = activate(run, &x);
+    struct cm_activations act = activate(run, &x, &layer->qkv);
     multiply(run, CM_SITE_QKV, &layer->qkv, &act, head_tiles, heads_finish);
     attend(run, item_run);
     if (run->device->splits > 0) {
         attend(run, item_merge);
     }
     struct rows out = {scratch->attention, attention, NULL, tokens, attention, NULL};
-    act = activate(run, &out);
+    act = activate(run, &out, &layer->attention_out);
     multiply_add(run, CM_SITE_OUT, &layer->attention_out, &act, layer->post_attention_norm);
     x.weight = layer->ffn_norm;
-    act = activate(run, &x);
+    act = activate(run, &x, &layer->gate_up);
     multiply(run, CM_SITE_GATE_UP, &layer->gate_up, &act, 4, gate_finish);
     act = scratch->hidden;
     act.columns = model->ffn_width;
     act.tokens = tokens;
+    form_choose(&layer->down, &act);
     multiply_add(run, CM_SITE_DOWN, &layer->down, &act, layer->post_ffn_norm);
 }
 
@@ -382,7 +392,7 @@ static void head_run(struct run *run, const uint32_t *pick, uint32_t count)
     uint32_t first, last;
     struct rows rows = {run->scratch->x, run->model->width, pick,
                         count,           run->model->width, run->device->out_norm};
-    struct cm_activations act = activate(run, &rows);
+    struct cm_activations act = activate(run, &rows, head);
     cm_pool_phase(run->worker, (head->row_tiles + unit - 1) / unit);
     while (cm_pool_take(run->worker, &first, &last)) {
         struct cm_span span = {0, count, first * unit, least(last * unit, head->row_tiles)};

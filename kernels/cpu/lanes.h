@@ -20,7 +20,8 @@
 typedef __m512 lanes;
 #define LANES_SCORE_ROWS      6u /* rows of attention that one pass over K serves, and over V */
 #define LANES_VALUE_ROWS      6u
-#define LANES_LOW_RANK_TOKENS 4u /* that one pass over a factor serves */
+#define LANES_LOW_RANK_TOKENS 4u  /* that one pass over a factor serves */
+#define LANES_TOKENS          16u /* of a panel, in one pass over bf16 weights */
 
 static inline lanes lanes_set(float x)
 {
@@ -119,6 +120,13 @@ static inline lanes lanes_twice(const float *at)
     const __m512i pairs = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
     return _mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(_mm256_loadu_ps(at)));
 }
+/* Sixteen pairs of bf16: the first and the second of each. */
+static inline void lanes_bfloats_load(const uint8_t *at, lanes *first, lanes *second)
+{
+    const __m512i pairs = _mm512_loadu_si512(at);
+    *first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    *second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int32_t)0xffff0000u)));
+}
 static inline void lanes_halves(lanes a, __m256 *low, __m256 *high)
 {
     *low = _mm512_castps512_ps256(a);
@@ -133,6 +141,7 @@ typedef struct {
 #define LANES_SCORE_ROWS      2u
 #define LANES_VALUE_ROWS      1u
 #define LANES_LOW_RANK_TOKENS 1u
+#define LANES_TOKENS          4u
 
 static inline lanes lanes_set(float x)
 {
@@ -256,6 +265,16 @@ static inline lanes lanes_twice(const float *at)
         _mm256_permutevar8x32_ps(x, _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0)),
         _mm256_permutevar8x32_ps(x, _mm256_set_epi32(7, 7, 6, 6, 5, 5, 4, 4)),
     };
+}
+static inline void lanes_bfloats_load(const uint8_t *at, lanes *first, lanes *second)
+{
+    const __m256i mask = _mm256_set1_epi32((int32_t)0xffff0000u);
+    const __m256i low = _mm256_loadu_si256((const __m256i *)(const void *)at);
+    const __m256i high = _mm256_loadu_si256((const __m256i *)(const void *)(at + 32));
+    *first = (lanes){_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
+                     _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+    *second = (lanes){_mm256_castsi256_ps(_mm256_and_si256(low, mask)),
+                      _mm256_castsi256_ps(_mm256_and_si256(high, mask))};
 }
 static inline void lanes_halves(lanes a, __m256 *low, __m256 *high)
 {

@@ -46,9 +46,13 @@ void LANES_NAME(shrink)(const uint16_t *tile, const struct cm_activations *x, ui
         for (uint32_t t = 0; t < count; t++) {
             for (uint32_t b = 0; b < blocks; b++) {
                 size_t at = cm_activation_at(x, token + first + t, block + b);
+                float *to = wide[t] + b * CM_TILE_COLUMNS;
+                if (x->x != NULL) {
+                    memcpy(to, x->x + at * CM_TILE_COLUMNS, CM_TILE_COLUMNS * sizeof(float));
+                    continue;
+                }
                 const int8_t *q = x->q + at * CM_TILE_COLUMNS;
                 lanes scale = lanes_set(x->scale[at]);
-                float *to = wide[t] + b * CM_TILE_COLUMNS;
                 lanes_store(to, lanes_mul(lanes_bytes_load(q), scale));
                 lanes_store(to + LANES, lanes_mul(lanes_bytes_load(q + LANES), scale));
             }

@@ -173,6 +173,10 @@ void cm_amx_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                  struct cm_span span, float *y, size_t stride)
 {
     struct cm_span whole = span, rest = span;
+    if (matrix->kind == CM_TENSOR_BF16) { /* the tile unit adds in an order of its own */
+        cm_avx512vnni_bfloat_gemm(matrix, x, span, y, stride);
+        return;
+    }
     whole.token_last -= (span.token_last - span.token_first) % CM_PANEL;
     rest.token_first = whole.token_last;
     if (whole.token_first < whole.token_last) {

@@ -141,6 +141,8 @@ void cm_avx2_gemm(const struct cm_matrix *matrix, const struct cm_activations *x
         kind_run(CM_TENSOR_U4A, matrix, x, span, y, stride);
     } else if (matrix->kind == CM_TENSOR_U4S) {
         kind_run(CM_TENSOR_U4S, matrix, x, span, y, stride);
+    } else if (matrix->kind == CM_TENSOR_BF16) {
+        cm_avx2_bfloat_gemm(matrix, x, span, y, stride);
     } else {
         kind_run(CM_TENSOR_U8S, matrix, x, span, y, stride);
     }

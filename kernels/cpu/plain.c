@@ -69,12 +69,26 @@ static void scales_of(const struct cm_matrix *matrix, size_t tile, uint32_t r, f
     *ret_m = affine ? cm_half_float(scales[16 + r]) : 0.0f;
 }
 
+/* Of a bf16 matrix: row r, column k of a tile. */
+static float bfloat_of(const struct cm_matrix *matrix, size_t tile, uint32_t r, uint32_t k)
+{
+    const uint8_t *at = matrix->quants + tile * 1024 + 64 * (k / 2) + 4 * r + 2 * (k % 2);
+    const uint32_t bits = (uint32_t)at[0] << 16 | (uint32_t)at[1] << 24;
+    float value;
+    memcpy(&value, &bits, sizeof(value));
+    return value;
+}
+
 void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uint32_t columns)
 {
     uint32_t r = row % CM_TILE_ROWS;
     for (uint32_t k = 0; k < columns; k++) {
         size_t tile = (size_t)(row / CM_TILE_ROWS) * matrix->blocks + k / CM_TILE_COLUMNS;
         float d, m;
+        if (matrix->kind == CM_TENSOR_BF16) {
+            ret[k] = bfloat_of(matrix, tile, r, k % CM_TILE_COLUMNS);
+            continue;
+        }
         scales_of(matrix, tile, r, &d, &m);
         int32_t q = (int32_t)quant_of(matrix, tile, r, k % CM_TILE_COLUMNS) - zero_of(matrix);
         ret[k] = fmaf(d, (float)q, m);
@@ -106,6 +120,21 @@ static float row_product(const struct cm_matrix *matrix, const struct cm_activat
     return y;
 }
 
+static float bfloat_product(const struct cm_matrix *matrix, const struct cm_activations *x,
+                            uint32_t t, uint32_t tile_row, uint32_t r)
+{
+    float y = 0.0f;
+    for (uint32_t b = 0; b < matrix->blocks; b++) {
+        const float *values = x->x + cm_activation_at(x, t, b) * CM_TILE_COLUMNS;
+        float p = 0.0f;
+        for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
+            p = fmaf(bfloat_of(matrix, (size_t)tile_row * matrix->blocks + b, r, k), values[k], p);
+        }
+        y = y + p;
+    }
+    return y;
+}
+
 void cm_plain_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                    struct cm_span span, float *y, size_t stride)
 {
@@ -113,7 +142,8 @@ void cm_plain_gemm(const struct cm_matrix *matrix, const struct cm_activations *
         for (uint32_t t = span.token_first; t < span.token_last; t++) {
             for (uint32_t r = 0; r < CM_TILE_ROWS; r++) {
                 y[(t - span.token_first) * stride + (tile - span.tile_first) * CM_TILE_ROWS + r] =
-                    row_product(matrix, x, t, tile, r);
+                    matrix->kind == CM_TENSOR_BF16 ? bfloat_product(matrix, x, t, tile, r)
+                                                   : row_product(matrix, x, t, tile, r);
             }
         }
     }
@@ -139,7 +169,8 @@ void cm_plain_shrink(const uint16_t *tile, const struct cm_activations *x, uint3
     for (uint32_t t = 0; t < tokens; t++) {
         for (uint32_t k = 0; k < blocks * CM_TILE_COLUMNS; k++) {
             size_t at = cm_activation_at(x, token + t, block + k / CM_TILE_COLUMNS);
-            wide[k] = (float)x->q[at * CM_TILE_COLUMNS + k % CM_TILE_COLUMNS] * x->scale[at];
+            const size_t value = at * CM_TILE_COLUMNS + k % CM_TILE_COLUMNS;
+            wide[k] = x->x != NULL ? x->x[value] : (float)x->q[value] * x->scale[at];
         }
         for (uint32_t r = 0; r < CM_TILE_ROWS; r++) {
             ret[t * stride + r] = factor_product(tile, r, blocks * CM_TILE_COLUMNS, wide);

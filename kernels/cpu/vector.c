@@ -7,6 +7,11 @@ void LANES_NAME(quantise)(const float *x, const struct cm_activations *act, uint
 {
     for (uint32_t b = 0; b < count; b++) {
         size_t at = cm_activation_at(act, token, block_first + b);
+        if (act->x != NULL) {
+            memcpy(act->x + at * CM_TILE_COLUMNS, x + b * CM_TILE_COLUMNS,
+                   CM_TILE_COLUMNS * sizeof(float));
+            continue;
+        }
         lanes low = lanes_load(x + b * CM_TILE_COLUMNS);
         lanes high = lanes_load(x + b * CM_TILE_COLUMNS + LANES);
         float greatest = lanes_greatest(lanes_max(lanes_abs(low), lanes_abs(high)));

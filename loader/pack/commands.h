@@ -19,6 +19,7 @@ struct cm_pack_arguments {
     const char *suite;
     const char *chat_format;
     const char *default_system;
+    const char *matrices;
     const char *recovery;
     const char *passphrase_file;
     const char *revision;

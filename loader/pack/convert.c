@@ -17,14 +17,18 @@ static void tile_put(uint32_t kind, uint32_t r, const struct cm_quant_block *blo
                      uint8_t *scales)
 {
     for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        if (kind == CM_TENSOR_U8S) {
+        if (kind == CM_TENSOR_BF16) {
+            memcpy(&quants[64 * (k / 2) + 4 * r + 2 * (k % 2)], &block->w[k], 2);
+        } else if (kind == CM_TENSOR_U8S) {
             quants[64 * (k / 4) + 4 * r + k % 4] = block->q[k];
         } else {
             uint8_t *at = &quants[64 * ((k % 16) / 4) + 4 * r + k % 4];
             *at = (uint8_t)(*at | (k < 16 ? block->q[k] : block->q[k] << 4));
         }
     }
-    memcpy(scales + 2 * r, &block->d, 2);
+    if (kind != CM_TENSOR_BF16) {
+        memcpy(scales + 2 * r, &block->d, 2);
+    }
     if (kind == CM_TENSOR_U4A) {
         memcpy(scales + 32 + 2 * r, &block->m, 2);
     }
@@ -149,10 +153,12 @@ static bool block_convert(const struct cm_quant *quant, uint32_t kind, const uin
     if (!all_finite(values)) {
         return false;
     }
+    bool fits = true;
     if (quant->carry != NULL && quant->kind == kind) {
         quant->carry(row, b, ret);
+        fits = cm_half_finite(ret->d) && cm_half_finite(ret->m);
     } else {
-        cm_quant_round(values, ret);
+        fits = cm_quant_round(kind, values, ret);
     }
     cm_quant_values(kind, ret, stored);
     for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
@@ -160,7 +166,7 @@ static bool block_convert(const struct cm_quant *quant, uint32_t kind, const uin
         loss->error_square += error * error;
         loss->square += (double)values[k] * (double)values[k];
     }
-    return cm_half_finite(ret->d) && cm_half_finite(ret->m);
+    return fits;
 }
 
 static enum cm_status row_convert(const struct cm_manifest_tensor *stored,
@@ -183,9 +189,10 @@ static enum cm_status row_convert(const struct cm_manifest_tensor *stored,
                            &block, loss)) {
             return refuse_value(tensor, source_row, b, err);
         }
+        uint8_t *scales =
+            scale_tile > 0 ? ret_bytes + (stored->scale_offset - stored->offset) : ret_bytes;
         tile_put(stored->kind, (uint32_t)(row % CM_TILE_ROWS), &block,
-                 ret_bytes + tile * quant_tile,
-                 ret_bytes + (stored->scale_offset - stored->offset) + tile * scale_tile);
+                 ret_bytes + tile * quant_tile, scales + tile * scale_tile);
     }
     return CM_OK;
 }
@@ -274,8 +281,10 @@ bool cm_plan_exact(const struct cm_plan *plan)
         uint32_t kind = plan->manifest.tensors[i].kind;
         for (uint32_t p = 0; kind != CM_TENSOR_F32 && p < plan->sources[i].count; p++) {
             const struct cm_quant *quant = cm_quant_find(plan->sources[i].parts[p].tensor->type);
-            exact = exact && quant->carry != NULL && quant->kind == kind &&
-                    quant->type != CM_QUANT_Q4_K;
+            bool carried =
+                quant->carry != NULL && quant->kind == kind && quant->type != CM_QUANT_Q4_K;
+            bool same = quant->type == CM_QUANT_BF16 && kind == CM_TENSOR_BF16;
+            exact = exact && (carried || same);
         }
     }
     return exact;

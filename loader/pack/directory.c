@@ -435,7 +435,7 @@ static enum cm_status vocabulary_read(const struct cm_directory *d, const struct
 enum cm_status cm_directory_plan(struct cm_directory *d, const struct cm_plan_options *options,
                                  struct cm_plan *ret_plan, struct cm_error *err)
 {
-    struct cm_plan plan = {.payload_bytes = 0};
+    struct cm_plan plan = {.floats_kind = options->floats_kind};
     struct cm_source source = {NULL, 0};
     enum cm_status status = cm_directory_shape(d->config, &plan, err);
     const bool gemma = plan.norm_added > 0.0f;

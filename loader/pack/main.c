@@ -28,6 +28,8 @@ static const struct option_row option_rows[] = {
     {"--chat-format", FIELD(chat_format), "F",
      "chatml, gemma or none; default: from the model's template"},
     {"--default-system", FIELD(default_system), "TEXT", "system prompt where a chat has none"},
+    {"--matrices", FIELD(matrices), "KIND",
+     "of matrices that the file has as floats: u8 (default) or bf16, twice as large"},
     {"--recovery", FIELD(recovery), "FILE", "detached recovery file; keep it off the nodes"},
     {"--passphrase-file", FIELD(passphrase_file), "FILE", "its passphrase, first line"},
     {"--policy-ref", FIELD(policy_ref), "REF", "what the policy is for (default: casemate)"},
@@ -52,7 +54,8 @@ static const struct {
     {"keygen", cm_command_keygen, NULL, " --owner ", "",
      "make the owner's and the policy authority's keys", "casemate-pack keygen --owner owner"},
     {"pack", cm_command_pack, "MODEL", " --out --owner ",
-     " --node --measurement --name --suite --revision --chat-format --default-system --recovery "
+     " --node --measurement --name --suite --revision --chat-format --default-system --matrices "
+     "--recovery "
      "--passphrase-file --policy-ref --ek-authority ",
      "convert a model (a GGUF file, or a directory with safetensors, config.json and "
      "tokenizer.json) and seal it into a package for nodes",

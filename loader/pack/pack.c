@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "kernels/model.h"
 #include "loader/pack/directory.h"
 #include "loader/pack/owner.h"
 #include "loader/pack/plan.h"
@@ -64,6 +65,19 @@ enum cm_status cm_command_keygen(const struct cm_pack_arguments *arguments, stru
             arguments->owner, arguments->owner, arguments->owner, arguments->owner);
     }
     return status;
+}
+
+static enum cm_status matrices_parse(const char *name, uint32_t *ret_kind, struct cm_error *err)
+{
+    if (name == NULL || strcmp(name, "u8") == 0) {
+        *ret_kind = CM_TENSOR_NONE;
+    } else if (strcmp(name, "bf16") == 0) {
+        *ret_kind = CM_TENSOR_BF16;
+    } else {
+        return cm_error_set(err, CM_E_USAGE, "CM-PACK-MATRICES",
+                            "--matrices '%s' is unknown; there are: u8, bf16", name);
+    }
+    return CM_OK;
 }
 
 /* Convert and append each tensor, with the zeros between them. */
@@ -179,6 +193,9 @@ enum cm_status cm_command_pack(const struct cm_pack_arguments *arguments, struct
                                       .default_system = arguments->default_system,
                                       .origin = arguments->input};
     enum cm_status status = cm_pack_seal_check(arguments, err);
+    if (status == CM_OK) {
+        status = matrices_parse(arguments->matrices, &options.floats_kind, err);
+    }
     if (status == CM_OK) {
         status = input_plan(arguments->input, &options, &input, &plan, err);
     }

@@ -159,16 +159,17 @@ enum cm_status cm_plan_shape_check(struct cm_plan *plan, struct cm_error *err)
     return CM_OK;
 }
 
-/* A kind that all parts' quants fit into, else eight bits. */
-static uint32_t kind_choose(const struct cm_plan_source *source)
+/* A kind that all parts' quants fit into, else the one for floats, or eight bits. */
+static uint32_t kind_choose(const struct cm_plan *plan, const struct cm_plan_source *source)
 {
-    uint32_t kind = cm_quant_find(source->parts[0].tensor->type)->kind;
-    for (uint32_t i = 1; i < source->count; i++) {
-        if (cm_quant_find(source->parts[i].tensor->type)->kind != kind) {
-            return CM_TENSOR_U8S;
-        }
+    uint32_t kind = CM_TENSOR_NONE;
+    bool floats = true;
+    for (uint32_t i = 0; i < source->count; i++) {
+        const struct cm_quant *quant = cm_quant_find(source->parts[i].tensor->type);
+        kind = i > 0 && quant->kind != kind ? (uint32_t)CM_TENSOR_U8S : quant->kind;
+        floats = floats && quant->block == 1;
     }
-    return kind;
+    return floats && plan->floats_kind != CM_TENSOR_NONE ? plan->floats_kind : kind;
 }
 
 /* Rows and columns that this model must have at a role. */
@@ -233,7 +234,7 @@ static enum cm_status tensor_add(struct cm_plan *plan, const char *name, uint32_
                             name, (unsigned long long)rows, (unsigned long long)columns, want_rows,
                             want_columns);
     }
-    uint32_t kind = vector ? (uint32_t)CM_TENSOR_F32 : kind_choose(source);
+    uint32_t kind = vector ? (uint32_t)CM_TENSOR_F32 : kind_choose(plan, source);
     if (!cm_tensor_layout(kind, rows, columns, &quant, &scale)) {
         return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-SHAPE", "model: tensor '%s' is too large",
                             name);

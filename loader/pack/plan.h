@@ -11,6 +11,7 @@ struct cm_plan_options {
     const char *chat_format;    /* NULL: from the template; "chatml", "gemma", "none" */
     const char *default_system; /* with chat_format */
     const char *origin;         /* recorded in the manifest */
+    uint32_t floats_kind;       /* of matrices that the file has as floats; NONE: u8 */
 };
 
 /* How source rows fill the stored rows. */
@@ -32,6 +33,7 @@ struct cm_plan_source {
 struct cm_plan {
     struct cm_manifest manifest;
     bool pairs_apart;               /* RoPE pairs are (i, i + rope_width / 2) in the files */
+    uint32_t floats_kind;           /* of the options */
     float norm_added;               /* 1 where norms are stored as weight - 1 */
     struct cm_plan_source *sources; /* [manifest.tensor_count] */
     uint64_t payload_bytes;

@@ -160,7 +160,7 @@ static enum cm_status texts_read(const struct cm_gguf *gguf, const struct cm_pla
 enum cm_status cm_plan_make(const struct cm_gguf *gguf, const struct cm_plan_options *options,
                             struct cm_plan *ret_plan, struct cm_error *err)
 {
-    struct cm_plan plan = {.payload_bytes = 0};
+    struct cm_plan plan = {.floats_kind = options->floats_kind};
     struct keys keys = {.gguf = gguf};
     struct cm_source source = cm_gguf_tensors(gguf);
     enum cm_status status = cm_gguf_text(gguf, "general.architecture", &keys.family, err);

@@ -228,9 +228,26 @@ const struct cm_quant *cm_quant_find(uint32_t type)
     return NULL;
 }
 
-void cm_quant_round(const float values[CM_TILE_COLUMNS], struct cm_quant_block *ret)
+/* To nearest, ties to even; what lies beyond the greatest becomes infinite. */
+static uint16_t bfloat_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+bool cm_quant_round(uint32_t kind, const float values[CM_TILE_COLUMNS], struct cm_quant_block *ret)
 {
     float greatest = 0.0f;
+    bool finite = true;
+    if (kind == CM_TENSOR_BF16) {
+        *ret = (struct cm_quant_block){.d = 0};
+        for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
+            ret->w[k] = bfloat_of(values[k]);
+            finite = finite && (ret->w[k] & 0x7f80u) != 0x7f80u;
+        }
+        return finite;
+    }
     for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
         greatest = fmaxf(greatest, fabsf(values[k]));
     }
@@ -242,12 +259,17 @@ void cm_quant_round(const float values[CM_TILE_COLUMNS], struct cm_quant_block *
         q = fminf(fmaxf(q, -127.0f), 127.0f);
         ret->q[k] = (uint8_t)((int)q + 128);
     }
+    return cm_half_finite(ret->d);
 }
 
 void cm_quant_values(uint32_t kind, const struct cm_quant_block *block, float ret[CM_TILE_COLUMNS])
 {
     float zero = kind == CM_TENSOR_U8S ? 128.0f : (kind == CM_TENSOR_U4S ? 8.0f : 0.0f);
     float d = cm_half_to_float(block->d), m = cm_half_to_float(block->m);
+    if (kind == CM_TENSOR_BF16) {
+        bf16_values((const uint8_t *)block->w, 0, ret);
+        return;
+    }
     for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
         ret[k] = d * ((float)block->q[k] - zero) + m;
     }

@@ -25,7 +25,8 @@ enum cm_quant_type { /* ggml_type numbers; only these are read */
 /* 32 weights as stored: value = d * (q - zero) + m, zero = 8 (u4s), 128 (u8s) or 0 (u4a). */
 struct cm_quant_block {
     uint8_t q[CM_TILE_COLUMNS];
-    uint16_t d, m; /* fp16 bits */
+    uint16_t d, m;               /* fp16 bits */
+    uint16_t w[CM_TILE_COLUMNS]; /* bf16: the weights; the others are unused then */
 };
 
 struct cm_quant {
@@ -42,8 +43,9 @@ struct cm_quant {
 
 /* NULL: not a type that is read. */
 const struct cm_quant *cm_quant_find(uint32_t type);
-/* 32 values to the nearest of u8 symmetric, d = max |value| / 127. */
-void cm_quant_round(const float values[CM_TILE_COLUMNS], struct cm_quant_block *ret);
+/* 32 values to the nearest of the kind: bf16, or u8 symmetric with d = max |value| / 127. False:
+ * out of the kind's range. */
+bool cm_quant_round(uint32_t kind, const float values[CM_TILE_COLUMNS], struct cm_quant_block *ret);
 /* What a device will make of the block. */
 void cm_quant_values(uint32_t kind, const struct cm_quant_block *block, float ret[CM_TILE_COLUMNS]);
 

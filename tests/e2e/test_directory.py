@@ -58,6 +58,19 @@ def test_directory_and_gguf_are_the_same_model(build, both, family):
     assert len(runs) == 1 and len(runs.pop().split()) == 40
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_bf16_matrices_are_carried_over(build, tmp_path, family):
+    for name, write in (("a", tiny_family.write_gguf), ("b", tiny_family.write_directory)):
+        (tmp_path / name).mkdir()
+        seal(build, write(tmp_path / name / "model.gguf", family, bf16=True), tmp_path / name,
+             "--matrices", "bf16")
+    a, b = opened(tmp_path / "a"), opened(tmp_path / "b")
+    assert a.payload == b.payload and a.manifest.loss is None
+    down = next(t for t in b.manifest.tensors if (t["layer"], t["role"]) == (1, 5))
+    stored = tiny_family.weights(family, bf16=True)["model.layers.1.mlp.down_proj.weight"]
+    assert (tiny_family.bfloats(b.weights(down)) == stored).all() and down["kind"] == 5
+
+
 def dump(package, out):
     m = package.manifest
     kind, split = numpy.frombuffer(m.records[8], "<u4")[:2]

@@ -23,12 +23,12 @@ import tiny_model  # noqa: E402
 PEER = json.loads((TESTS / "golden" / "engine" / "llama_cpp.json").read_text())
 
 
-def seal(build, model, folder):
+def seal(build, model, folder, *words):
     pack = build / "bin" / "casemate-pack"
     (folder / "pass").write_text("correct horse battery\n")
     subprocess.run([pack, "keygen", "--owner", folder / "owner"], check=True, capture_output=True)
     subprocess.run([pack, "pack", model, "--out", folder / "m.cmpkg", "--owner", folder / "owner",
-                    "--recovery", folder / "r", "--passphrase-file", folder / "pass"], check=True,
+                    "--recovery", folder / "r", "--passphrase-file", folder / "pass", *words], check=True,
                    capture_output=True)
     key = package_reader.recovery_key((folder / "r").read_bytes(), "correct horse battery")
     (folder / "key").write_bytes(key)
@@ -121,6 +121,42 @@ def test_each_family_on_each_path(build, family, name):
     part, same = reference.compare(wanted, found)
     # Logits of seeded weights are flat: the best two lie close together.
     assert part / len(tokens) <= 0.002 and same / len(tokens) >= 0.85, (part / len(tokens), same)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3"])
+def test_bf16_matrices(build, tmp_path, name, capsys):
+    """Weights as they are, activations too: what is left is fp16 of K and V, and binary32."""
+    path = tiny_family.write_gguf(tmp_path / "tiny.gguf", name, bf16=True)
+    tokens = tiny_family.tokens(name) * 2
+    wanted, divergence = reference.Decoder(path).logits(tokens), {}
+    for kind in ("u8", "bf16"):
+        (tmp_path / kind).mkdir()
+        folder = seal(build, path, tmp_path / kind, "--matrices", kind)
+        package = package_reader.Package((folder / "m.cmpkg").read_bytes(),
+                                         (folder / "key").read_bytes())
+        kinds = {t["kind"] for t in package.manifest.tensors}
+        assert kinds == {1, 5 if kind == "bf16" else 4}
+        assert (package.manifest.loss is None) == (kind == "bf16")
+        runs = {engine(build, folder, "logits", tokens=tokens, CASEMATE_CPU=path,
+                       CASEMATE_THREADS=count) for path in available_paths() for count in "12"}
+        assert len(runs) == 1
+        found = numpy.frombuffer(runs.pop(), "<f4").reshape(wanted.shape)
+        part, same = reference.compare(wanted, found)
+        divergence[kind] = part / len(tokens)
+        tokens_of = {engine(build, folder, "greedy", 60, chunk, tokens=tokens[:40])
+                     for chunk in (1, 7, 40)}
+        assert len(tokens_of) == 1
+    with capsys.disabled():
+        print(f"\n{name}: mean KL u8 {divergence['u8']:.2g}, bf16 {divergence['bf16']:.2g}")
+    assert divergence["bf16"] < 2e-6 and divergence["bf16"] < divergence["u8"] / 50
+    assert same >= len(tokens) - 1
+
+
+def test_an_unknown_kind_of_matrices_is_refused(build, tmp_path):
+    done = subprocess.run([build / "bin" / "casemate-pack", "pack", "x.gguf", "--out", tmp_path / "m",
+                           "--owner", tmp_path, "--matrices", "f64"], capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 2 and "u8, bf16" in done.stderr
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -68,10 +68,11 @@ def text_tokens(package):
     return tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3"])
-def test_the_loss_is_the_one_of_a_float64_pass(build, tmp_path, family):
+@pytest.mark.parametrize("family,matrices", [("llama", "u8"), ("qwen3", "u8"), ("gemma2", "u8"),
+                                             ("gemma3", "u8"), ("llama", "bf16")])
+def test_the_loss_is_the_one_of_a_float64_pass(build, tmp_path, family, matrices):
     path = tiny_family.write_gguf(tmp_path / "tiny.gguf", family)
-    seal(build, path, tmp_path)
+    seal(build, path, tmp_path, "--matrices", matrices)
     done = subprocess.run([build / "bin" / "casemate-pack", "inspect", tmp_path / "m.cmpkg",
                            "--recovery", tmp_path / "r", "--passphrase-file", tmp_path / "pass",
                            "--json"], capture_output=True, text=True, check=True, timeout=60)

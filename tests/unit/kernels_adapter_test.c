@@ -115,7 +115,7 @@ static void alone_run(const struct tiny_adapter *adapter, struct outcome *ret)
     cm_device_close(device);
 }
 
-Test(kernels_adapter, each_sequence_gets_its_own_on_every_path_among_any_neighbours)
+static void neighbours_run(void)
 {
     static struct outcome wanted[4], found[SEQUENCES];
     static struct sequence all[SEQUENCES];
@@ -153,6 +153,18 @@ Test(kernels_adapter, each_sequence_gets_its_own_on_every_path_among_any_neighbo
         }
     }
     cr_assert_geq(runs, 72u);
+}
+
+Test(kernels_adapter, each_sequence_gets_its_own_on_every_path_among_any_neighbours)
+{
+    neighbours_run();
+}
+
+Test(kernels_adapter, each_gets_its_own_over_bf16_too)
+{
+    attention_kind = ffn_kind = CM_TENSOR_BF16;
+    model_make();
+    neighbours_run();
 }
 
 /* B of zeros adds nothing: the bits are the plain model's. */

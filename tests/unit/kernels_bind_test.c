@@ -47,6 +47,43 @@ Test(kernels_bind, a_scale_that_is_nan_or_infinite_is_refused_by_name)
     cr_assert_eq(bind(), CM_OK, "%s", err.text);
 }
 
+Test(kernels_bind, a_bf16_weight_that_is_nan_or_infinite_is_refused_by_name)
+{
+    static const uint16_t bad[] = {0x7f80, 0xff80, 0x7fc0, 0xffff, 0x7f81};
+    static const uint16_t good[] = {0x7f7f, 0xff7f, 0x0000, 0x8000, 0x7c00};
+    attention_kind = ffn_kind = CM_TENSOR_BF16;
+    model_make();
+    const struct cm_tensor *tensors[] = {&model.embedding, &layer.tensors[CM_LAYER_DOWN]};
+    for (size_t t = 0; t < 2; t++) {
+        const uint64_t weights = tensors[t]->bytes / 2;
+        const uint64_t places[] = {0, 1, 2, 3, weights / 2, weights - 2, weights - 1};
+        for (size_t p = 0; p < sizeof(places) / sizeof(places[0]); p++) {
+            planted(tensors[t], tensors[t]->offset + 2 * places[p], &bad[p % 5], sizeof(bad[0]));
+        }
+    }
+    for (size_t i = 0; i < 5; i++) {
+        memcpy(payload + model.embedding.offset + 2 * i, &good[i], sizeof(good[i]));
+    }
+    cr_assert_eq(bind(), CM_OK, "%s", err.text);
+}
+
+Test(kernels_bind, bf16_that_was_not_reserved_for_is_refused)
+{
+    attention_kind = CM_TENSOR_BF16;
+    model_make();
+    const struct cm_tensor kept = layer.tensors[CM_LAYER_QKV], embedding = model.embedding,
+                           out = layer.tensors[CM_LAYER_ATTENTION_OUT];
+    model.embedding.kind = layer.tensors[CM_LAYER_QKV].kind =
+        layer.tensors[CM_LAYER_ATTENTION_OUT].kind = CM_TENSOR_U8S;
+    struct cm_device *device = device_load(1, 1, 32, 32);
+    model.embedding = embedding;
+    layer.tensors[CM_LAYER_QKV] = kept;
+    layer.tensors[CM_LAYER_ATTENTION_OUT] = out;
+    cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_E_PACKAGE);
+    cr_assert_not_null(strstr(err.text, "reserved for had none"), "%s", err.text);
+    cm_device_close(device);
+}
+
 Test(kernels_bind, a_norm_that_is_nan_or_infinite_is_refused_by_name)
 {
     static const uint32_t bad[] = {0x7f800000, 0xff800000, 0x7fc00000, 0x7f800001};

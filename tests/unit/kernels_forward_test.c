@@ -103,11 +103,13 @@ static void way_run(const struct way *way, struct outcome *ret)
     cm_device_close(device);
 }
 
-Test(kernels_forward, nothing_changes_a_bit)
+static void ways_compare(uint32_t attention, uint32_t ffn)
 {
     static struct outcome wanted, found;
     const uint32_t chunks[] = {1, 7, 16, 64};
     uint32_t runs = 0;
+    attention_kind = attention;
+    ffn_kind = ffn;
     model_make();
     way_run(&(struct way){"avx2", 1, 1, 64}, &wanted);
     cr_assert_neq(memcmp(wanted.logits[0], wanted.logits[1], sizeof(wanted.logits[0])), 0);
@@ -123,4 +125,17 @@ Test(kernels_forward, nothing_changes_a_bit)
         }
     }
     cr_assert_geq(runs, 16u);
+}
+
+Test(kernels_forward, nothing_changes_a_bit)
+{
+    ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S);
+}
+
+/* Activations are floats for some matrices and quants for others. */
+Test(kernels_forward, nothing_changes_a_bit_with_bf16)
+{
+    ways_compare(CM_TENSOR_BF16, CM_TENSOR_BF16);
+    ways_compare(CM_TENSOR_BF16, CM_TENSOR_U8S);
+    ways_compare(CM_TENSOR_U8S, CM_TENSOR_BF16);
 }

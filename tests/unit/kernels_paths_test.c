@@ -33,10 +33,11 @@ static void *lines_new(size_t bytes)
     return kept[count++] = lines;
 }
 
-static struct cm_activations activations_new(uint32_t columns, uint32_t tokens)
+static struct cm_activations activations_new(uint32_t kind, uint32_t columns, uint32_t tokens)
 {
     size_t blocks = (size_t)tokens * columns / 32;
-    return (struct cm_activations){.q = lines_new(blocks * 32),
+    return (struct cm_activations){.x = kind == CM_TENSOR_BF16 ? lines_new(blocks * 128) : NULL,
+                                   .q = lines_new(blocks * 32),
                                    .scale = lines_new(blocks * 4),
                                    .sum = lines_new(blocks * 4),
                                    .count = lines_new(blocks * 4),
@@ -52,6 +53,10 @@ static struct cm_matrix matrix_new(uint32_t kind, uint32_t rows, uint32_t column
     for (uint64_t i = 0; i < quant; i++) {
         bytes[i] = (uint8_t)rand();
     }
+    for (uint64_t i = 0; kind == CM_TENSOR_BF16 && i < quant / 2; i++) {
+        const float value = uniform();
+        memcpy(bytes + 2 * i, (const uint8_t *)&value + 2, 2);
+    }
     for (uint64_t i = 0; i < scale / 2; i++) {
         uint16_t half = cm_half_of(uniform() * 0.05f);
         memcpy(bytes + quant + 2 * i, &half, 2);
@@ -66,7 +71,7 @@ Test(kernels_paths, quantiser_rounds_to_even_and_keeps_zero)
 {
     for (size_t p = 0; p < PATHS; p++) {
         const struct cm_path *path = cm_path_choose(names[p]);
-        struct cm_activations act = activations_new(64, 1);
+        struct cm_activations act = activations_new(CM_TENSOR_U8S, 64, 1);
         float x[64] = {127.0f, 0.5f, 1.5f, -2.5f};
         if (path == NULL) {
             continue;
@@ -144,7 +149,7 @@ Test(kernels_paths, vectors_equal_the_definitions)
         path->norm(x, w, size, 1e-5f, ret);
         cr_assert_arr_eq(ret, wanted, size * sizeof(float), "%s norm %u", path->name, size);
         uint32_t columns = size / 32 * 32;
-        struct cm_activations act = activations_new(columns, 1);
+        struct cm_activations act = activations_new(CM_TENSOR_U8S, columns, 1);
         quantise_plain(x, columns, q, scale, n);
         path->quantise(x, &act, 0, 0, columns / 32);
         cr_assert_arr_eq(act.q, q, columns);
@@ -183,12 +188,13 @@ Test(kernels_paths, products_equal_the_definition)
 {
     const uint32_t shapes[][3] = {{32, 32, 1},   {64, 256, 3},  {96, 288, 8}, {33, 576, 13},
                                   {960, 64, 16}, {64, 320, 35}, {32, 96, 130}};
-    const uint32_t kinds[] = {CM_TENSOR_U4A, CM_TENSOR_U4S, CM_TENSOR_U8S};
+    const uint32_t kinds[] = {CM_TENSOR_U4A, CM_TENSOR_U4S, CM_TENSOR_U8S, CM_TENSOR_BF16};
+    enum { KINDS = sizeof(kinds) / sizeof(kinds[0]) };
     srand(1);
-    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]) * 3; i++) {
-        const uint32_t *shape = shapes[i / 3], tokens = shape[2], columns = shape[1];
-        struct cm_matrix matrix = matrix_new(kinds[i % 3], shape[0], columns);
-        struct cm_activations act = activations_new(columns, tokens);
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]) * KINDS; i++) {
+        const uint32_t *shape = shapes[i / KINDS], tokens = shape[2], columns = shape[1];
+        struct cm_matrix matrix = matrix_new(kinds[i % KINDS], shape[0], columns);
+        struct cm_activations act = activations_new(kinds[i % KINDS], columns, tokens);
         float *row = lines_new(columns * 4ul);
         for (uint32_t t = 0; t < tokens; t++) {
             floats_fill(row, columns, 3.0f);
@@ -205,8 +211,8 @@ Test(kernels_paths, products_equal_the_definition)
             }
             memset(fast, 0xff, bytes);
             path->gemm(&matrix, &act, all, fast, stride);
-            cr_assert_arr_eq(plain, fast, bytes, "%s, shape %zu, kind %u", path->name, i / 3,
-                             kinds[i % 3]);
+            cr_assert_arr_eq(plain, fast, bytes, "%s, shape %zu, kind %u", path->name, i / KINDS,
+                             kinds[i % KINDS]);
             /* A part of it: the same values. */
             struct cm_span part = {tokens / 32 * 16, tokens, 1, matrix.row_tiles};
             memset(fast, 0xff, bytes);
@@ -227,10 +233,10 @@ static uint16_t *factor_new(size_t tiles, uint32_t columns)
     return factor;
 }
 
-Test(kernels_paths, factors_of_adapters_equal_the_definition)
+static void factors_compare(uint32_t kind)
 {
     enum { COLUMNS = 576, TOKENS = 37, TILES = 5 };
-    struct cm_activations act = activations_new(COLUMNS, TOKENS);
+    struct cm_activations act = activations_new(kind, COLUMNS, TOKENS);
     static float row[COLUMNS], plain[TOKENS][20], fast[TOKENS][20];
     static float u[CM_ADAPTER_RANK_MAX], wanted[TILES * 32], found[TILES * 32];
     srand(4);
@@ -259,6 +265,12 @@ Test(kernels_paths, factors_of_adapters_equal_the_definition)
         path->expand(b, rank, TILES, u, found, 32);
         cr_assert_arr_eq(found, wanted, sizeof(found), "%s expand %u", path->name, rank);
     }
+}
+
+Test(kernels_paths, factors_of_adapters_equal_the_definition)
+{
+    factors_compare(CM_TENSOR_U8S);
+    factors_compare(CM_TENSOR_BF16);
 }
 
 /* ------------------------------------------------------------------ attention */

@@ -38,6 +38,7 @@ static struct cm_model model = {.vocabulary = VOCABULARY,
                                 .end_token_count = 1};
 static uint8_t payload[32 * SEGMENT_BYTES];
 static uint64_t payload_bytes;
+static uint32_t attention_kind = CM_TENSOR_U8S, ffn_kind = CM_TENSOR_U8S; /* of the matrices */
 static struct cm_error err;
 
 static inline void tensor_make(struct cm_tensor *tensor, const char *name, uint32_t kind,
@@ -59,6 +60,10 @@ static inline void tensor_make(struct cm_tensor *tensor, const char *name, uint3
         uint16_t half = (uint16_t)(0x2000 + rand() % 0x400); /* 0.008 to 0.016 */
         memcpy(payload + payload_bytes + quant + 2 * i, &half, sizeof(half));
     }
+    for (uint64_t i = 0; kind == CM_TENSOR_BF16 && i < quant / 2; i++) {
+        uint16_t bits = (uint16_t)(0x3d00 + rand() % 0x100 + (rand() % 2 << 15)); /* 0.03 to 0.13 */
+        memcpy(payload + payload_bytes + 2 * i, &bits, sizeof(bits));
+    }
     for (uint64_t i = 0; kind == CM_TENSOR_F32 && i < rows; i++) {
         const float one = 1.0f;
         memcpy(payload + payload_bytes + 4 * i, &one, sizeof(one));
@@ -72,18 +77,19 @@ static inline void model_make(void)
 {
     struct cm_tensor *t = layer.tensors;
     srand(11);
+    payload_bytes = 0;
     for (uint32_t i = 0; i < VOCABULARY; i++) {
         token_offsets[i + 1] = i + 1;
         token_bytes[i] = (uint8_t)('0' + i); /* a reply's text is its tokens */
     }
-    tensor_make(&model.embedding, "embedding", CM_TENSOR_U8S, VOCABULARY, WIDTH);
+    tensor_make(&model.embedding, "embedding", attention_kind, VOCABULARY, WIDTH);
     tensor_make(&model.out_norm, "out_norm", CM_TENSOR_F32, WIDTH, 1);
     tensor_make(&t[CM_LAYER_ATTENTION_NORM], "attention_norm", CM_TENSOR_F32, WIDTH, 1);
-    tensor_make(&t[CM_LAYER_QKV], "qkv", CM_TENSOR_U8S, 128, WIDTH);
-    tensor_make(&t[CM_LAYER_ATTENTION_OUT], "attention_out", CM_TENSOR_U8S, WIDTH, 64);
+    tensor_make(&t[CM_LAYER_QKV], "qkv", attention_kind, 128, WIDTH);
+    tensor_make(&t[CM_LAYER_ATTENTION_OUT], "attention_out", attention_kind, WIDTH, 64);
     tensor_make(&t[CM_LAYER_FFN_NORM], "ffn_norm", CM_TENSOR_F32, WIDTH, 1);
-    tensor_make(&t[CM_LAYER_GATE_UP], "gate_up", CM_TENSOR_U8S, 128, WIDTH);
-    tensor_make(&t[CM_LAYER_DOWN], "down", CM_TENSOR_U8S, WIDTH, 64);
+    tensor_make(&t[CM_LAYER_GATE_UP], "gate_up", ffn_kind, 128, WIDTH);
+    tensor_make(&t[CM_LAYER_DOWN], "down", ffn_kind, WIDTH, 64);
 }
 
 static inline enum cm_status segment_copy(void *context, uint64_t index, const uint8_t *ciphertext,
