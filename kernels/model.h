@@ -99,6 +99,8 @@ struct cm_model {
     uint32_t context_max;
     float rope_base;
     float norm_epsilon;
+    const float *rope_factors; /* [rope_width / 2], borrowed while binding: turns are divided by
+                                  them where the base is rope_base; NULL: they are not */
     struct cm_decoder decoder;
     bool tied_head;               /* head is absent: the embedding serves */
     struct cm_tensor embedding;   /* [vocabulary, width] */

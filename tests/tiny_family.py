@@ -154,10 +154,30 @@ def safetensors(tensors):
     return len(text).to_bytes(8, "little") + text + b"".join(v.tobytes() for v in tensors.values())
 
 
-def write_directory(folder, family, bf16=False):
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+def llama3_factors(width, base, scaling):
+    """How `_compute_llama3_parameters` of transformers (modeling_rope_utils.py) changes frequencies:
+    the quotient is what GGUF stores."""
+    plain = 1.0 / base ** (numpy.arange(0, width, 2) / width)
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    length = 2 * numpy.pi / plain
+    smooth = (context / length - low) / (high - low)
+    between = (1 - smooth) * plain / factor + smooth * plain
+    changed = numpy.where(length > context / low, plain / factor, plain)
+    middle = ~(length < context / high) & ~(length > context / low)
+    return (plain / numpy.where(middle, between, changed)).astype(numpy.float32)
+
+
+def write_directory(folder, family, bf16=False, scaling=None):
     folder = pathlib.Path(folder)
     folder.mkdir(exist_ok=True)
     shape = FAMILIES[family] | {"vocab_size": len(vocabulary(family)[0])}
+    shape |= {"rope_scaling": scaling} if scaling else {}
     (folder / "config.json").write_text(json.dumps(shape))
     (folder / "model.safetensors").write_bytes(safetensors(weights(family, bf16)))
     tokenizer(family).save(str(folder / "tokenizer.json"))
@@ -197,7 +217,7 @@ def gguf_values(name, values, family):
     return values
 
 
-def write_gguf(path, family, bf16=False):
+def write_gguf(path, family, bf16=False, scaling=None):
     shape, (tokens, types, merges) = FAMILIES[family], vocabulary(family)
     arch = "llama" if family == "mistral" else family
     out = gguf.GGUFWriter(str(path), arch)
@@ -231,6 +251,12 @@ def write_gguf(path, family, bf16=False):
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
     out.add_add_bos_token(False)
+    if scaling and scaling["rope_type"] == "linear":
+        out.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        out.add_rope_scaling_factor(scaling["factor"])
+    elif scaling:
+        out.add_tensor("rope_freqs.weight",
+                       llama3_factors(head_width(family), shape["rope_theta"], scaling))
     for name, values in weights(family, bf16).items():
         values = gguf_values(name, values, family)
         if values.dtype == numpy.uint16:

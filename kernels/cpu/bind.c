@@ -222,6 +222,7 @@ static enum cm_status tokens_bind(struct cm_device *device, const struct cm_mode
 struct rope_table {
     const struct cm_device *device;
     double base, scale;
+    const float *factors; /* NULL: none */
     float *cosine, *sine;
 };
 
@@ -235,7 +236,8 @@ static void rope_fill(void *context, struct cm_worker *worker)
     cm_pool_phase(worker, device->limits.context_max);
     while (cm_pool_take(worker, &first, &last)) {
         for (uint32_t i = 0; i < half; i++) {
-            const double turn = table->scale * pow(table->base, -2.0 * i / m->rope_width);
+            const double factor = table->factors != NULL ? (double)table->factors[i] : 1.0;
+            const double turn = table->scale * pow(table->base, -2.0 * i / m->rope_width) / factor;
             for (size_t t = first; t < last; t++) {
                 table->cosine[t * half + i] = (float)cos((double)t * turn);
                 table->sine[t * half + i] = (float)sin((double)t * turn);
@@ -253,9 +255,10 @@ static void positions_bind(struct cm_device *device)
     const bool two = device->window_cosine != NULL;
     struct rope_table tables[2] = {
         {device, (double)m->rope_base, d->rope_scale > 0.0f ? (double)d->rope_scale : 1.0,
-         device->cosine, device->sine},
+         m->rope_factors, device->cosine, device->sine},
         {device, (double)(d->window_rope_base > 0.0f ? d->window_rope_base : m->rope_base), 1.0,
-         device->window_cosine, device->window_sine}};
+         d->window_rope_base > 0.0f ? NULL : m->rope_factors, device->window_cosine,
+         device->window_sine}};
     for (uint32_t i = 0; i < (two ? 2u : 1u); i++) {
         cm_pool_run(device->pool, rope_fill, &tables[i]);
     }
@@ -308,6 +311,7 @@ enum cm_status cm_device_model_bind(struct cm_device *device, const struct cm_mo
     }
     if (status == CM_OK) {
         positions_bind(device);
+        device->model.rope_factors = NULL;
         device->bound = true;
     }
     return status;

@@ -268,6 +268,24 @@ static enum cm_status numbers_read(const json_t *config, struct cm_manifest *m,
     return status;
 }
 
+static enum cm_status llama3_read(const json_t *scaling, struct cm_manifest *m,
+                                  struct cm_error *err)
+{
+    struct cm_rope_scaling numbers = {0};
+    const struct {
+        const char *key;
+        float *value;
+    } rows[] = {{"factor", &numbers.factor},
+                {"low_freq_factor", &numbers.low},
+                {"high_freq_factor", &numbers.high},
+                {"original_max_position_embeddings", &numbers.context}};
+    enum cm_status status = CM_OK;
+    for (size_t i = 0; status == CM_OK && i < sizeof(rows) / sizeof(rows[0]); i++) {
+        status = real_read(scaling, rows[i].key, rows[i].value, err);
+    }
+    return status == CM_OK ? cm_rope_llama3(&numbers, m, err) : status;
+}
+
 /* rope_theta and rope_scaling, or the newer rope_parameters, which may differ by kind of layer. */
 static enum cm_status rope_read(const json_t *config, struct cm_manifest *m, struct cm_error *err)
 {
@@ -293,6 +311,9 @@ static enum cm_status rope_read(const json_t *config, struct cm_manifest *m, str
     const char *name = json_string_value(type != NULL ? type : json_object_get(scaling, "type"));
     if (status != CM_OK || name == NULL || strcmp(name, "default") == 0) {
         return status;
+    }
+    if (strcmp(name, "llama3") == 0) {
+        return llama3_read(scaling, m, err);
     }
     status = real_read(scaling, "factor", &factor, err);
     if (status == CM_OK && (strcmp(name, "linear") != 0 || factor < 1.0f || factor > 1024.0f)) {

@@ -171,10 +171,12 @@ static void rope(const struct cm_manifest *m, bool window, float *head)
     const struct cm_manifest_decoder *d = &m->decoder;
     float base = window && d->window_rope_base > 0.0f ? d->window_rope_base : m->rope_base;
     float scale = !window && d->rope_scale > 0.0f ? d->rope_scale : 1.0f;
+    bool factors = m->rope_factor_count > 0 && !(window && d->window_rope_base > 0.0f);
     for (uint32_t i = 0; i < m->rope_width / 2; i++) {
         for (uint32_t p = 0; p < POSITIONS; p++) {
             float *a = head + (size_t)2 * i * POSITIONS + p, *b = a + POSITIONS;
             double turn = (double)p * scale * pow(base, -2.0 * i / m->rope_width);
+            turn /= factors ? (double)m->rope_factors[i] : 1.0;
             float c = (float)cos(turn), s = (float)sin(turn), x = *a, y = *b;
             *a = x * c - y * s;
             *b = y * c + x * s;

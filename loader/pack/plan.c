@@ -342,7 +342,7 @@ static enum cm_status tensors_all_used(const struct cm_source *from, const struc
     enum cm_status status = CM_OK;
     for (uint32_t i = 0; status == CM_OK && i < from->count; i++) {
         const struct cm_source_text *name = &from->tensors[i].name;
-        if (!used[i]) {
+        if (!used[i] && !cm_rope_tensor_is(*name)) {
             status = cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TENSOR",
                                   "model: tensor '%.*s' is not part of a decoder that this host "
                                   "runs",
@@ -366,7 +366,10 @@ enum cm_status cm_plan_tensors(const struct cm_source *from, struct cm_plan *pla
     }
     m->tensors = plan->tensors;
     m->tied_head = cm_source_find(from, "output.weight") == NULL;
-    enum cm_status status = global_add(from, plan, "token_embd.weight", CM_GLOBAL_EMBEDDING, err);
+    enum cm_status status = cm_rope_tensor(from, m, err);
+    if (status == CM_OK) {
+        status = global_add(from, plan, "token_embd.weight", CM_GLOBAL_EMBEDDING, err);
+    }
     for (uint32_t layer = 0; layer < m->layers; layer++) {
         for (size_t row = 0; status == CM_OK && row < LAYER_ROWS; row++) {
             if (role_wanted(&m->decoder, layer_rows[row].role)) {

@@ -109,6 +109,17 @@ CM_MUST_USE enum cm_status cm_plan_finish(enum cm_status status, struct cm_plan 
 void cm_plan_texts(const struct cm_plan_options *options, struct cm_source_text name,
                    struct cm_source_text license, struct cm_plan *plan);
 
+/* rope.c: what RoPE's turns are divided by: Llama 3.1's numbers of config.json, or GGUF's tensor of
+ * them, if there is one. */
+struct cm_rope_scaling {
+    float factor, low, high, context;
+};
+CM_MUST_USE enum cm_status cm_rope_llama3(const struct cm_rope_scaling *scaling,
+                                          struct cm_manifest *m, struct cm_error *err);
+CM_MUST_USE enum cm_status cm_rope_tensor(const struct cm_source *source, struct cm_manifest *m,
+                                          struct cm_error *err);
+bool cm_rope_tensor_is(struct cm_source_text name);
+
 /* A tokenizer as its file has it. Texts are borrowed from the file. */
 struct cm_merge_text {
     struct cm_source_text left, right;

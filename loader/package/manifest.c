@@ -175,6 +175,26 @@ static enum cm_status loss_parse(struct parser *parser, struct cm_cursor *body)
                : refuse(parser, "loss is out of bounds");
 }
 
+bool cm_manifest_rope_factor_ok(float factor)
+{
+    return factor >= 0x1p-10f && factor <= 0x1p20f;
+}
+
+static enum cm_status rope_factors_parse(struct parser *parser, struct cm_cursor *body)
+{
+    struct cm_manifest *m = parser->manifest;
+    bool ok = cm_cursor_left(body) == (size_t)m->rope_width * 2 &&
+              m->rope_width / 2 <= CM_MANIFEST_ROPE_PAIRS_MAX;
+    bool other = false;
+    for (uint32_t i = 0; ok && i < m->rope_width / 2; i++) {
+        m->rope_factors[i] = cm_cursor_f32(body);
+        ok = cm_manifest_rope_factor_ok(m->rope_factors[i]);
+        other = other || m->rope_factors[i] != 1.0f;
+    }
+    m->rope_factor_count = m->rope_width / 2;
+    return ok && other ? CM_OK : refuse(parser, "RoPE factors are out of bounds, or all 1");
+}
+
 static enum cm_status tokenizer_parse(struct parser *parser, struct cm_cursor *body)
 {
     struct cm_manifest *m = parser->manifest;
@@ -383,6 +403,7 @@ static const struct {
     {TAG_TOKEN_TYPES, ONCE, types_parse},
     {TAG_MERGES, ONCE, merges_parse},
     {TAG_RANKS, MAYBE, ranks_parse},
+    {TAG_ROPE_FACTORS, MAYBE, rope_factors_parse},
     {TAG_CHAT, ONCE, chat_parse},
     {TAG_TENSOR, MANY, tensor_parse},
 };
@@ -515,6 +536,12 @@ static void tokenizer_put(struct cm_writer *writer, const struct cm_manifest *m)
         cm_manifest_record_put(writer, TAG_RANKS, (size_t)m->vocabulary * 4);
         for (uint32_t i = 0; i < m->vocabulary; i++) {
             cm_writer_u32(writer, m->ranks[i]);
+        }
+    }
+    if (m->rope_factor_count > 0) {
+        cm_manifest_record_put(writer, TAG_ROPE_FACTORS, (size_t)m->rope_factor_count * 4);
+        for (uint32_t i = 0; i < m->rope_factor_count; i++) {
+            cm_manifest_f32_put(writer, m->rope_factors[i]);
         }
     }
 }

@@ -13,6 +13,7 @@
 #include "runtime/base/error.h"
 #include "runtime/base/frame.h" /* digest size */
 
+#define CM_MANIFEST_ROPE_PAIRS_MAX  512u
 #define CM_MANIFEST_LAYERS_MAX      256u
 #define CM_MANIFEST_TENSORS_MAX     4096u
 #define CM_MANIFEST_VOCABULARY_MAX  (1u << 20)
@@ -104,6 +105,10 @@ struct cm_manifest {
     float rope_base, norm_epsilon;
     bool tied_head;
     struct cm_manifest_decoder decoder;
+    /* what the turns of RoPE's pairs are divided by, where the base is rope_base; 0: by nothing,
+     * else rope_width / 2 of them */
+    uint32_t rope_factor_count;
+    float rope_factors[CM_MANIFEST_ROPE_PAIRS_MAX];
     /* what rounding the weights cost: mean KL divergence of the next token; 0 positions: not
      * measured, or nothing was rounded */
     uint32_t loss_positions;
@@ -135,6 +140,8 @@ CM_MUST_USE enum cm_status cm_manifest_parse(const uint8_t *bytes, size_t size,
                                              uint64_t payload_bytes,
                                              struct cm_manifest *ret_manifest,
                                              struct cm_error *err);
+/* Is it a number that a turn can be divided by? */
+bool cm_manifest_rope_factor_ok(float factor);
 void cm_manifest_done(struct cm_manifest *manifest);
 
 /* An adapter's manifest: a package holds a model or an adapter. layer: 0 .. layers-1; role: 2 *

@@ -19,6 +19,7 @@ enum tag {
     TAG_TOKEN_TYPES = 11,
     TAG_MERGES = 12,
     TAG_RANKS = 13,
+    TAG_ROPE_FACTORS = 14,
     TAG_CHAT = 16,
     TAG_TENSOR = 32,
 };

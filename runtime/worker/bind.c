@@ -85,24 +85,26 @@ enum cm_status cm_worker_model_make(const struct cm_manifest *m, struct cm_worke
         made.token_control[i] =
             m->token_types[i] == CM_TOKEN_CONTROL || m->token_types[i] == CM_TOKEN_UNUSED;
     }
-    made.model = (struct cm_model){.vocabulary = m->vocabulary,
-                                   .width = m->width,
-                                   .layers = m->layers,
-                                   .heads = m->heads,
-                                   .kv_heads = m->kv_heads,
-                                   .head_width = m->head_width,
-                                   .rope_width = m->rope_width,
-                                   .ffn_width = m->ffn_width,
-                                   .context_max = m->context_max,
-                                   .rope_base = m->rope_base,
-                                   .norm_epsilon = m->norm_epsilon,
-                                   .decoder = decoder_make(&m->decoder),
-                                   .tied_head = m->tied_head,
-                                   .layer = made.layers,
-                                   .token_offsets = m->token_offsets,
-                                   .token_bytes = m->token_bytes,
-                                   .token_control = made.token_control,
-                                   .end_token_count = m->end_token_count};
+    made.model =
+        (struct cm_model){.vocabulary = m->vocabulary,
+                          .width = m->width,
+                          .layers = m->layers,
+                          .heads = m->heads,
+                          .kv_heads = m->kv_heads,
+                          .head_width = m->head_width,
+                          .rope_width = m->rope_width,
+                          .ffn_width = m->ffn_width,
+                          .context_max = m->context_max,
+                          .rope_base = m->rope_base,
+                          .rope_factors = m->rope_factor_count > 0 ? m->rope_factors : NULL,
+                          .norm_epsilon = m->norm_epsilon,
+                          .decoder = decoder_make(&m->decoder),
+                          .tied_head = m->tied_head,
+                          .layer = made.layers,
+                          .token_offsets = m->token_offsets,
+                          .token_bytes = m->token_bytes,
+                          .token_control = made.token_control,
+                          .end_token_count = m->end_token_count};
     memcpy(made.model.end_tokens, m->end_tokens, sizeof(made.model.end_tokens));
     enum cm_status status = tensors_place(m, &made, err);
     if (status != CM_OK) {

@@ -11,6 +11,7 @@ TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "engine"), str(TESTS / "tokenizer")]
 import oracles  # noqa: E402
 import package_reader  # noqa: E402
+import reference  # noqa: E402
 import tiny_family  # noqa: E402
 from test_engine import engine, seal  # noqa: E402
 from test_tokenizer import runner  # noqa: E402
@@ -69,6 +70,60 @@ def test_bf16_matrices_are_carried_over(build, tmp_path, family):
     down = next(t for t in b.manifest.tensors if (t["layer"], t["role"]) == (1, 5))
     stored = tiny_family.weights(family, bf16=True)["model.layers.1.mlp.down_proj.weight"]
     assert (tiny_family.bfloats(b.weights(down)) == stored).all() and down["kind"] == 5
+
+
+@pytest.mark.parametrize("scaling", [tiny_family.LLAMA3, tiny_family.LINEAR])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_scaled_rope(build, tmp_path, family, scaling):
+    """From config.json and from GGUF, beside float64; and it is not what it is unscaled."""
+    tokens = tiny_family.tokens(family) * 2
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    path = tiny_family.write_gguf(tmp_path / "tiny.gguf", family, True, scaling)
+    a = seal(build, path, tmp_path / "a", "--matrices", "bf16")
+    b = seal(build, tiny_family.write_directory(tmp_path / "model", family, True, scaling),
+             tmp_path / "b", "--matrices", "bf16")
+    made = [opened(folder) for folder in (a, b)]
+    assert made[0].payload == made[1].payload
+    if scaling is tiny_family.LLAMA3:
+        factors = made[0].manifest.rope_factors
+        assert numpy.allclose(factors, made[1].manifest.rope_factors, rtol=2e-7, atol=0)
+        assert factors[0] == 1 and factors[-1] == 8 and len({float(f) for f in factors}) > 2
+    else:
+        assert made[0].manifest.decoder[-1] == made[1].manifest.decoder[-1] == 0.25
+    wanted = reference.Decoder(path).logits(tokens)
+    for folder in (a, b):
+        found = numpy.frombuffer(engine(build, folder, "logits", tokens=tokens), "<f4")
+        part, _ = reference.compare(wanted, found.reshape(wanted.shape))
+        assert part / len(tokens) < 2e-6
+    plain = reference.Decoder(tiny_family.write_gguf(tmp_path / "plain.gguf", family, True))
+    assert reference.compare(wanted, plain.logits(tokens))[0] / len(tokens) > 1e-3
+
+
+def rope_tensor(*values):
+    def change(path):
+        kept = tiny_family.llama3_factors
+        tiny_family.llama3_factors = lambda *_: numpy.array(values, numpy.float32)
+        try:
+            return tiny_family.write_gguf(path, "llama", scaling=tiny_family.LLAMA3)
+        finally:
+            tiny_family.llama3_factors = kept
+    return change
+
+
+@pytest.mark.parametrize("values,says", [([1.0] * 11, "12 F32"), ([1.0] * 13, "12 F32"),
+                                         ([1.0] * 11 + [0.0], "has 0 at 11"),
+                                         ([float("nan")] + [1.0] * 11, "nan at 0"),
+                                         ([1.0] * 5 + [-2.0] + [1.0] * 6, "-2 at 5")])
+def test_factors_that_divide_nothing_are_refused(build, tmp_path, values, says):
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        seal(build, rope_tensor(*values)(tmp_path / "tiny.gguf"), tmp_path)
+    assert caught.value.returncode == 4 and says in caught.value.stderr.decode()
+
+
+def test_factors_of_one_are_none(build, tmp_path):
+    folder = seal(build, rope_tensor(*[1.0] * 12)(tmp_path / "tiny.gguf"), tmp_path)
+    assert len(opened(folder).manifest.rope_factors) == 0
 
 
 def dump(package, out):
@@ -186,6 +241,9 @@ NORM = "model.norm.weight"
     (config_change(hidden_act="relu"), "CM-DIR-MODEL", "activation"),
     (config_change(attention_bias=True), "CM-DIR-MODEL", "bias"),
     (config_change(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "CM-GGUF-ROPE", "yarn"),
+    (config_change(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "CM-GGUF-ROPE", "longrope"),
+    (config_change(rope_scaling={"rope_type": "llama3", "factor": 4.0}), "CM-GGUF-ROPE", "out of bounds"),
+    (config_change(rope_scaling=tiny_family.LLAMA3 | {"factor": 0.5}), "CM-GGUF-ROPE", "0.5"),
     (config_change(eos_token_id=[2] * 9), "CM-DIR-MODEL", "eos_token_id"),
     (config_change(num_attention_heads=8), "CM-GGUF-SHAPE", ""),
     (lambda f: (f / "config.json").write_text("{"), "CM-DIR-MODEL", "config.json"),

@@ -68,10 +68,11 @@ def text_tokens(package):
     return tokens
 
 
-@pytest.mark.parametrize("family,matrices", [("llama", "u8"), ("qwen3", "u8"), ("gemma2", "u8"),
-                                             ("gemma3", "u8"), ("llama", "bf16")])
-def test_the_loss_is_the_one_of_a_float64_pass(build, tmp_path, family, matrices):
-    path = tiny_family.write_gguf(tmp_path / "tiny.gguf", family)
+@pytest.mark.parametrize("family,matrices,scaling", [
+    ("llama", "u8", None), ("qwen3", "u8", None), ("gemma2", "u8", None), ("gemma3", "u8", None),
+    ("llama", "bf16", None), ("llama", "u8", tiny_family.LLAMA3 | {"original_max_position_embeddings": 16})])
+def test_the_loss_is_the_one_of_a_float64_pass(build, tmp_path, family, matrices, scaling):
+    path = tiny_family.write_gguf(tmp_path / "tiny.gguf", family, scaling=scaling)
     seal(build, path, tmp_path, "--matrices", matrices)
     done = subprocess.run([build / "bin" / "casemate-pack", "inspect", tmp_path / "m.cmpkg",
                            "--recovery", tmp_path / "r", "--passphrase-file", tmp_path / "pass",

@@ -32,6 +32,7 @@ class Decoder:
         self.window = int(self.number("attention.sliding_window", 0))
         self.attention_cap = float(self.number("attn_logit_softcapping", 0))
         self.logits_cap = float(self.number("final_logit_softcapping", 0))
+        self.linear = float(self.number("rope.scaling.factor", 0))
         gemma = self.family.startswith("gemma")
         self.period = {"gemma2": 2, "gemma3": 6}.get(self.family, 0)
         self.local_base = 10000.0 if self.family == "gemma3" else self.rope_base
@@ -57,6 +58,10 @@ class Decoder:
     def rope(self, x, base):
         count, half = x.shape[0], self.turned // 2
         turn = numpy.arange(count)[:, None] * base ** (-numpy.arange(half) / half)
+        if self.has("rope_freqs.weight"):
+            turn = turn / self.weight("rope_freqs.weight")
+        if self.linear:
+            turn = turn / self.linear
         cosine, sine = numpy.cos(turn)[:, None, :], numpy.sin(turn)[:, None, :]
         first, second = ((slice(0, self.turned, 2), slice(1, self.turned, 2)) if self.adjacent else
                          (slice(0, half), slice(half, self.turned)))

@@ -96,9 +96,10 @@ Test(kernels_bind, a_norm_that_is_nan_or_infinite_is_refused_by_name)
 }
 
 /* The tables are filled in parts by several threads: each value is the definition's. */
-Test(kernels_bind, rope_tables_are_the_definition_rounded_once)
+static void tables_compare(const float *factors)
 {
     struct cm_device *device;
+    model.rope_factors = factors;
     for (uint32_t threads = 1; threads <= 3; threads++) {
         const struct cm_device_options options = {.threads = threads};
         const struct cm_device_cipher cipher = {segment_copy, NULL};
@@ -117,11 +118,23 @@ Test(kernels_bind, rope_tables_are_the_definition_rounded_once)
         cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_OK, "%s", err.text);
         for (uint32_t t = 0; t < 101; t++) {
             for (uint32_t i = 0; i < 16; i++) {
-                double turn = (double)t * pow(10000.0, -2.0 * i / 32);
+                double turn =
+                    pow(10000.0, -2.0 * i / 32) / (factors != NULL ? (double)factors[i] : 1.0);
+                turn *= (double)t;
                 cr_assert_eq(device->cosine[t * 16 + i], (float)cos(turn), "%u %u", t, i);
                 cr_assert_eq(device->sine[t * 16 + i], (float)sin(turn), "%u %u", t, i);
             }
         }
         cm_device_close(device);
     }
+}
+
+Test(kernels_bind, rope_tables_are_the_definition_rounded_once)
+{
+    float factors[16];
+    for (uint32_t i = 0; i < 16; i++) {
+        factors[i] = 1.0f + (float)i * 0.37f;
+    }
+    tables_compare(NULL);
+    tables_compare(factors);
 }

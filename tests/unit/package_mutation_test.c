@@ -2,6 +2,8 @@
  * are changed, then digests, MACs, checksums and the signature are made right again, so that the
  * deep checks are reached. Nothing may crash, and nothing but the sealed content may be accepted.
  */
+#include <math.h>
+
 #include "tests/fuzz/manifest_seed.h"
 #include "tests/unit/mutate.h"
 #include "tests/unit/package_sample.h"
@@ -103,6 +105,41 @@ Test(package_mutation, manifests)
         free(work);
     }
     printf("package_mutation: %d manifests, %u still well-formed\n", MUTATIONS * 4, accepted);
+    free(bytes);
+    sample_done(&sample);
+}
+
+/* RoPE factors are read as written; those that divide nothing, or are all 1, are not. */
+Test(package_mutation, rope_factors)
+{
+    static const float bad[] = {0.0f, -1.0f, 0x1p-11f, 0x1p21f, INFINITY, NAN};
+    struct cm_error err;
+    struct cm_manifest again;
+    uint8_t *bytes;
+    size_t size;
+    sample_make(&sample, CM_SUITE_AES_256_GCM, 4096, "model.cmpkg");
+    struct cm_manifest *m = &sample.manifest;
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]) + 2; i++) {
+        m->rope_factor_count = 16;
+        for (uint32_t k = 0; k < 16; k++) {
+            m->rope_factors[k] = i == 1 ? 1.0f : 1.0f + 0.5f * (float)k;
+        }
+        if (i > 1) {
+            m->rope_factors[i] = bad[i - 2];
+        }
+        cr_assert_eq(cm_manifest_encode(m, &bytes, &size, &err), CM_OK);
+        enum cm_status status = cm_manifest_parse(bytes, size, 4096, &again, &err);
+        cr_assert_eq(status, i == 0 ? CM_OK : CM_E_PACKAGE, "case %zu", i);
+        free(bytes);
+        if (status == CM_OK) {
+            cr_assert_eq(again.rope_factor_count, 16u);
+            cr_assert_arr_eq(again.rope_factors, m->rope_factors, 16 * sizeof(float));
+            cm_manifest_done(&again);
+        }
+    }
+    m->rope_factor_count = 15; /* of 16 pairs */
+    cr_assert_eq(cm_manifest_encode(m, &bytes, &size, &err), CM_OK);
+    cr_assert_eq(cm_manifest_parse(bytes, size, 4096, &again, &err), CM_E_PACKAGE);
     free(bytes);
     sample_done(&sample);
 }
