@@ -1,8 +1,8 @@
 /* The device: the only way to compute. Opaque types, plain C, no CUDA type in sight.
  *
  * Order of use, one thread at a time:
- *   open → describe → reserve → segment_submit × n → load_finish → model_bind → guard_bind
- *        → ( slot_open → step_submit → step_wait … → slot_close ) × n → scrub → close
+ *   open → describe → ( prepare → ) guard_bind → reserve → segment_submit × n → load_finish
+ *        → model_bind → ( slot_open → step_submit → step_wait … → slot_close ) × n → scrub → close
  * After model_bind, between steps, for each region as often as wanted:
  *   adapter_submit × n → adapter_bind → … → adapter_unbind
  *
@@ -74,6 +74,10 @@ CM_MUST_USE enum cm_status cm_device_need(const struct cm_device *device,
                                           const struct cm_device_reserve *reserve,
                                           uint64_t *ret_arena_bytes, uint64_t *ret_page_bytes,
                                           struct cm_error *err);
+/* Before a model's shapes are known: take and populate `bytes` of what `reserve` will want, which
+ * then adds what is missing and gives back what is too much. Where it cannot, nothing is done:
+ * `reserve` says why. Once, or not at all. */
+void cm_device_prepare(struct cm_device *device, uint64_t bytes);
 /* Allocate, lock and populate the arena. Once. Fails: CONFIG with the bytes wanted and the limit
  * that is below them, SYSTEM. */
 CM_MUST_USE enum cm_status cm_device_reserve(struct cm_device *device,

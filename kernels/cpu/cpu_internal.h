@@ -340,6 +340,7 @@ struct cm_device {
     bool arena_locked;
     uint8_t *arena;
     uint64_t arena_bytes;
+    uint64_t arena_populated; /* from its start on; all of it once reserved */
     uint8_t *payload;
     uint64_t segment_count;
     uint32_t opening;      /* segments being opened at this moment, by several threads */

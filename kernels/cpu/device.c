@@ -12,7 +12,8 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#define HUGE_PAGE (2ull << 20)
+#define HUGE_PAGE   (2ull << 20)
+#define SPARE_BYTES (512ull << 20) /* addresses behind what is prepared: scratch and tables */
 
 enum cm_status cm_device_open(const char *backend, const struct cm_device_options *options,
                               struct cm_device **ret_device, struct cm_error *err)
@@ -43,6 +44,15 @@ enum cm_status cm_device_open(const char *backend, const struct cm_device_option
     return CM_OK;
 }
 
+static void arena_drop(struct cm_device *device)
+{
+    if (device->arena != NULL) {
+        munmap(device->arena, device->arena_bytes);
+    }
+    device->arena = NULL;
+    device->arena_bytes = device->arena_populated = 0;
+}
+
 void cm_device_close(struct cm_device *device)
 {
     if (device == NULL) {
@@ -50,9 +60,7 @@ void cm_device_close(struct cm_device *device)
     }
     cm_device_scrub(device);
     cm_pool_free(device->pool);
-    if (device->arena != NULL) {
-        munmap(device->arena, device->arena_bytes);
-    }
+    arena_drop(device);
     free(device->segment_seen);
     free(device->layers);
     free(device->tables);
@@ -275,15 +283,20 @@ enum cm_status cm_device_need(const struct cm_device *device,
     return status;
 }
 
+struct region {
+    uint8_t *from;
+    uint64_t bytes; /* huge pages */
+};
+
 /* All threads take huge pages; what limits is how fast the kernel zeroes them (bench/README.md). A
  * kernel older than 5.14 does not know the advice: then every page is touched. */
-static void arena_populate(void *context, struct cm_worker *worker)
+static void span_populate(void *context, struct cm_worker *worker)
 {
-    struct cm_device *device = context;
+    const struct region *span = context;
     uint32_t first, last;
-    cm_pool_phase(worker, (uint32_t)(device->arena_bytes / HUGE_PAGE));
+    cm_pool_phase(worker, (uint32_t)(span->bytes / HUGE_PAGE));
     while (cm_pool_take(worker, &first, &last)) {
-        uint8_t *from = device->arena + first * HUGE_PAGE;
+        uint8_t *from = span->from + first * HUGE_PAGE;
         const uint64_t bytes = (last - first) * HUGE_PAGE;
         if (madvise(from, bytes, MADV_POPULATE_WRITE) != 0) {
             for (uint64_t at = 0; at < bytes; at += 4096) {
@@ -347,6 +360,67 @@ static enum cm_status memory_check(uint64_t bytes, struct cm_error *err)
                               (unsigned long long)(limit >> 20));
 }
 
+static bool arena_map(struct cm_device *device, uint64_t bytes)
+{
+    /* One huge page more, so that the arena can start on a 2 MiB border. */
+    uint8_t *raw = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED) {
+        return false;
+    }
+    uint64_t lead = (HUGE_PAGE - (uintptr_t)raw % HUGE_PAGE) % HUGE_PAGE;
+    if (lead > 0) {
+        munmap(raw, lead);
+    }
+    if (lead < HUGE_PAGE) {
+        munmap(raw + lead + bytes, HUGE_PAGE - lead);
+    }
+    device->arena = raw + lead;
+    device->arena_bytes = bytes;
+    (void)madvise(device->arena, bytes, MADV_HUGEPAGE);
+    (void)madvise(device->arena, bytes, MADV_DONTDUMP);
+    (void)madvise(device->arena, bytes, MADV_DONTFORK);
+    return true;
+}
+
+static void arena_populate(struct cm_device *device, uint64_t bytes)
+{
+    const struct region span = {device->arena + device->arena_populated,
+                                 bytes > device->arena_populated ? bytes - device->arena_populated
+                                                                 : 0};
+    if (span.bytes > 0) {
+        cm_pool_run(device->pool, span_populate, (void *)&span);
+        device->arena_populated = bytes;
+    }
+}
+
+/* An arena of exactly `bytes`: what was prepared, if it lies in a wide enough range. */
+static bool arena_fit(struct cm_device *device, uint64_t bytes)
+{
+    if (device->arena_bytes < bytes) {
+        arena_drop(device);
+        return arena_map(device, bytes);
+    }
+    if (device->arena_bytes > bytes) {
+        munmap(device->arena + bytes, device->arena_bytes - bytes);
+        device->arena_bytes = bytes;
+    }
+    if (device->arena_populated > bytes) {
+        device->arena_populated = bytes;
+    }
+    return true;
+}
+
+void cm_device_prepare(struct cm_device *device, uint64_t bytes)
+{
+    const char *name = "";
+    bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    if (!device->reserved && device->arena == NULL && bytes > 0 && bytes <= memory_limit(&name) &&
+        arena_map(device, bytes + SPARE_BYTES)) {
+        arena_populate(device, bytes);
+    }
+}
+
 enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_device_reserve *reserve,
                                  struct cm_error *err)
 {
@@ -361,32 +435,14 @@ enum cm_status cm_device_reserve(struct cm_device *device, const struct cm_devic
     if (status != CM_OK) {
         return status;
     }
-    /* One huge page more, so that the arena can start on a 2 MiB border. */
-    uint8_t *raw = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     uint64_t segments =
         (reserve->payload_bytes + reserve->segment_bytes - 1) / reserve->segment_bytes;
     device->segment_seen = calloc(segments, 1);
-    if (raw == MAP_FAILED || device->segment_seen == NULL) {
-        if (raw != MAP_FAILED) {
-            munmap(raw, bytes + HUGE_PAGE);
-        }
+    if (device->segment_seen == NULL || !arena_fit(device, bytes)) {
         return cm_error_set(err, CM_E_SYSTEM, "CM-SYS-MEMORY", "no memory for an arena of %llu MiB",
                             (unsigned long long)(bytes >> 20));
     }
-    uint64_t lead = (HUGE_PAGE - (uintptr_t)raw % HUGE_PAGE) % HUGE_PAGE;
-    if (lead > 0) {
-        munmap(raw, lead);
-    }
-    if (lead < HUGE_PAGE) {
-        munmap(raw + lead + bytes, HUGE_PAGE - lead);
-    }
-    device->arena = raw + lead;
-    device->arena_bytes = bytes;
-    (void)madvise(device->arena, bytes, MADV_HUGEPAGE);
-    (void)madvise(device->arena, bytes, MADV_DONTDUMP);
-    (void)madvise(device->arena, bytes, MADV_DONTFORK);
-    cm_pool_run(device->pool, arena_populate, device);
+    arena_populate(device, bytes);
     device->arena_locked = mlock(device->arena, bytes) == 0;
     device->limits = *reserve;
     device->model = *reserve->model;
@@ -488,7 +544,7 @@ enum cm_status cm_device_load_finish(struct cm_device *device, struct cm_error *
 enum cm_status cm_device_guard_bind(struct cm_device *device, const uint8_t *pack, size_t bytes,
                                     struct cm_error *err)
 {
-    if (device->poisoned || !device->bound || device->guard != NULL) {
+    if (device->poisoned || device->guard != NULL) {
         return cm_error_set(err, CM_E_BUG, "CM-DEV-ORDER", "guard_bind out of order");
     }
     enum cm_status status = cm_classifier_new(&device->classifier, err);
@@ -725,7 +781,7 @@ void cm_device_scrub_pages(struct cm_device *device, const uint32_t *pages, uint
 
 void cm_device_scrub(struct cm_device *device)
 {
-    if (device->arena != NULL) {
+    if (device->reserved) { /* nothing is written before */
         explicit_bzero(device->arena, device->arena_bytes);
     }
     device->poisoned = true;

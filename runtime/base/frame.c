@@ -20,6 +20,8 @@
 
 #define EXACT(type) sizeof(type), sizeof(type)
 
+#define HEARTBEAT_MS 1000
+
 const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
     [CM_FRAME_CONFIG] = {"config", S, C, P0, true, sizeof(struct cm_config_devtpm),
                          CM_FRAME_PAYLOAD_BYTES, 0, "the role's configuration, first of all"},
@@ -35,8 +37,8 @@ const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
                         "the neighbour was replaced: a fresh pair of rings"},
     [CM_FRAME_KEY_REQUEST] = {"key_request", S, K, P1, false, EXACT(struct cm_key_request), 0,
                               "a worker generation needs the package key"},
-    [CM_FRAME_KEY_PAGE] = {"key_page", K, S, P1, false, EXACT(struct cm_key_page_info), 1,
-                           "the page, passed on unmapped"},
+    [CM_FRAME_KEY_PAGE] = {"key_page", K | S, S | W, P0 | P1, false, EXACT(struct cm_key_page_info),
+                           1, "the page, passed on unmapped"},
     [CM_FRAME_TLS_REQUEST] = {"tls_request", S, K, P1, false, EXACT(struct cm_key_request), 0,
                               "a gateway generation needs the TLS key"},
     [CM_FRAME_TLS_PAGE] = {"tls_page", K, S, P1, false, EXACT(struct cm_tls_page), 1,
@@ -104,8 +106,7 @@ const struct cm_fd_row cm_fd_rows[CM_FD_COUNT] = {
                                "response ring: how far the gateway has read"},
     [CM_FD_REQUEST_EVENT] = {"request_event", G | W, "eventfd that wakes the worker"},
     [CM_FD_RESPONSE_EVENT] = {"response_event", G | W, "eventfd that wakes the gateway"},
-    [CM_FD_KEY_PAGE] = {"key_page", G | W,
-                        "worker: package key; gateway: TLS key; wiped after use"},
+    [CM_FD_KEY_PAGE] = {"key_page", G, "TLS key; wiped after use"},
     [CM_FD_TPM] = {"tpm", K | T, "raw TPM frames"},
 };
 
@@ -312,4 +313,27 @@ enum cm_status cm_channel_wait(struct cm_channel *channel, struct cm_frame *fram
                             timeout_ms);
     }
     return cm_channel_receive(channel, frame, err);
+}
+
+enum cm_status cm_channel_await(struct cm_channel *channel, enum cm_frame_type wanted,
+                                cm_frame_other other, void *context, struct cm_frame *frame,
+                                struct cm_error *err)
+{
+    struct cm_heartbeat heartbeat = {.counter = 0};
+    for (;;) {
+        enum cm_status status = cm_channel_wait(channel, frame, HEARTBEAT_MS, err);
+        if (status == CM_OK && (frame->type == wanted || frame->type == CM_FRAME_STOP)) {
+            return CM_OK;
+        }
+        if (status == CM_OK) {
+            status = other(context, frame, err);
+        } else if (status == CM_E_BUSY) {
+            heartbeat.counter++;
+            status = cm_channel_send(channel, CM_FRAME_HEARTBEAT, &heartbeat, sizeof(heartbeat),
+                                     NULL, 0, err);
+        }
+        if (status != CM_OK) {
+            return status;
+        }
+    }
 }

@@ -29,7 +29,7 @@ enum cm_fd {
     CM_FD_RESPONSE_CURSOR = 9,
     CM_FD_REQUEST_EVENT = 10,  /* eventfd: the worker has requests, or room for responses */
     CM_FD_RESPONSE_EVENT = 11, /* eventfd: the gateway has responses, or room for requests */
-    CM_FD_KEY_PAGE = 12,       /* worker: package key; gateway: TLS key; keeper: none */
+    CM_FD_KEY_PAGE = 12,       /* gateway: TLS key */
     CM_FD_TPM = 13,            /* keeper: TPM; devtpm: its end of the keeper's socketpair */
     CM_FD_COUNT
 };
@@ -64,7 +64,7 @@ enum cm_frame_type {
     CM_FRAME_STATE,          /* S -> gateway: what the probes answer */
     CM_FRAME_RINGS,          /* S -> gateway, worker: six descriptors of a fresh pair of rings */
     CM_FRAME_KEY_REQUEST,    /* S -> keeper: package key page for a worker generation */
-    CM_FRAME_KEY_PAGE,       /* keeper -> S: its descriptor */
+    CM_FRAME_KEY_PAGE,       /* keeper -> S -> worker: its descriptor */
     CM_FRAME_TLS_REQUEST,    /* S -> keeper: TLS key page for a gateway generation */
     CM_FRAME_TLS_PAGE,       /* keeper -> S: its descriptor, and the certificate (public) */
     CM_FRAME_LOADED,         /* worker -> S -> keeper: key page wiped; the keeper checks that */
@@ -145,6 +145,14 @@ CM_MUST_USE enum cm_status cm_channel_receive(struct cm_channel *channel, struct
 /* As receive, but waits up to timeout_ms (-1: for ever). CM_E_BUSY on timeout. */
 CM_MUST_USE enum cm_status cm_channel_wait(struct cm_channel *channel, struct cm_frame *frame,
                                            int timeout_ms, struct cm_error *err);
+
+/* Wait for a frame of type `wanted`, or for STOP, as long as it takes: a HEARTBEAT each second
+ * meanwhile. Every other frame goes to `other`, which takes its descriptors or closes them. */
+typedef enum cm_status (*cm_frame_other)(void *context, struct cm_frame *frame,
+                                         struct cm_error *err);
+CM_MUST_USE enum cm_status cm_channel_await(struct cm_channel *channel, enum cm_frame_type wanted,
+                                            cm_frame_other other, void *context,
+                                            struct cm_frame *frame, struct cm_error *err);
 
 void cm_frame_close_fds(struct cm_frame *frame);
 

@@ -63,7 +63,7 @@ enum cm_status child_start(struct service *service, struct child *child, int inp
     child->ready_ms = 0;
     child->heard_ms = child->started_ms;
     child->stop_ms = 0;
-    child->closed = false;
+    child->closed = child->keyed = false;
     child->log_used = 0;
     child->log_cut = false;
     child->stop_sent = child->drain_sent = child->drained = child->error_set = false;

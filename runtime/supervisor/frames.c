@@ -194,36 +194,6 @@ static void gateway_configure(struct service *service, struct child *gateway)
     state_send(service, true);
 }
 
-static void worker_configure(struct service *service, struct child *worker)
-{
-    const struct cm_configuration *from = service->configuration;
-    struct cm_config_worker config = {
-        .threads = (uint32_t)from->threads,
-        .sequences_max = (uint32_t)from->sequences_max,
-        .queue_max = (uint32_t)from->queue_max,
-        .kv_pages = (uint32_t)from->kv_pages,
-        .kv_bytes = from->kv_bytes,
-        .memory_bytes_max = service->memory_limit,
-        .context_max = (uint32_t)from->context_max,
-        .step_tokens_max = (uint32_t)from->step_tokens_max,
-        .prefix_cache = (uint32_t)from->prefix_cache,
-        .ring_data_bytes = cm_config_ring_bytes(from),
-        .guard = service->rules_fd >= 0,
-        .adapters_max = (uint32_t)from->adapters_max,
-        .adapter_rank_max = (uint32_t)from->adapter_rank_max,
-        .adapter_bytes_max = from->adapter_bytes_max,
-        .adapter_owners = service->keeper_config.adapter_owners,
-    };
-    struct cm_rules_info rules = {.bytes = service->rules_bytes};
-    snprintf(config.device, sizeof(config.device), "%.63s", from->device);
-    snprintf(config.model_name, sizeof(config.model_name), "%.63s", from->model_name);
-    memcpy(config.owner_key, service->keeper_config.owner_key, sizeof(config.owner_key));
-    frame_send(service, worker, CM_FRAME_CONFIG, &config, sizeof(config), NULL, 0);
-    if (config.guard == 1) {
-        frame_send(service, worker, CM_FRAME_RULES, &rules, sizeof(rules), &service->rules_fd, 1);
-    }
-}
-
 static void on_tls_page(struct service *service, struct child *keeper)
 {
     struct cm_tls_page page;
@@ -254,8 +224,6 @@ static void on_tls_page(struct service *service, struct child *keeper)
 static void on_key_page(struct service *service, struct child *keeper)
 {
     struct cm_key_page_info info;
-    struct cm_error err;
-    int rings[CM_RING_FD_COUNT];
     struct child *worker = &service->children[CHILD_WORKER];
     memcpy(&info, service->frame.payload, sizeof(info));
     if (!service->key_pending || info.generation != service->key_generation) {
@@ -263,16 +231,11 @@ static void on_key_page(struct service *service, struct child *keeper)
         return;
     }
     service->key_pending = false;
-    if (service->phase != SERVICE_RUN || worker->state != CHILD_ABSENT) {
-        return;
+    /* The worker that it was for may have gone meanwhile: the next one has its own asked for. */
+    if (worker->generation == service->key_worker && !worker->keyed) {
+        worker->keyed = true;
+        frame_send(service, worker, CM_FRAME_KEY_PAGE, &info, sizeof(info), service->frame.fds, 1);
     }
-    rings_view_worker(&service->rings, rings);
-    if (child_start(service, worker, service->package_fd, rings, service->frame.fds[0], -1, &err) !=
-        CM_OK) {
-        service_fail(service, &err);
-        return;
-    }
-    worker_configure(service, worker);
 }
 
 /* The worker sees no /proc: whether there is a disk to swap to is ours to know. */
@@ -298,7 +261,7 @@ static void on_loaded(struct service *service)
 {
     struct cm_error err;
     memcpy(&service->loaded, service->frame.payload, sizeof(service->loaded));
-    /* The keeper counts key pages by generation; the worker is never told its own. */
+    /* The keeper counts key pages, by our count and not by the worker's word. */
     service->loaded.generation = service->key_generation;
     if (!weights_stay(service, &err)) {
         service_fail(service, &err);

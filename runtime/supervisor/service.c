@@ -210,6 +210,51 @@ static void keeper_start(struct service *service, struct child *keeper)
     measure_send(service, keeper);
 }
 
+static void worker_configure(struct service *service, struct child *worker)
+{
+    const struct cm_configuration *from = service->configuration;
+    struct cm_config_worker config = {
+        .threads = (uint32_t)from->threads,
+        .sequences_max = (uint32_t)from->sequences_max,
+        .queue_max = (uint32_t)from->queue_max,
+        .kv_pages = (uint32_t)from->kv_pages,
+        .kv_bytes = from->kv_bytes,
+        .memory_bytes_max = service->memory_limit,
+        .context_max = (uint32_t)from->context_max,
+        .step_tokens_max = (uint32_t)from->step_tokens_max,
+        .prefix_cache = (uint32_t)from->prefix_cache,
+        .ring_data_bytes = cm_config_ring_bytes(from),
+        .guard = service->rules_fd >= 0,
+        .adapters_max = (uint32_t)from->adapters_max,
+        .adapter_rank_max = (uint32_t)from->adapter_rank_max,
+        .adapter_bytes_max = from->adapter_bytes_max,
+        .adapter_owners = service->keeper_config.adapter_owners,
+    };
+    struct cm_rules_info rules = {.bytes = service->rules_bytes};
+    snprintf(config.device, sizeof(config.device), "%.63s", from->device);
+    snprintf(config.model_name, sizeof(config.model_name), "%.63s", from->model_name);
+    memcpy(config.owner_key, service->keeper_config.owner_key, sizeof(config.owner_key));
+    frame_send(service, worker, CM_FRAME_CONFIG, &config, sizeof(config), NULL, 0);
+    if (config.guard == 1) {
+        frame_send(service, worker, CM_FRAME_RULES, &rules, sizeof(rules), &service->rules_fd, 1);
+    }
+}
+
+/* Long before its key is there: everything that needs no key goes on beside the TPM. */
+static void worker_start(struct service *service, struct child *worker)
+{
+    struct cm_error err;
+    int rings[CM_RING_FD_COUNT];
+    rings_view_worker(&service->rings, rings);
+    if (child_start(service, worker, service->package_fd, rings, -1, -1, &err) != CM_OK) {
+        service_fail(service, &err);
+        return;
+    }
+    worker_configure(service, worker);
+    service->state.load.stage = CM_LOAD_UNSEAL;
+    service->state_dirty = true;
+}
+
 static void pages_request(struct service *service, struct child *keeper, uint64_t now)
 {
     struct child *gateway = &service->children[CHILD_GATEWAY];
@@ -222,13 +267,12 @@ static void pages_request(struct service *service, struct child *keeper, uint64_
     }
     /* In strict mode nothing unseals once the worker has loaded: adapters first. */
     bool adapters_first = service->keeper_config.strict == 1 && !adapters_unsealed(service);
-    if (worker->state == CHILD_ABSENT && now >= worker->due_ms && !service->key_pending &&
+    if (child_alive(worker) && !worker->keyed && !service->key_pending &&
         !adapters_first && !adapters_key_out(service)) {
         struct cm_key_request request = {.generation = ++service->key_generation};
         service->key_pending = true;
         service->key_asked_ms = now;
-        service->state.load.stage = CM_LOAD_UNSEAL;
-        service->state_dirty = true;
+        service->key_worker = worker->generation;
         frame_send(service, keeper, CM_FRAME_KEY_REQUEST, &request, sizeof(request), NULL, 0);
     }
 }
@@ -237,6 +281,7 @@ static void reconcile_run(struct service *service, uint64_t now)
 {
     struct child *devtpm = &service->children[CHILD_DEVTPM];
     struct child *keeper = &service->children[CHILD_KEEPER];
+    struct child *worker = &service->children[CHILD_WORKER];
     bool development = service->keeper_config.development_tpm == 1;
     if (development && devtpm->state == CHILD_ABSENT && devtpm->generation == 0) {
         devtpm_start(service, devtpm);

@@ -67,6 +67,7 @@ struct child {
     uint64_t stop_ms;                        /* killed when this is over; 0: never */
     uint64_t killed_ms;
     bool closed; /* it has closed its channel */
+    bool keyed;  /* worker: it has been given a key page */
     bool stop_sent, drain_sent, drained, error_set;
     struct cm_error error; /* why it went, or is about to */
     enum cm_role_end kill; /* KILLED: what for */
@@ -177,8 +178,9 @@ struct service {
     bool quote_pending;
     uint64_t quote_asked_ms, evidence_ms; /* 0: none yet */
     uint64_t client_quote_ms;             /* since when; one at a time, whatever the gateway asks */
-    uint32_t tls_generation, key_generation;
-    struct cm_tls_page tls; /* the last certificate */
+    uint32_t tls_generation, key_generation; /* of the pages that were asked for last */
+    uint32_t key_worker;                     /* generation of the worker that it is for */
+    struct cm_tls_page tls;                  /* the last certificate */
     /* API keys */
     struct stat keys_seen;
     bool keys_known;

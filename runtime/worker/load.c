@@ -49,11 +49,11 @@ static void bytes_report(void *context, uint64_t done, uint64_t total)
 }
 
 /* Copy the key out of the page; the page is wiped at once, for both sides. */
-static enum cm_status key_take(struct cm_secret **ret_key, struct cm_error *err)
+static enum cm_status key_take(int fd, struct cm_secret **ret_key, struct cm_error *err)
 {
     uint8_t *page;
     struct cm_secret *key;
-    enum cm_status status = cm_key_page_map(CM_FD_KEY_PAGE, &page, err);
+    enum cm_status status = cm_key_page_map(fd, &page, err);
     if (status != CM_OK) {
         return status;
     }
@@ -71,7 +71,7 @@ static enum cm_status package_open(struct cm_worker *worker, struct cm_error *er
 {
     struct cm_secret *key = NULL;
     size_t bytes;
-    enum cm_status status = key_take(&key, err);
+    enum cm_status status = key_take(worker->key_page, &key, err);
     if (status == CM_OK) {
         status = cm_package_open(CM_FD_INPUT, cm_secret_view(key), worker->config.owner_key,
                                  &worker->package, err);
@@ -180,16 +180,12 @@ static void hello_make(struct cm_worker *worker)
 static enum cm_status weights_load(struct cm_worker *worker, struct reporter *reporter,
                                    struct cm_loaded *ret_loaded, struct cm_error *err)
 {
-    struct cm_device_options options = {.threads = worker->config.threads};
     struct cm_device_reserve reserve;
     struct cm_device_facts facts;
     struct cm_stream_times times;
     reporter->progress.bytes_total = cm_package_head_of(worker->package)->core.payload_bytes;
     stage_begin(reporter, CM_LOAD_RESERVE);
-    enum cm_status status = cm_device_open(worker->config.device, &options, &worker->device, err);
-    if (status == CM_OK) {
-        status = limits_make(worker, &reserve, err);
-    }
+    enum cm_status status = limits_make(worker, &reserve, err);
     if (status == CM_OK) {
         status = cm_device_reserve(worker->device, &reserve, err);
     }
@@ -203,9 +199,6 @@ static enum cm_status weights_load(struct cm_worker *worker, struct reporter *re
     if (status == CM_OK) {
         stage_begin(reporter, CM_LOAD_BIND);
         status = cm_device_model_bind(worker->device, &worker->model.model, err);
-    }
-    if (status == CM_OK && worker->rules != NULL) {
-        status = cm_device_guard_bind(worker->device, worker->rules, worker->rules_bytes, err);
     }
     if (status == CM_OK) {
         *ret_loaded = (struct cm_loaded){.arena_locked = facts.arena_locked,
@@ -269,6 +262,70 @@ static void loaded_log(const struct cm_worker *worker, const struct reporter *re
            CM_LOG_S("weights", loaded->arena_locked ? "locked" : "not locked"));
 }
 
+/* Weights and cache, as far as the clear part of the head and the configuration tell their size. A
+ * head that cannot be read is refused by the keeper first, and here once there is a key. */
+static void memory_prepare(struct cm_worker *worker)
+{
+    struct cm_package_head head;
+    const struct cm_config_worker *config = &worker->config;
+    if (cm_package_head_read(CM_FD_INPUT, &head, NULL) != CM_OK) {
+        return;
+    }
+    const uint64_t limit = config->memory_bytes_max;
+    const uint64_t cache = config->kv_pages == 0 ? config->kv_bytes : 0;
+    const uint64_t bytes = head.core.payload_bytes + cache;
+    if (limit == 0 || bytes + MEMORY_BESIDE_BYTES <= limit) {
+        cm_device_prepare(worker->device, bytes);
+    }
+}
+
+enum cm_status cm_worker_prepare(struct cm_worker *worker, struct cm_error *err)
+{
+    const struct cm_device_options options = {.threads = worker->config.threads};
+    const uint64_t start = cm_clock_us();
+    enum cm_status status = cm_device_open(worker->config.device, &options, &worker->device, err);
+    if (status == CM_OK) {
+        memory_prepare(worker);
+    }
+    const uint64_t memory = cm_clock_us();
+    if (status == CM_OK && worker->rules != NULL) {
+        status = cm_device_guard_bind(worker->device, worker->rules, worker->rules_bytes, err);
+    }
+    if (status == CM_OK) {
+        CM_LOG(&worker->log, CM_LOG_INFO, "prepared", CM_LOG_I("memory_us", memory - start),
+               CM_LOG_I("rules_us", cm_clock_us() - memory));
+    }
+    return status;
+}
+
+/* The gateway was replaced: its new rings are the ones to open. */
+static enum cm_status waiting_take(void *context, struct cm_frame *frame, struct cm_error *err)
+{
+    struct cm_worker *worker = context;
+    if (frame->type != CM_FRAME_RINGS) {
+        cm_frame_close_fds(frame);
+        return cm_error_set(err, CM_E_BUG, "CM-WRK-FRAME", "frame %u came instead of the key",
+                            frame->type);
+    }
+    for (size_t i = 0; i < CM_RING_FD_COUNT; i++) {
+        close(worker->ring_fds[i]);
+        worker->ring_fds[i] = frame->fds[i];
+    }
+    return CM_OK;
+}
+
+enum cm_status cm_worker_key_wait(struct cm_worker *worker, struct cm_error *err)
+{
+    static struct cm_frame frame;
+    enum cm_status status =
+        cm_channel_await(&worker->channel, CM_FRAME_KEY_PAGE, waiting_take, worker, &frame, err);
+    worker->stopping = status == CM_OK && frame.type == CM_FRAME_STOP;
+    if (status == CM_OK && !worker->stopping) {
+        worker->key_page = frame.fds[0];
+    }
+    return status;
+}
+
 enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err)
 {
     const uint64_t now = cm_clock_us();
@@ -285,7 +342,8 @@ enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err)
     if (status == CM_OK) {
         status = serving_make(worker, err);
     }
-    close(CM_FD_KEY_PAGE);
+    close(worker->key_page);
+    worker->key_page = -1;
     close(CM_FD_INPUT);
     if (status == CM_OK) {
         progress_send(&reporter);

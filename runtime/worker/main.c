@@ -24,12 +24,29 @@ static enum cm_status config_wait(struct cm_worker *worker, struct cm_error *err
     return status;
 }
 
+static enum cm_status load_and_serve(struct cm_worker *worker, struct cm_error *err)
+{
+    enum cm_status status = cm_worker_load(worker, err);
+    if (status == CM_OK) {
+        status = cm_worker_rings_open(worker, worker->ring_fds, err);
+    }
+    if (status == CM_OK) {
+        status = cm_confine_serve(&worker->confinement, err);
+    }
+    if (status == CM_OK) {
+        const struct cm_ready ready = {.probed = worker->confinement.probed};
+        status =
+            cm_channel_send(&worker->channel, CM_FRAME_READY, &ready, sizeof(ready), NULL, 0, err);
+    }
+    return status == CM_OK ? cm_worker_serve(worker, err) : status;
+}
+
 int main(void)
 {
-    static struct cm_worker worker;
-    static const int ring_fds[CM_RING_FD_COUNT] = {CM_FD_REQUEST_DATA,  CM_FD_REQUEST_CURSOR,
+    static struct cm_worker worker = {.key_page = -1,
+                                      .ring_fds = {CM_FD_REQUEST_DATA, CM_FD_REQUEST_CURSOR,
                                                    CM_FD_RESPONSE_DATA, CM_FD_RESPONSE_CURSOR,
-                                                   CM_FD_REQUEST_EVENT, CM_FD_RESPONSE_EVENT};
+                                                   CM_FD_REQUEST_EVENT, CM_FD_RESPONSE_EVENT}};
     struct cm_error err = {.status = CM_OK};
     worker.log = (struct cm_log){CM_FD_LOG, "worker", CM_LOG_INFO};
     cm_channel_init(&worker.channel, CM_FD_CONTROL, CM_ROLE_WORKER, CM_ROLE_SUPERVISOR);
@@ -41,21 +58,13 @@ int main(void)
         status = cm_worker_rules_take(&worker, &err);
     }
     if (status == CM_OK) {
-        status = cm_worker_load(&worker, &err);
+        status = cm_worker_prepare(&worker, &err);
     }
     if (status == CM_OK) {
-        status = cm_worker_rings_open(&worker, ring_fds, &err);
+        status = cm_worker_key_wait(&worker, &err);
     }
-    if (status == CM_OK) {
-        status = cm_confine_serve(&worker.confinement, &err);
-    }
-    if (status == CM_OK) {
-        const struct cm_ready ready = {.probed = worker.confinement.probed};
-        status =
-            cm_channel_send(&worker.channel, CM_FRAME_READY, &ready, sizeof(ready), NULL, 0, &err);
-    }
-    if (status == CM_OK) {
-        status = cm_worker_serve(&worker, &err);
+    if (status == CM_OK && !worker.stopping) {
+        status = load_and_serve(&worker, &err);
     }
     cm_worker_wipe(&worker);
     if (status != CM_OK) {

@@ -34,6 +34,8 @@ struct cm_worker {
     struct cm_wire_hello hello;
     struct cm_ring requests, responses;
     int request_event, response_event;
+    int ring_fds[CM_RING_FD_COUNT]; /* until rings_open takes them */
+    int key_page;                   /* -1: none */
     bool rings_open;
     uint8_t *payload; /* one request record */
     size_t payload_bytes;
@@ -44,7 +46,11 @@ struct cm_worker {
 
 /* The RULES frame, where the configuration says that it comes. */
 CM_MUST_USE enum cm_status cm_worker_rules_take(struct cm_worker *worker, struct cm_error *err);
-/* Key page → package → device → scheduler. On return the key page is wiped and descriptors 5 and 12
+/* What needs no key: the device, its memory, the rules. It goes on beside the TPM. */
+CM_MUST_USE enum cm_status cm_worker_prepare(struct cm_worker *worker, struct cm_error *err);
+/* The KEY_PAGE frame, however long the TPM takes; or STOP, which sets `stopping`. */
+CM_MUST_USE enum cm_status cm_worker_key_wait(struct cm_worker *worker, struct cm_error *err);
+/* Key page → package → device → scheduler. On return the key page is wiped, and it and descriptor 5
  * are closed, whatever happened. Sends PROGRESS and, on success, LOADED. */
 CM_MUST_USE enum cm_status cm_worker_load(struct cm_worker *worker, struct cm_error *err);
 /* Rings at their fixed descriptors or from a RINGS frame; the first record is HELLO. */

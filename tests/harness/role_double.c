@@ -43,6 +43,19 @@ __attribute__((format(printf, 1, 2))) static void note(const char *format, ...)
     close(fd);
 }
 
+static void mode_read(void)
+{
+    char path[4200];
+    snprintf(path, sizeof(path), "%s/%s.mode", folder, role);
+    FILE *file = fopen(path, "re");
+    if (file != NULL) {
+        if (fscanf(file, "%63s", mode) != 1) {
+            mode[0] = '\0';
+        }
+        fclose(file);
+    }
+}
+
 static void descriptors_note(void)
 {
     char list[256] = "";
@@ -170,6 +183,30 @@ static void worker_load(void)
     send_frame(CM_FRAME_LOADED, &loaded, sizeof(loaded), NULL);
 }
 
+static enum cm_status waiting_take(void *context, struct cm_frame *other, struct cm_error *why)
+{
+    (void)context;
+    (void)why;
+    note("waiting frame %u", other->type);
+    cm_frame_close_fds(other);
+    return CM_OK;
+}
+
+static void key_wait(void)
+{
+    note("waits");
+    if (cm_channel_await(&channel, CM_FRAME_KEY_PAGE, waiting_take, NULL, &frame, &err) != CM_OK) {
+        note("lost %s", err.text);
+        _exit(9);
+    }
+    if (frame.type == CM_FRAME_STOP) {
+        note("stop");
+        _exit(0);
+    }
+    note("key page");
+    cm_frame_close_fds(&frame);
+}
+
 /* A keeper is ready once all is measured. */
 static void measured_wait(void)
 {
@@ -184,6 +221,13 @@ static void measured_wait(void)
         cm_frame_close_fds(&frame);
     } while (frame.type == CM_FRAME_MEASURE);
     note("measured files=%u events=%u", files, events);
+    if (strcmp(mode, "refuse") == 0) {
+        fail(CM_E_POLICY, "CM-SEAL-BOOT");
+    }
+    while (strcmp(mode, "hold") == 0) { /* a slow TPM: until the word is another */
+        usleep(10000);
+        mode_read();
+    }
 }
 
 static void on_config(void)
@@ -201,6 +245,7 @@ static void on_config(void)
             note(came ? "rules" : "no rules");
             cm_frame_close_fds(&frame);
         }
+        key_wait();
         worker_load();
     }
     if (strcmp(role, "gateway") == 0) {
@@ -301,14 +346,7 @@ int main(int argc, char **argv)
     ssize_t size = readlink(path, folder, sizeof(folder) - 1);
     folder[size > 0 ? size : 0] = '\0';
     role = strchr(argv[0], '-') + 1;
-    snprintf(path, sizeof(path), "%s/%s.mode", folder, role);
-    FILE *file = fopen(path, "re");
-    if (file != NULL) {
-        if (fscanf(file, "%63s", mode) != 1) {
-            mode[0] = '\0';
-        }
-        fclose(file);
-    }
+    mode_read();
     cm_channel_init(&channel, CM_FD_CONTROL,
                     role[0] == 'g'   ? CM_ROLE_GATEWAY
                     : role[0] == 'w' ? CM_ROLE_WORKER

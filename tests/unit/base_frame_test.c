@@ -94,3 +94,43 @@ Test(base_frame, silence_is_busy_and_a_closed_peer_is_epipe)
     cr_assert_eq(err.subcode, 32 /* EPIPE */);
     cr_assert_eq(cm_channel_send(&supervisor, CM_FRAME_STOP, NULL, 0, NULL, 0, &err), CM_E_SYSTEM);
 }
+
+static enum cm_status other_count(void *context, struct cm_frame *other, struct cm_error *err)
+{
+    (void)err;
+    *(int *)context += other->type == CM_FRAME_RINGS;
+    cm_frame_close_fds(other);
+    return CM_OK;
+}
+
+Test(base_frame, a_child_that_waits_shows_life_and_takes_what_comes, .timeout = 10)
+{
+    struct cm_channel supervisor, child;
+    struct cm_error err;
+    struct cm_key_page_info info = {.generation = 1};
+    int other = 0, fd = open("/dev/null", O_RDONLY), fds[CM_RING_FD_COUNT];
+    for (int i = 0; i < CM_RING_FD_COUNT; i++) {
+        fds[i] = fd;
+    }
+    channels_open(&supervisor, &child, CM_ROLE_WORKER);
+    if (fork() == 0) {
+        bool beat = cm_channel_wait(&supervisor, &frame, 5000, &err) == CM_OK &&
+                    frame.type == CM_FRAME_HEARTBEAT;
+        bool sent = cm_channel_send(&supervisor, CM_FRAME_RINGS, NULL, 0, fds, CM_RING_FD_COUNT,
+                                    &err) == CM_OK &&
+                    cm_channel_send(&supervisor, CM_FRAME_KEY_PAGE, &info, sizeof(info), &fd, 1,
+                                    &err) == CM_OK &&
+                    cm_channel_send(&supervisor, CM_FRAME_STOP, NULL, 0, NULL, 0, &err) == CM_OK;
+        _exit(beat && sent ? 0 : 1);
+    }
+    cr_assert_eq(cm_channel_await(&child, CM_FRAME_KEY_PAGE, other_count, &other, &frame, &err),
+                 CM_OK);
+    cr_assert(frame.type == CM_FRAME_KEY_PAGE && frame.fd_count == 1 && other == 1);
+    cm_frame_close_fds(&frame);
+    cr_assert_eq(cm_channel_await(&child, CM_FRAME_KEY_PAGE, other_count, &other, &frame, &err),
+                 CM_OK);
+    cr_assert_eq(frame.type, CM_FRAME_STOP);
+    close(supervisor.fd);
+    cr_assert_eq(cm_channel_await(&child, CM_FRAME_KEY_PAGE, other_count, &other, &frame, &err),
+                 CM_E_SYSTEM);
+}

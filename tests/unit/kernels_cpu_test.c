@@ -418,7 +418,7 @@ static const struct cm_model shape = {.vocabulary = 64,
                                       .norm_epsilon = 1e-5f,
                                       .tied_head = true};
 
-static struct cm_device *device_new(uint64_t payload)
+static struct cm_device *device_new(uint64_t payload, uint64_t prepared)
 {
     struct cm_device *device;
     const struct cm_device_options options = {.threads = 1};
@@ -430,8 +430,33 @@ static struct cm_device *device_new(uint64_t payload)
                                         .context_max = 64,
                                         .step_tokens_max = 16};
     cr_assert_eq(cm_device_open("cpu", &options, &device, &err), CM_OK, "%s", err.text);
+    if (prepared > 0) {
+        cm_device_prepare(device, prepared);
+    }
     cr_assert_eq(cm_device_reserve(device, &reserve, &err), CM_OK, "%s", err.text);
     return device;
+}
+
+/* Too little, enough, too much, and so little that its range does not reach: the arena is the same.
+ */
+Test(kernels_cpu, memory_that_was_prepared_becomes_the_arena)
+{
+    const uint64_t mib = 1ull << 20, prepared[] = {0, 2 * mib, 64 * mib, 600 * mib, 1ull << 60};
+    const uint64_t payload[] = {3 * 4096, 600 * mib};
+    for (size_t k = 0; k < 2; k++) {
+        struct cm_device *plain = device_new(payload[k], 0);
+        for (size_t i = 0; i < sizeof(prepared) / sizeof(prepared[0]); i++) {
+            struct cm_device *device = device_new(payload[k], prepared[i]);
+            cr_assert_eq(device->arena_bytes, plain->arena_bytes);
+            cr_assert_eq(device->arena_populated, plain->arena_bytes);
+            cr_assert_eq((uintptr_t)device->arena % (2 * mib), 0u);
+            memset(device->arena, 1, device->arena_bytes);
+            cm_device_prepare(device, 4 * mib); /* too late: nothing happens */
+            cr_assert_eq(device->arena_bytes, plain->arena_bytes);
+            cm_device_close(device);
+        }
+        cm_device_close(plain);
+    }
 }
 
 Test(kernels_cpu, loading_refuses_gaps_repeats_sizes_and_wipes_on_failure)
@@ -440,18 +465,18 @@ Test(kernels_cpu, loading_refuses_gaps_repeats_sizes_and_wipes_on_failure)
     int fails = 0;
     const struct cm_device_cipher cipher = {copy_open, &fails};
     memset(segment, 0x5a, sizeof(segment));
-    struct cm_device *device = device_new(4096 * 3);
+    struct cm_device *device = device_new(4096 * 3, 0);
     cr_assert_eq(cm_device_segment_submit(device, &cipher, 0, segment, 4096, &err), CM_OK);
     cr_assert_eq(cm_device_load_finish(device, &err), CM_E_PACKAGE); /* two are missing */
     cr_assert_eq(device->payload[0], 0);
     cr_assert_neq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_OK);
     cm_device_close(device);
-    device = device_new(4096 * 3);
+    device = device_new(4096 * 3, 0);
     cr_assert_eq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_OK);
     cr_assert_eq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_E_PACKAGE);
     cr_assert_eq(device->payload[4096], 0);
     cm_device_close(device);
-    device = device_new(4096 * 3);
+    device = device_new(4096 * 3, 0);
     cr_assert_eq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_OK);
     fails = 1;
     cr_assert_eq(cm_device_segment_submit(device, &cipher, 2, segment, 4096, &err), CM_E_PACKAGE);
@@ -460,7 +485,7 @@ Test(kernels_cpu, loading_refuses_gaps_repeats_sizes_and_wipes_on_failure)
     }
     cm_device_close(device);
     fails = 0;
-    device = device_new(4096 * 2);
+    device = device_new(4096 * 2, 0);
     cr_assert_eq(cm_device_segment_submit(device, &cipher, 1, segment, 4096, &err), CM_OK);
     cr_assert_eq(cm_device_segment_submit(device, &cipher, 0, segment, 4096, &err), CM_OK);
     cr_assert_eq(cm_device_load_finish(device, &err), CM_OK);
@@ -472,7 +497,7 @@ Test(kernels_cpu, binding_names_the_tensor_that_is_wrong)
     uint8_t segment[4096] = {0};
     int fails = 0;
     const struct cm_device_cipher cipher = {copy_open, &fails};
-    struct cm_device *device = device_new(4096);
+    struct cm_device *device = device_new(4096, 0);
     static struct cm_layer layer;
     struct cm_model model = shape;
     model.layer = &layer;
