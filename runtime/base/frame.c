@@ -41,7 +41,7 @@ const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
                            1, "the page, passed on unmapped"},
     [CM_FRAME_TLS_REQUEST] = {"tls_request", S, K, P1, false, EXACT(struct cm_key_request), 0,
                               "a gateway generation needs the TLS key"},
-    [CM_FRAME_TLS_PAGE] = {"tls_page", K, S, P1, false, EXACT(struct cm_tls_page), 1,
+    [CM_FRAME_TLS_PAGE] = {"tls_page", K | S, S | G, P0 | P1, false, EXACT(struct cm_tls_page), 1,
                            "the page and the public certificate"},
     [CM_FRAME_LOADED] = {"loaded", W | S, S | K, P0 | P1, false, EXACT(struct cm_loaded), 0,
                          "the weights are in; the key page is wiped"},
@@ -106,7 +106,6 @@ const struct cm_fd_row cm_fd_rows[CM_FD_COUNT] = {
                                "response ring: how far the gateway has read"},
     [CM_FD_REQUEST_EVENT] = {"request_event", G | W, "eventfd that wakes the worker"},
     [CM_FD_RESPONSE_EVENT] = {"response_event", G | W, "eventfd that wakes the gateway"},
-    [CM_FD_KEY_PAGE] = {"key_page", G, "TLS key; wiped after use"},
     [CM_FD_TPM] = {"tpm", K | T, "raw TPM frames"},
 };
 

@@ -29,7 +29,6 @@ enum cm_fd {
     CM_FD_RESPONSE_CURSOR = 9,
     CM_FD_REQUEST_EVENT = 10,  /* eventfd: the worker has requests, or room for responses */
     CM_FD_RESPONSE_EVENT = 11, /* eventfd: the gateway has responses, or room for requests */
-    CM_FD_KEY_PAGE = 12,       /* gateway: TLS key */
     CM_FD_TPM = 13,            /* keeper: TPM; devtpm: its end of the keeper's socketpair */
     CM_FD_COUNT
 };
@@ -66,7 +65,7 @@ enum cm_frame_type {
     CM_FRAME_KEY_REQUEST,    /* S -> keeper: package key page for a worker generation */
     CM_FRAME_KEY_PAGE,       /* keeper -> S -> worker: its descriptor */
     CM_FRAME_TLS_REQUEST,    /* S -> keeper: TLS key page for a gateway generation */
-    CM_FRAME_TLS_PAGE,       /* keeper -> S: its descriptor, and the certificate (public) */
+    CM_FRAME_TLS_PAGE,       /* keeper -> S -> gateway: its descriptor, and the certificate */
     CM_FRAME_LOADED,         /* worker -> S -> keeper: key page wiped; the keeper checks that */
     CM_FRAME_KEYS,           /* S -> gateway: sealed memfd with the table of API keys */
     CM_FRAME_HEARTBEAT,      /* child -> S, once a second: alive, with figures */

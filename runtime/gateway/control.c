@@ -1,6 +1,7 @@
 /* The control channel to the supervisor. */
 #include <errno.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "runtime/gateway/gateway_internal.h"
 
@@ -40,7 +41,6 @@ static bool terminated(const char *text, size_t bytes)
     return memchr(text, '\0', bytes) != NULL;
 }
 
-/* CONFIG = struct ‖ u32 size ‖ certificate DER. The key page is imported here, and wiped. */
 enum cm_status control_configure(struct gateway *gateway, struct cm_error *err)
 {
     struct cm_frame *frame = &gateway->frame;
@@ -49,22 +49,51 @@ enum cm_status control_configure(struct gateway *gateway, struct cm_error *err)
     if (status != CM_OK) {
         return status;
     }
-    if (frame->type != CM_FRAME_CONFIG) {
+    if (frame->type != CM_FRAME_CONFIG || frame->bytes != sizeof(*config)) {
         cm_frame_close_fds(frame);
         return cm_error_set(err, CM_E_INPUT, "CM-GW-CONFIG", "the first frame is not config");
     }
-    struct cm_cursor cursor = cm_cursor_init(frame->payload, frame->bytes);
-    cm_cursor_copy(&cursor, config, sizeof(*config));
-    uint32_t size = cm_cursor_u32(&cursor);
-    const uint8_t *certificate = cm_cursor_take(&cursor, size);
-    if (!cm_cursor_ok(&cursor) || cm_cursor_left(&cursor) != 0 ||
-        !terminated(config->model_name, sizeof(config->model_name)) ||
+    memcpy(config, frame->payload, sizeof(*config));
+    if (!terminated(config->model_name, sizeof(config->model_name)) ||
         !terminated(config->version, sizeof(config->version)) || config->header_bytes_max < 256 ||
         config->body_bytes_max == 0 || config->connections_max == 0 || config->requests_max == 0 ||
         config->requests_per_key_max == 0) {
         return cm_error_set(err, CM_E_CONFIG, "CM-GW-CONFIG", "the configuration is malformed");
     }
-    return tls_context_new(CM_FD_KEY_PAGE, certificate, size, &gateway->tls, err);
+    return CM_OK;
+}
+
+/* The worker was replaced: its new rings are the ones to open. */
+static enum cm_status waiting_take(void *context, struct cm_frame *frame, struct cm_error *err)
+{
+    if (frame->type != CM_FRAME_RINGS) {
+        cm_frame_close_fds(frame);
+        return cm_error_set(err, CM_E_INPUT, "CM-GW-FRAME", "frame %u came instead of the TLS page",
+                            frame->type);
+    }
+    return link_open(context, frame->fds, err);
+}
+
+/* The key page is imported, and wiped. */
+enum cm_status control_tls_wait(struct gateway *gateway, bool *ret_stop, struct cm_error *err)
+{
+    static struct cm_tls_page page;
+    struct cm_frame *frame = &gateway->frame;
+    enum cm_status status =
+        cm_channel_await(&gateway->channel, CM_FRAME_TLS_PAGE, waiting_take, gateway, frame, err);
+    *ret_stop = status == CM_OK && frame->type == CM_FRAME_STOP;
+    if (status != CM_OK || *ret_stop) {
+        return status;
+    }
+    memcpy(&page, frame->payload, sizeof(page));
+    frame->fd_count = 0; /* taken */
+    if (page.certificate_bytes > sizeof(page.certificate)) {
+        close(frame->fds[0]);
+        return cm_error_set(err, CM_E_CONFIG, "CM-GW-CONFIG", "a certificate of %u bytes",
+                            page.certificate_bytes);
+    }
+    return tls_identity_set(gateway->tls, frame->fds[0], page.certificate, page.certificate_bytes,
+                            err);
 }
 
 static void on_state(struct gateway *gateway)
@@ -176,6 +205,9 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_DRAIN:
         on_drain(gateway);
         return;
+    case CM_FRAME_TLS_PAGE: /* a second one: there is no other key to serve with */
+        control_end(gateway, cm_status_exit_code(CM_E_BUG));
+        return;
     case CM_FRAME_STOP:
         control_end(gateway, 0);
         return;
@@ -186,7 +218,6 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_KEY_REQUEST:
     case CM_FRAME_KEY_PAGE:
     case CM_FRAME_TLS_REQUEST:
-    case CM_FRAME_TLS_PAGE:
     case CM_FRAME_LOADED:
     case CM_FRAME_HEARTBEAT:
     case CM_FRAME_DRAINED:

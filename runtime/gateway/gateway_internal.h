@@ -184,7 +184,8 @@ uint64_t clock_us(void);
 uint64_t clock_ms(void);
 
 /* server.c */
-CM_MUST_USE enum cm_status gateway_start(struct gateway *gateway, struct cm_error *err);
+CM_MUST_USE enum cm_status gateway_start(struct gateway *gateway, bool *ret_stop,
+                                         struct cm_error *err);
 void gateway_free(struct gateway *gateway);
 /* Soon, but in no caller's frame: put what waits into the ring, and free closed connections. So no
  * loop over flights or connections sees one disappear that it did not end itself. */
@@ -192,10 +193,12 @@ void gateway_later(struct gateway *gateway);
 void gateway_accept(struct evconnlistener *listener, evutil_socket_t fd, struct sockaddr *address,
                     int address_bytes, void *context);
 
-/* tls.c, in whose place the bench links bench/plain.c. Wipes the page in any case. */
-CM_MUST_USE enum cm_status tls_context_new(int key_page_fd, const uint8_t *certificate,
-                                           size_t certificate_bytes, SSL_CTX **ret_context,
-                                           struct cm_error *err);
+/* tls.c, in whose place the bench links bench/plain.c */
+CM_MUST_USE enum cm_status tls_context_new(SSL_CTX **ret_context, struct cm_error *err);
+/* Takes the page, and wipes it in any case. */
+CM_MUST_USE enum cm_status tls_identity_set(SSL_CTX *context, int key_page_fd,
+                                            const uint8_t *certificate, size_t certificate_bytes,
+                                            struct cm_error *err);
 bool tls_begins(uint8_t first_byte);
 /* Owns the socket; NULL: no memory. on_event hears when the handshake is done. */
 struct bufferevent *tls_accept(struct connection *connection);
@@ -203,6 +206,9 @@ void tls_goodbye(struct bufferevent *tls); /* close_notify */
 
 /* control.c */
 CM_MUST_USE enum cm_status control_configure(struct gateway *gateway, struct cm_error *err);
+/* The TLS_PAGE frame, however long the TPM takes; or STOP. */
+CM_MUST_USE enum cm_status control_tls_wait(struct gateway *gateway, bool *ret_stop,
+                                            struct cm_error *err);
 void control_receive(struct gateway *gateway);
 void control_beat(struct gateway *gateway);
 /* The worker broke the rules of the rings: the supervisor replaces it. */

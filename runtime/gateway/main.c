@@ -20,6 +20,7 @@ static int serve(void)
     static struct gateway gateway = {
         .log = {.fd = CM_FD_LOG, .role = "gateway", .level = CM_LOG_INFO}};
     struct cm_error err;
+    bool stop = false;
     TAILQ_INIT(&gateway.connections);
     TAILQ_INIT(&gateway.graves);
     TAILQ_INIT(&gateway.flights);
@@ -28,9 +29,9 @@ static int serve(void)
     (void)fcntl(CM_FD_LOG, F_SETFL, O_WRONLY | O_NONBLOCK);
     cm_channel_init(&gateway.channel, CM_FD_CONTROL, CM_ROLE_GATEWAY, CM_ROLE_SUPERVISOR);
     if (cm_confine_begin("casemate-gateway", &gateway.confinement, &err) != CM_OK ||
-        gateway_start(&gateway, &err) != CM_OK) {
+        gateway_start(&gateway, &stop, &err) != CM_OK) {
         control_fail(&gateway, &err);
-    } else {
+    } else if (!stop) {
         event_base_dispatch(gateway.base);
     }
     gateway_free(&gateway);

@@ -121,7 +121,7 @@ static enum cm_status events_add(struct gateway *gateway, struct cm_error *err)
     return CM_OK;
 }
 
-enum cm_status gateway_start(struct gateway *gateway, struct cm_error *err)
+enum cm_status gateway_start(struct gateway *gateway, bool *ret_stop, struct cm_error *err)
 {
     size_t seed = 0;
     const int rings[CM_RING_FD_COUNT] = {CM_FD_REQUEST_DATA,  CM_FD_REQUEST_CURSOR,
@@ -148,8 +148,15 @@ enum cm_status gateway_start(struct gateway *gateway, struct cm_error *err)
         status = link_open(gateway, rings, err);
     }
     if (status == CM_OK) {
-        status = cm_confine_serve(&gateway->confinement, err);
+        status = tls_context_new(&gateway->tls, err);
     }
+    if (status == CM_OK) {
+        status = control_tls_wait(gateway, ret_stop, err);
+    }
+    if (status != CM_OK || *ret_stop) {
+        return status;
+    }
+    status = cm_confine_serve(&gateway->confinement, err);
     if (status == CM_OK) {
         const struct cm_ready ready = {.probed = gateway->confinement.probed};
         status =

@@ -74,16 +74,25 @@ static bool context_set(SSL_CTX *context)
            SSL_CTX_set_num_tickets(context, 0) == 1;
 }
 
-enum cm_status tls_context_new(int key_page_fd, const uint8_t *certificate,
-                               size_t certificate_bytes, SSL_CTX **ret_context,
-                               struct cm_error *err)
+enum cm_status tls_context_new(SSL_CTX **ret_context, struct cm_error *err)
 {
-    EVP_PKEY *key = NULL;
-    SSL_CTX *context = NULL;
-    X509 *parsed = NULL;
     OPENSSL_init_ssl(OPENSSL_INIT_NO_LOAD_CONFIG, NULL);
     /* Private numbers live here: locked where the limits permit, not dumped, cleared when freed. */
     (void)CRYPTO_secure_malloc_init(SECURE_HEAP_BYTES, 32);
+    SSL_CTX *context = SSL_CTX_new(TLS_server_method());
+    if (context == NULL || !context_set(context)) {
+        SSL_CTX_free(context);
+        return refuse(err, "TLS 1.3 cannot be served");
+    }
+    *ret_context = context;
+    return CM_OK;
+}
+
+enum cm_status tls_identity_set(SSL_CTX *context, int key_page_fd, const uint8_t *certificate,
+                                size_t certificate_bytes, struct cm_error *err)
+{
+    EVP_PKEY *key = NULL;
+    X509 *parsed = NULL;
     enum cm_status status = key_import(key_page_fd, &key, err);
     if (status != CM_OK) {
         return status;
@@ -92,18 +101,11 @@ enum cm_status tls_context_new(int key_page_fd, const uint8_t *certificate,
     parsed = d2i_X509(NULL, &at, (long)certificate_bytes);
     if (parsed == NULL || at != certificate + certificate_bytes) {
         status = refuse(err, "the certificate is malformed");
-        goto out;
-    }
-    context = SSL_CTX_new(TLS_server_method());
-    if (context == NULL || !context_set(context) || SSL_CTX_use_certificate(context, parsed) != 1 ||
-        SSL_CTX_use_PrivateKey(context, key) != 1 || SSL_CTX_check_private_key(context) != 1) {
+    } else if (SSL_CTX_use_certificate(context, parsed) != 1 ||
+               SSL_CTX_use_PrivateKey(context, key) != 1 ||
+               SSL_CTX_check_private_key(context) != 1) {
         status = refuse(err, "certificate and key do not serve TLS 1.3");
-        goto out;
     }
-    *ret_context = context;
-    context = NULL;
-out:
-    SSL_CTX_free(context);
     X509_free(parsed);
     EVP_PKEY_free(key);
     return status;

@@ -38,13 +38,12 @@ bool child_alive(const struct child *child)
 }
 
 enum cm_status child_start(struct service *service, struct child *child, int input,
-                           const int *rings, int page, int tpm, struct cm_error *err)
+                           const int *rings, int tpm, struct cm_error *err)
 {
     int fds[CM_FD_COUNT];
     struct spawned spawned;
     memset(fds, 0xff, sizeof(fds)); /* -1 each */
     fds[CM_FD_INPUT] = input;
-    fds[CM_FD_KEY_PAGE] = page;
     fds[CM_FD_TPM] = tpm;
     if (rings != NULL) {
         memcpy(fds + CM_FD_REQUEST_DATA, rings, CM_RING_FD_COUNT * sizeof(int));

@@ -36,7 +36,7 @@ void state_send(struct service *service, bool now)
     struct child *gateway = &service->children[CHILD_GATEWAY];
     struct cm_error err;
     uint64_t at = clock_ms();
-    if (!child_alive(gateway) || !service->state_dirty ||
+    if (!child_alive(gateway) || !gateway->keyed || !service->state_dirty ||
         (!now && at - service->state_sent_ms < 100)) {
         return;
     }
@@ -158,47 +158,9 @@ static void on_progress(struct service *service)
     }
 }
 
-static void gateway_configure(struct service *service, struct child *gateway)
-{
-    const struct cm_configuration *from = service->configuration;
-    struct cm_config_gateway config = {
-        .header_bytes_max = (uint32_t)from->header_bytes_max,
-        .body_bytes_max = (uint32_t)from->body_bytes_max,
-        .connections_max = (uint32_t)from->connections_max,
-        .requests_max = (uint32_t)from->requests_max,
-        .requests_per_key_max = (uint32_t)from->requests_per_key_max,
-        .header_timeout_ms = (uint32_t)from->header_timeout_ms,
-        .body_timeout_ms = (uint32_t)from->body_timeout_ms,
-        .write_timeout_ms = (uint32_t)from->write_timeout_ms,
-        .request_timeout_ms = (uint32_t)from->request_timeout_ms,
-        .max_tokens_default = (uint32_t)from->max_tokens_default,
-        .unauthenticated_metrics = (uint32_t)from->metrics_unauthenticated,
-        .ring_data_bytes = cm_config_ring_bytes(from),
-        .adapters_max = (uint32_t)from->adapters_max,
-    };
-    snprintf(config.model_name, sizeof(config.model_name), "%.63s", from->model_name);
-    snprintf(config.version, sizeof(config.version), "%s", CASEMATE_VERSION);
-    /* struct ‖ u32 size ‖ certificate */
-    uint8_t payload[sizeof(config) + sizeof(uint32_t) + CM_CERTIFICATE_BYTES_MAX];
-    memcpy(payload, &config, sizeof(config));
-    memcpy(payload + sizeof(config), &service->tls.certificate_bytes, sizeof(uint32_t));
-    memcpy(payload + sizeof(config) + sizeof(uint32_t), service->tls.certificate,
-           service->tls.certificate_bytes);
-    frame_send(service, gateway, CM_FRAME_CONFIG, payload,
-               sizeof(config) + sizeof(uint32_t) + service->tls.certificate_bytes, NULL, 0);
-    if (service->keys_fd >= 0) {
-        frame_send(service, gateway, CM_FRAME_KEYS, &service->keys_info, sizeof(service->keys_info),
-                   &service->keys_fd, 1);
-    }
-    service->state_dirty = true;
-    state_send(service, true);
-}
-
 static void on_tls_page(struct service *service, struct child *keeper)
 {
     struct cm_tls_page page;
-    struct cm_error err;
-    int rings[CM_RING_FD_COUNT];
     struct child *gateway = &service->children[CHILD_GATEWAY];
     memcpy(&page, service->frame.payload, sizeof(page));
     if (!service->tls_pending || page.generation != service->tls_generation ||
@@ -209,16 +171,18 @@ static void on_tls_page(struct service *service, struct child *keeper)
     service->tls_pending = false;
     service->tls = page;
     certificate_write(service);
-    if (service->phase != SERVICE_RUN || gateway->state != CHILD_ABSENT) {
+    /* As with the worker's key: the gateway that it was for may have gone. */
+    if (gateway->generation != service->tls_gateway || gateway->keyed) {
         return;
     }
-    rings_view_gateway(&service->rings, rings);
-    if (child_start(service, gateway, service->listener_fd, rings, service->frame.fds[0], -1,
-                    &err) != CM_OK) {
-        service_fail(service, &err);
-        return;
+    gateway->keyed = true;
+    frame_send(service, gateway, CM_FRAME_TLS_PAGE, &page, sizeof(page), service->frame.fds, 1);
+    if (service->keys_fd >= 0) {
+        frame_send(service, gateway, CM_FRAME_KEYS, &service->keys_info, sizeof(service->keys_info),
+                   &service->keys_fd, 1);
     }
-    gateway_configure(service, gateway);
+    service->state_dirty = true;
+    state_send(service, true);
 }
 
 static void on_key_page(struct service *service, struct child *keeper)

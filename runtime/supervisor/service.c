@@ -186,7 +186,7 @@ static void devtpm_start(struct service *service, struct child *devtpm)
 {
     struct cm_error err;
     struct cm_config_devtpm config = {.reserved = 0};
-    if (child_start(service, devtpm, service->devtpm_state_fd, NULL, -1, service->devtpm_end_fd,
+    if (child_start(service, devtpm, service->devtpm_state_fd, NULL, service->devtpm_end_fd,
                     &err) != CM_OK) {
         service_fail(service, &err);
         return;
@@ -201,13 +201,36 @@ static void keeper_start(struct service *service, struct child *keeper)
 {
     struct cm_error err;
     tpm_drain(service);
-    if (child_start(service, keeper, service->head_fd, NULL, -1, service->tpm_fd, &err) != CM_OK) {
+    if (child_start(service, keeper, service->head_fd, NULL, service->tpm_fd, &err) != CM_OK) {
         service_fail(service, &err);
         return;
     }
     frame_send(service, keeper, CM_FRAME_CONFIG, &service->keeper_config,
                sizeof(service->keeper_config), NULL, 0);
     measure_send(service, keeper);
+}
+
+static void gateway_configure(struct service *service, struct child *gateway)
+{
+    const struct cm_configuration *from = service->configuration;
+    struct cm_config_gateway config = {
+        .header_bytes_max = (uint32_t)from->header_bytes_max,
+        .body_bytes_max = (uint32_t)from->body_bytes_max,
+        .connections_max = (uint32_t)from->connections_max,
+        .requests_max = (uint32_t)from->requests_max,
+        .requests_per_key_max = (uint32_t)from->requests_per_key_max,
+        .header_timeout_ms = (uint32_t)from->header_timeout_ms,
+        .body_timeout_ms = (uint32_t)from->body_timeout_ms,
+        .write_timeout_ms = (uint32_t)from->write_timeout_ms,
+        .request_timeout_ms = (uint32_t)from->request_timeout_ms,
+        .max_tokens_default = (uint32_t)from->max_tokens_default,
+        .unauthenticated_metrics = (uint32_t)from->metrics_unauthenticated,
+        .ring_data_bytes = cm_config_ring_bytes(from),
+        .adapters_max = (uint32_t)from->adapters_max,
+    };
+    snprintf(config.model_name, sizeof(config.model_name), "%.63s", from->model_name);
+    snprintf(config.version, sizeof(config.version), "%s", CASEMATE_VERSION);
+    frame_send(service, gateway, CM_FRAME_CONFIG, &config, sizeof(config), NULL, 0);
 }
 
 static void worker_configure(struct service *service, struct child *worker)
@@ -240,13 +263,25 @@ static void worker_configure(struct service *service, struct child *worker)
     }
 }
 
-/* Long before its key is there: everything that needs no key goes on beside the TPM. */
+/* Long before their keys are there: everything that needs no key goes on beside the TPM. */
+static void gateway_start(struct service *service, struct child *gateway)
+{
+    struct cm_error err;
+    int rings[CM_RING_FD_COUNT];
+    rings_view_gateway(&service->rings, rings);
+    if (child_start(service, gateway, service->listener_fd, rings, -1, &err) != CM_OK) {
+        service_fail(service, &err);
+        return;
+    }
+    gateway_configure(service, gateway);
+}
+
 static void worker_start(struct service *service, struct child *worker)
 {
     struct cm_error err;
     int rings[CM_RING_FD_COUNT];
     rings_view_worker(&service->rings, rings);
-    if (child_start(service, worker, service->package_fd, rings, -1, -1, &err) != CM_OK) {
+    if (child_start(service, worker, service->package_fd, rings, -1, &err) != CM_OK) {
         service_fail(service, &err);
         return;
     }
@@ -259,16 +294,17 @@ static void pages_request(struct service *service, struct child *keeper, uint64_
 {
     struct child *gateway = &service->children[CHILD_GATEWAY];
     struct child *worker = &service->children[CHILD_WORKER];
-    if (gateway->state == CHILD_ABSENT && now >= gateway->due_ms && !service->tls_pending) {
+    if (child_alive(gateway) && !gateway->keyed && !service->tls_pending) {
         struct cm_key_request request = {.generation = ++service->tls_generation};
         service->tls_pending = true;
         service->tls_asked_ms = now;
+        service->tls_gateway = gateway->generation;
         frame_send(service, keeper, CM_FRAME_TLS_REQUEST, &request, sizeof(request), NULL, 0);
     }
     /* In strict mode nothing unseals once the worker has loaded: adapters first. */
     bool adapters_first = service->keeper_config.strict == 1 && !adapters_unsealed(service);
-    if (child_alive(worker) && !worker->keyed && !service->key_pending &&
-        !adapters_first && !adapters_key_out(service)) {
+    if (child_alive(worker) && !worker->keyed && !service->key_pending && !adapters_first &&
+        !adapters_key_out(service)) {
         struct cm_key_request request = {.generation = ++service->key_generation};
         service->key_pending = true;
         service->key_asked_ms = now;
@@ -282,6 +318,7 @@ static void reconcile_run(struct service *service, uint64_t now)
     struct child *devtpm = &service->children[CHILD_DEVTPM];
     struct child *keeper = &service->children[CHILD_KEEPER];
     struct child *worker = &service->children[CHILD_WORKER];
+    struct child *gateway = &service->children[CHILD_GATEWAY];
     bool development = service->keeper_config.development_tpm == 1;
     if (development && devtpm->state == CHILD_ABSENT && devtpm->generation == 0) {
         devtpm_start(service, devtpm);
@@ -289,6 +326,12 @@ static void reconcile_run(struct service *service, uint64_t now)
     if (keeper->state == CHILD_ABSENT && now >= keeper->due_ms &&
         (!development || devtpm->state == CHILD_SERVING)) {
         keeper_start(service, keeper);
+    }
+    if (worker->state == CHILD_ABSENT && now >= worker->due_ms) {
+        worker_start(service, worker);
+    }
+    if (gateway->state == CHILD_ABSENT && now >= gateway->due_ms) {
+        gateway_start(service, gateway);
     }
     adapters_step(service);
     if (keeper->state == CHILD_SERVING) {
@@ -411,11 +454,12 @@ static void signals_take(struct service *service, uint64_t now)
 
 static void tick(struct service *service, uint64_t now)
 {
+    struct child *gateway = &service->children[CHILD_GATEWAY];
     if (now - service->keys_checked_ms >= TICK_MS) {
         service->keys_checked_ms = now;
-        if (keys_refresh(service)) {
-            frame_send(service, &service->children[CHILD_GATEWAY], CM_FRAME_KEYS,
-                       &service->keys_info, sizeof(service->keys_info), &service->keys_fd, 1);
+        if (keys_refresh(service) && gateway->keyed) {
+            frame_send(service, gateway, CM_FRAME_KEYS, &service->keys_info,
+                       sizeof(service->keys_info), &service->keys_fd, 1);
         }
         adapters_refresh(service);
     }

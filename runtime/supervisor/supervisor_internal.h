@@ -67,7 +67,7 @@ struct child {
     uint64_t stop_ms;                        /* killed when this is over; 0: never */
     uint64_t killed_ms;
     bool closed; /* it has closed its channel */
-    bool keyed;  /* worker: it has been given a key page */
+    bool keyed;  /* gateway, worker: it has been given its key page */
     bool stop_sent, drain_sent, drained, error_set;
     struct cm_error error; /* why it went, or is about to */
     enum cm_role_end kill; /* KILLED: what for */
@@ -179,7 +179,7 @@ struct service {
     uint64_t quote_asked_ms, evidence_ms; /* 0: none yet */
     uint64_t client_quote_ms;             /* since when; one at a time, whatever the gateway asks */
     uint32_t tls_generation, key_generation; /* of the pages that were asked for last */
-    uint32_t key_worker;                     /* generation of the worker that it is for */
+    uint32_t tls_gateway, key_worker;        /* generations of the roles that they are for */
     struct cm_tls_page tls;                  /* the last certificate */
     /* API keys */
     struct stat keys_seen;
@@ -247,9 +247,9 @@ void rings_view_worker(const struct ring_set *rings, int ret_fds[static CM_RING_
 
 /* child.c */
 void child_init(struct child *child, enum cm_role role, const char *name, const char *program);
-/* Spawn with input (descriptor 5), rings (6..11 or NULL), page (12) and tpm (13), -1 for none. */
+/* Spawn with input (descriptor 5), rings (6..11 or NULL) and tpm (13), -1 for none. */
 CM_MUST_USE enum cm_status child_start(struct service *service, struct child *child, int input,
-                                       const int *rings, int page, int tpm, struct cm_error *err);
+                                       const int *rings, int tpm, struct cm_error *err);
 void child_kill(struct service *service, struct child *child, enum cm_role_end end,
                 const struct cm_error *why);
 void child_log_copy(struct child *child);

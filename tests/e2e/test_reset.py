@@ -163,8 +163,8 @@ def test_a_second_generation_gets_no_key_after_a_reset(node, role):
     node.hands.reset(digests)
     os.kill(node.pid(role), signal.SIGKILL)
     log = ended_by_reset(node)
-    starts = [line for line in log.splitlines() if '"role_started"' in line and f'"name":"{role}"' in line]
-    assert len(starts) == 2, "a third generation was started with a page"
+    ready = [line for line in log.splitlines() if '"role_ready"' in line and f'"name":"{role}"' in line]
+    assert len(ready) == 2, "a third generation was given a page"
     assert log.count('"event":"key_page"') == (2 if role == "worker" else 1)
 
 

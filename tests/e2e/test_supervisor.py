@@ -115,9 +115,9 @@ def test_start_in_order_with_exact_descriptors(service):
     status = service.start().ready()
     order = [e.split()[0] for e in service.events() if " start " in e]
     assert sorted(order) == sorted(ROLES)
-    assert order.index("devtpm") < order.index("keeper") < order.index("gateway")
+    assert order.index("devtpm") < order.index("keeper")
     wanted = {"devtpm": "0,1,2,3,4,5,13", "keeper": "0,1,2,3,4,5,13",
-              "gateway": "0,1,2,3,4,5,6,7,8,9,10,11,12", "worker": "0,1,2,3,4,5,6,7,8,9,10,11"}
+              "gateway": "0,1,2,3,4,5,6,7,8,9,10,11", "worker": "0,1,2,3,4,5,6,7,8,9,10,11"}
     for role, fds in wanted.items():
         line = service.seen(f"^{role} .* start ")[0]
         found = sorted(int(n) for n in re.search(r"fds=([\d,]*)", line)[1].split(",") if n)
@@ -147,46 +147,50 @@ def test_state_follows_the_load_and_loaded_reaches_the_keeper(service):
     assert service.seen(r"^keeper \d+ frame 11$")  # LOADED
 
 
-def test_the_worker_prepares_while_the_tpm_works(service):
+@pytest.mark.parametrize("role", ["worker", "gateway"])
+def test_it_prepares_while_the_tpm_works(service, role):
     service.mode("keeper", "hold")
     service.start()
-    service.until(lambda: service.seen("worker .* waits"))
+    service.until(lambda: service.seen(f"{role} .* waits"))
     service.until(lambda: service.status().get("roles", {}).get("keeper", {}).get("state") == "starting")
-    assert not service.seen("worker .* key page") and not service.status().get("ready")
+    assert not service.seen(f"{role} .* key page") and not service.status().get("ready")
     service.mode("keeper", "")
     service.ready()
-    assert len(service.seen("worker .* key page")) == 1 and len(service.seen("worker .* start ")) == 1
+    assert len(service.seen(f"{role} .* key page")) == 1 and len(service.seen(f"{role} .* start ")) == 1
 
 
-def test_a_worker_that_dies_before_its_key_is_replaced_by_one_that_gets_it(service):
+@pytest.mark.parametrize("role,other", [("worker", "gateway"), ("gateway", "worker")])
+def test_one_that_dies_before_its_key_is_replaced_by_one_that_gets_it(service, role, other):
     service.mode("keeper", "hold")
     service.start()
-    service.until(lambda: service.seen("worker .* waits"))
-    first = service.pid("worker")
+    service.until(lambda: service.seen("worker .* waits") and service.seen("gateway .* waits"))
+    first = service.pid(role)
     os.kill(first, signal.SIGKILL)
-    service.until(lambda: len(service.seen("worker .* waits")) == 2)
+    service.until(lambda: len(service.seen(f"{role} .* waits")) == 2)
+    assert service.seen(f"{other} .* waiting frame 6")  # the new rings
     service.mode("keeper", "")
     service.ready()
-    assert [e.split()[1] for e in service.seen("worker .* key page")] == [str(service.pid("worker"))]
-    assert service.pid("worker") != first
+    assert [e.split()[1] for e in service.seen(f"{role} .* key page")] == [str(service.pid(role))]
+    assert service.pid(role) != first
     assert service.stop() == 0
 
 
-def test_a_keeper_that_refuses_ends_the_waiting_worker(service):
+def test_a_keeper_that_refuses_ends_those_who_wait(service):
     service.mode("keeper", "refuse")
     service.start()
     assert service.process.wait(10) == 5
     assert "CM-SEAL-BOOT" in service.log()
-    assert service.seen("worker .* stop") and not service.seen("worker .* key page")
+    for role in ("gateway", "worker"):
+        assert service.seen(f"{role} .* stop") and not service.seen(f"{role} .* key page")
     assert not service.orphans()
 
 
-def test_sigterm_while_the_worker_waits_for_its_key(service):
+def test_sigterm_while_they_wait_for_their_keys(service):
     service.mode("keeper", "hold")
     service.start()
-    service.until(lambda: service.seen("worker .* waits"))
+    service.until(lambda: service.seen("worker .* waits") and service.seen("gateway .* waits"))
     service.process.send_signal(signal.SIGTERM)
-    service.until(lambda: service.seen("worker .* stop"))
+    service.until(lambda: service.seen("worker .* stop") and service.seen("gateway .* stop"))
     service.mode("keeper", "")
     assert service.process.wait(10) == 0 and not service.orphans()
 

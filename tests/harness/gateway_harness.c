@@ -609,8 +609,8 @@ static X509 *certificate_make(EVP_PKEY *key)
     return made;
 }
 
-/* The key page as the keeper makes it, and the CONFIG payload. */
-static int identity_make(uint8_t *ret_payload, size_t *ret_bytes)
+/* The key page as the keeper makes it, and the certificate. */
+static int identity_make(struct cm_tls_page *ret_page)
 {
     EVP_PKEY *key = EVP_EC_gen("P-256");
     X509 *certificate = certificate_make(key);
@@ -631,12 +631,9 @@ static int identity_make(uint8_t *ret_payload, size_t *ret_bytes)
     PKCS8_PRIV_KEY_INFO_free(info);
     der = NULL;
     size = i2d_X509(certificate, &der);
-    writer = cm_writer_init(ret_payload, CM_FRAME_PAYLOAD_BYTES);
-    cm_writer_bytes(&writer, &config, sizeof(config));
-    cm_writer_u32(&writer, (uint32_t)size);
-    cm_writer_bytes(&writer, der, (size_t)size);
-    check(!writer.failed, "config");
-    *ret_bytes = writer.offset;
+    check(size > 0 && (size_t)size <= sizeof(ret_page->certificate), "certificate");
+    *ret_page = (struct cm_tls_page){.generation = 1, .certificate_bytes = (uint32_t)size};
+    memcpy(ret_page->certificate, der, (size_t)size);
     OPENSSL_free(der);
     X509_free(certificate);
     EVP_PKEY_free(key);
@@ -881,8 +878,8 @@ static void serve(int page_fd)
 
 int main(int argc, char **argv)
 {
-    static uint8_t payload[CM_FRAME_PAYLOAD_BYTES];
-    size_t payload_bytes = 0;
+    static struct cm_tls_page page;
+    int page_fd;
     int fds[CM_FD_COUNT];
     int pair[2];
     char path[4096];
@@ -900,7 +897,7 @@ int main(int argc, char **argv)
     check(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0, "socketpair");
     fds[CM_FD_CONTROL] = pair[1];
     fds[CM_FD_LOG] = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, PAGE_MODE);
-    fds[CM_FD_KEY_PAGE] = identity_make(payload, &payload_bytes);
+    page_fd = identity_make(&page);
     fds[CM_FD_INPUT] = listener_make();
     rings_make(&fds[CM_FD_REQUEST_DATA]);
     gateway_spawn(argv[1], fds);
@@ -910,11 +907,12 @@ int main(int argc, char **argv)
         close(fds[i]);
     }
     cm_channel_init(&channel, pair[0], CM_ROLE_SUPERVISOR, CM_ROLE_GATEWAY);
-    frame_send(CM_FRAME_CONFIG, payload, payload_bytes, NULL, 0);
+    frame_send(CM_FRAME_CONFIG, &config, sizeof(config), NULL, 0);
+    frame_send(CM_FRAME_TLS_PAGE, &page, sizeof(page), &page_fd, 1);
     keys_send(NULL, false);
     frame_send(CM_FRAME_STATE, &state, sizeof(state), NULL, 0);
     hello_put();
-    serve(fds[CM_FD_KEY_PAGE]);
+    serve(page_fd);
     free(record_bytes);
     return 0;
 }

@@ -192,10 +192,10 @@ static enum cm_status waiting_take(void *context, struct cm_frame *other, struct
     return CM_OK;
 }
 
-static void key_wait(void)
+static void page_wait(enum cm_frame_type type)
 {
     note("waits");
-    if (cm_channel_await(&channel, CM_FRAME_KEY_PAGE, waiting_take, NULL, &frame, &err) != CM_OK) {
+    if (cm_channel_await(&channel, type, waiting_take, NULL, &frame, &err) != CM_OK) {
         note("lost %s", err.text);
         _exit(9);
     }
@@ -245,7 +245,7 @@ static void on_config(void)
             note(came ? "rules" : "no rules");
             cm_frame_close_fds(&frame);
         }
-        key_wait();
+        page_wait(CM_FRAME_KEY_PAGE);
         worker_load();
     }
     if (strcmp(role, "gateway") == 0) {
@@ -253,6 +253,7 @@ static void on_config(void)
         socklen_t size = sizeof(listening);
         getsockopt(CM_FD_INPUT, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size);
         note("listener %d", listening);
+        page_wait(CM_FRAME_TLS_PAGE);
     }
     if (strcmp(role, "worker") == 0 || strcmp(role, "gateway") == 0) {
         const int fds[CM_RING_FD_COUNT] = {6, 7, 8, 9, 10, 11};
