@@ -386,8 +386,8 @@ static bool arena_map(struct cm_device *device, uint64_t bytes)
 static void arena_populate(struct cm_device *device, uint64_t bytes)
 {
     const struct region span = {device->arena + device->arena_populated,
-                                 bytes > device->arena_populated ? bytes - device->arena_populated
-                                                                 : 0};
+                                bytes > device->arena_populated ? bytes - device->arena_populated
+                                                                : 0};
     if (span.bytes > 0) {
         cm_pool_run(device->pool, span_populate, (void *)&span);
         device->arena_populated = bytes;

@@ -1,9 +1,9 @@
 /* Guard rules: from YAML to one rule pack.
  *
  * policies/guard/ *.yaml → cm_rules_read (schema, limits) → cm_rules_compile (pattern → automaton
- * → proven bound → triggers → pack). Same text, same bytes. The supervisor compiles at start, the
- * command line checks; nothing else knows YAML or patterns. Not thread-safe; all memory is the
- * set's. */
+ * → proven bound → triggers → pack). Same text, same bytes. The supervisor compiles at start what
+ * is not of this build, the command line checks; nothing else knows YAML or patterns. Not
+ * thread-safe; all memory is the set's. */
 #ifndef CASEMATE_POLICIES_GUARD_RULES_H
 #define CASEMATE_POLICIES_GUARD_RULES_H
 
@@ -66,5 +66,9 @@ CM_MUST_USE enum cm_status cm_rules_load(struct cm_rules *rules, const char *pat
 CM_MUST_USE enum cm_status cm_rules_compile(struct cm_rules *rules, uint8_t **ret_pack,
                                             size_t *ret_bytes, struct cm_error *err);
 void cm_rules_free(struct cm_rules *rules);
+/* The pack of what `guard_rules` says (malloc): cm_rules_load and cm_rules_compile, or, for path
+ * "", the same bytes as they were compiled with this build. In cm_rules_packed. */
+CM_MUST_USE enum cm_status cm_rules_pack(const char *path, uint8_t **ret_pack, size_t *ret_bytes,
+                                         struct cm_error *err);
 
 #endif

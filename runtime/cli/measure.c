@@ -63,22 +63,17 @@ static enum cm_status filters_add(struct cm_digest_cache *digests,
                      digests, measurement, err);
 }
 
-/* The guard's rules as the supervisor will compile them. */
+/* The guard's rules as the supervisor will give them to workers. */
 static enum cm_status rules_add(const char *path, struct cm_digest_cache *digests,
                                 struct cm_measurement *measurement, struct cm_error *err)
 {
-    struct cm_rules rules = {.count = 0};
     uint8_t *pack = NULL;
     size_t bytes = 0;
-    enum cm_status status = cm_rules_load(&rules, path, err);
-    if (status == CM_OK) {
-        status = cm_rules_compile(&rules, &pack, &bytes, err);
-    }
+    enum cm_status status = cm_rules_pack(path, &pack, &bytes, err);
     if (status == CM_OK) {
         status = bytes_add(CM_EVENT_RULES, "rules", pack, bytes, digests, measurement, err);
     }
     free(pack);
-    cm_rules_free(&rules);
     return status;
 }
 

@@ -17,26 +17,20 @@ static enum cm_status text_seal(const char *name, const char *text, size_t bytes
                         : cm_error_errno(err, errno, "CM-SUP-MEASURE", "cannot seal the %s", name);
 }
 
-/* The guard's rules, compiled once: every worker gets the same bytes, and they are measured. */
+/* The guard's rules, once: every worker gets the same bytes, and they are measured. */
 static enum cm_status rules_seal(struct service *service, struct cm_error *err)
 {
-    struct cm_rules rules = {.count = 0};
     uint8_t *pack = NULL;
     size_t bytes = 0;
-    enum cm_status status = cm_rules_load(&rules, service->configuration->guard_rules, err);
-    if (status == CM_OK) {
-        status = cm_rules_compile(&rules, &pack, &bytes, err);
-    }
+    enum cm_status status = cm_rules_pack(service->configuration->guard_rules, &pack, &bytes, err);
     if (status == CM_OK) {
         status = text_seal("rule pack", (const char *)pack, bytes, &service->rules_fd, err);
         service->rules_bytes = (uint32_t)bytes;
     }
     if (status == CM_OK) {
-        CM_LOG(&service->log, CM_LOG_INFO, "guard", CM_LOG_I("rules", rules.count),
-               CM_LOG_I("bytes", bytes));
+        CM_LOG(&service->log, CM_LOG_INFO, "guard", CM_LOG_I("bytes", bytes));
     }
     free(pack);
-    cm_rules_free(&rules);
     return status;
 }
 
