@@ -15,6 +15,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import node as nodes  # noqa: E402
+import tiny_adapter  # noqa: E402
 import tiny_model  # noqa: E402
 
 SERVING = {"gateway": "gateway", "keeper": "keeper", "worker": "worker-serve"}
@@ -64,9 +65,18 @@ def life(build, node, key, trace):
         list(node.client(key).chat.completions.create(**say, stream=True))
         assert node.get("/metrics", key)[0] == 200
 
+    def adapters(*wanted):
+        wait(lambda: [(a["name"], a["state"]) for a in node.status()["adapters"]] == list(wanted))
+
     before = node.status().get("pid")
     wait(lambda: node.status().get("ready") and node.status()["pid"] != before)
     flows()
+    node.run("casemate", "adapter", "add", node.adapter, "--state", node.state)
+    adapters(("red", "serving"))
+    say = {"model": "red", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+    node.client(key).chat.completions.create(**say)
+    node.run("casemate", "adapter", "remove", "red", "--state", node.state)
+    adapters()
     node.key("b")
     for role in ("gateway", "worker", "keeper", "supervisor"):
         for number in (signal.SIGSTOP, signal.SIGCONT):
@@ -91,6 +101,9 @@ def test_roles_call_what_their_policies_say_and_nothing_else(build, repo, tmp_pa
     tiny_model.write(str(tmp_path / "tiny.gguf"))
     node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
     node.make(tmp_path / "tiny.gguf", "tiny")
+    tiny_adapter.allow(node, node.owner)
+    node.sign()
+    node.adapter = tiny_adapter.pack(node, tmp_path / "adapters", "red", 1)
     key, used, unused = node.key("a"), collections.defaultdict(set), {"": {""}}
     for number in range(3):
         for role, made in life(build, node, key, tmp_path / f"trace{number}").items():

@@ -1,0 +1,436 @@
+"""Adapters (LoRA) on a whole node: chosen by name, loaded and unloaded while it serves, and what is refused."""
+import concurrent.futures
+import json
+import os
+import pathlib
+import shutil
+import signal
+import struct
+import sys
+import time
+
+import openai
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS / "e2e")]
+import node as nodes  # noqa: E402
+import package_reader  # noqa: E402
+import tiny_adapter  # noqa: E402
+import tiny_model  # noqa: E402
+from test_memory_scan import memory_contains  # noqa: E402
+
+PROMPT = "the tale of an inn " * 6  # some pages of tokens
+
+
+class Adapted(nodes.Node):
+    """A node that loads adapters."""
+
+    def begin(self, folder, mode="restartable", most=3, owners=()):
+        tiny_model.write(str(folder / "tiny.gguf"))
+        self.run("casemate-pack", "keygen", "--owner", self.owner)
+        self.run("casemate", "init", "--state", self.state, "--owner-key", self.owner / "owner.pub", "--policy-key",
+                 self.owner / "policy.pub", "--package", self.package, "--node-name", "node-1", "--tpm",
+                 "development", "--attest-mode", mode)
+        tiny_adapter.allow(self, *(owners or (self.owner,)), most=most)
+        self.make(folder / "tiny.gguf", "tiny")
+        self.api_key = self.key("test")
+        self.folder = folder / "adapters"
+
+    def seal(self, name, seed, *words, **options):
+        return tiny_adapter.pack(self, self.folder, name, seed, *words, **options)
+
+    def add(self, path, *words):
+        self.run("casemate", "adapter", "add", path, "--state", self.state, *words)
+
+    def remove(self, name):
+        self.run("casemate", "adapter", "remove", name, "--state", self.state)
+
+    def adapters(self):
+        told = self.run("casemate", "adapter", "list", "--json", "--state", self.state).stdout
+        return {row["name"]: row for row in json.loads(told)}
+
+    def until(self, name, *states, seconds=15):
+        end = time.monotonic() + seconds
+        while (row := self.adapters().get(name)) is None or row["state"] not in states:
+            assert time.monotonic() < end, (row, self.tail())
+            time.sleep(0.05)
+        return row
+
+    def ask(self, model, text=PROMPT, tokens=16, **more):
+        return self.client(self.api_key).chat.completions.create(
+            model=model, messages=[{"role": "user", "content": text}], max_tokens=tokens, temperature=0,
+            extra_body={"ignore_eos": True}, **more)
+
+    def says(self, model, text=PROMPT, tokens=16):
+        return self.ask(model, text, tokens).choices[0].message.content
+
+    def logged(self, event, **fields):
+        lines = [json.loads(x) for x in self.log.read_text().splitlines() if x.startswith("{")]
+        return [x for x in lines if x["event"] == event and all(x.get(k) == v for k, v in fields.items())]
+
+    def well(self):
+        """The model alone answers, nobody died, and no key page was left as it was."""
+        assert self.says("tiny") and not self.logged("role_restarts") and not self.logged("key_page_not_wiped")
+
+
+@pytest.fixture
+def node(build, tmp_path):
+    made = Adapted(build / "bin", tmp_path / "node", tmp_path / "owner")
+    made.begin(tmp_path)
+    yield made
+    if made.service is not None and made.service.poll() is None:
+        made.stop()
+
+
+def refused(call):
+    with pytest.raises(openai.APIStatusError) as caught:
+        call()
+    return caught.value
+
+
+def test_adapters_come_and_go_while_the_node_serves(node):
+    red, blue = node.seal("red", 1), node.seal("blue", 2)
+    node.start()
+    plain = node.says("tiny")
+    error = refused(lambda: node.says("red"))
+    assert error.status_code == 404 and error.code == "model_not_found" and "red" in error.message
+    node.add(red)
+    node.until("red", "serving")
+    reply = node.ask("red")
+    assert reply.model == "red" and reply.choices[0].message.content != plain
+    node.add(blue)
+    node.until("blue", "serving")
+    told = {"tiny": plain, "red": node.says("red"), "blue": node.says("blue")}
+    assert told["red"] == reply.choices[0].message.content and len(set(told.values())) == 3
+    models = json.loads(node.get("/v1/models", node.api_key)[1])["data"]
+    assert {m["id"]: m["parent"] for m in models} == {"tiny": None, "red": "tiny", "blue": "tiny"}
+    assert json.loads(node.get("/v1/models/blue", node.api_key)[1])["parent"] == "tiny"
+    # All three in one batch, many times over, each as alone.
+    names = list(told) * 6
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(node.says, names)) == [told[name] for name in names]
+    status = node.run("casemate", "status", "--state", node.state).stdout
+    assert "adapters: 2 of 3: blue serving, red serving" in status or "red serving, blue serving" in status
+    assert "not yet: adapters" not in status
+    assert "max_lora=\"3\"" in node.get("/metrics", node.api_key)[1]
+    node.remove("red")
+    end = time.monotonic() + 10
+    while not node.logged("adapter_wiped"):
+        assert time.monotonic() < end, node.tail()
+        time.sleep(0.05)
+    assert refused(lambda: node.says("red")).status_code == 404
+    assert node.get("/v1/models/red", node.api_key)[0] == 404
+    assert node.says("blue") == told["blue"] and node.says("tiny") == plain
+    node.well()
+    # A node that has known nothing else says the same, from its start on.
+    node.stop()
+    node.remove("blue")
+    node.add(red)
+    node.start()
+    node.until("red", "serving")
+    assert node.says("red") == told["red"] and node.says("tiny") == plain
+
+
+def test_what_has_begun_is_finished_before_an_adapter_goes(node):
+    """Thirty long requests, one at a time, and the adapter is taken back behind the first."""
+    node.add(node.seal("red", 1))
+    node.start("--sequences_max", "1", "--threads", "1")
+    node.until("red", "serving")
+    whole = node.says("red", tokens=380)
+    with concurrent.futures.ThreadPoolExecutor(30) as pool:
+        running = [pool.submit(node.says, "red", PROMPT, 380) for _ in range(30)]
+        next(concurrent.futures.as_completed(running))
+        (node.state / "adapters.table").unlink()
+        end = time.monotonic() + 5
+        while not node.logged("adapter", state="unloading"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        error = refused(lambda: node.says("red", tokens=1))
+        assert error.status_code == 409 and error.code == "model_unloading", "too soon over to be seen"
+        assert not node.logged("adapter_wiped")
+        assert [future.result() for future in running] == [whole] * 30
+    end = time.monotonic() + 5
+    while not node.logged("adapter_wiped"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert refused(lambda: node.says("red")).status_code == 404
+    node.well()
+
+
+def test_a_request_that_crosses_with_the_unloading_is_refused(node):
+    """The gateway has sent it, and the worker hears of the unloading first."""
+    node.add(node.seal("red", 1))
+    node.start()
+    node.until("red", "serving")
+    os.kill(node.pid("worker"), signal.SIGSTOP)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        crossing = pool.submit(refused, lambda: node.says("red"))
+        time.sleep(0.3)
+        node.remove("red")
+        end = time.monotonic() + 5
+        while not node.logged("adapter", state="unloading"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(node.pid("worker"), signal.SIGCONT)
+        error = crossing.result()
+    assert error.status_code == 409 and error.code == "model_unloading"
+    node.well()
+
+
+def test_no_byte_of_an_adapter_outlives_it(node, tmp_path):
+    """Weights in the worker alone, the key in the keeper alone; after it is removed, nowhere."""
+    (tmp_path / "pass").write_text("correct horse battery")
+    red = node.seal("red", 1, "--recovery", tmp_path / "recovery", "--passphrase-file", tmp_path / "pass")
+    key = package_reader.recovery_key((tmp_path / "recovery").read_bytes(), "correct horse battery")
+    payload = package_reader.Package(red.read_bytes(), key).payload
+    needles = {f"block {at}": payload[at:at + 48] for at in (4096, len(payload) // 2, len(payload) - 4096)}
+    assert all(len(set(needle)) > 8 for needle in needles.values())
+    needles["key"] = key
+    node.start()
+    node.add(red)
+    node.until("red", "serving")
+    node.says("red")
+
+    def found():
+        return {role: memory_contains(node.pid(role), needles)[0]
+                for role in ("worker", "keeper", "supervisor", "gateway", "devtpm")}
+    nobody = {"supervisor": set(), "gateway": set(), "devtpm": set()}
+    assert found() == nobody | {"worker": set(needles) - {"key"}, "keeper": {"key"}}
+    node.remove("red")
+    end = time.monotonic() + 10
+    while node.status()["adapters"]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(0.2)
+    assert found() == nobody | {"worker": set(), "keeper": set()}
+    files = [p for p in node.state.rglob("*") if p.is_file()]
+    assert not [p for p in files if any(needle in p.read_bytes() for needle in needles.values())]
+
+
+def test_prefixes_are_kept_apart(node):
+    """What red has computed of a prompt is not what blue or the model would have."""
+    node.add(node.seal("red", 1))
+    node.add(node.seal("blue", 2))
+    node.start("--prefix_cache", "false")
+    for name in ("red", "blue"):
+        node.until(name, "serving")
+    alone = {name: node.says(name) for name in ("tiny", "red", "blue")}
+    node.stop()
+    node.start()
+    for name in ("red", "blue"):
+        node.until(name, "serving")
+    for name in ("tiny", "red", "blue"):
+        for cached in (False, True):
+            reply = node.ask(name)
+            assert reply.choices[0].message.content == alone[name]
+            assert (reply.usage.prompt_tokens_details.cached_tokens > 0) == cached, name
+    # The same adapter, loaded anew, is another one.
+    node.remove("red")
+    end = time.monotonic() + 10
+    while "red" in [m["id"] for m in json.loads(node.get("/v1/models", node.api_key)[1])["data"]]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    node.add(node.folder / "red.cmpkg")
+    node.until("red", "serving")
+    assert node.ask("red").usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_adapters_come_back_with_a_new_worker_and_a_new_keeper(node):
+    for name, seed in (("red", 1), ("blue", 2)):
+        node.add(node.seal(name, seed))
+    node.start()
+    for name in ("red", "blue"):
+        node.until(name, "serving")
+    told = {name: node.says(name) for name in ("tiny", "red", "blue")}
+    for role in ("worker", "keeper", "worker", "gateway"):
+        pid = node.pid(role)
+        os.kill(pid, signal.SIGKILL)
+        end = time.monotonic() + 20
+        while node.pid(role) in (0, pid) or not node.status()["ready"]:
+            assert time.monotonic() < end, node.tail()
+            time.sleep(0.05)
+        node.address = node.status()["listen"]
+        for name in ("red", "blue"):
+            node.until(name, "serving")
+        assert {name: node.says(name) for name in told} == told, role
+    assert not node.logged("key_page_not_wiped")
+
+
+def test_an_adapter_for_another_base_is_refused_and_both_are_named(node):
+    other = "ab" * 32
+    node.add(node.seal("red", 1))
+    odd = node.folder / "odd.cmpkg"
+    tiny_adapter.pack(node, node.folder, "odd", 2, base=other)
+    # Its state is of that other base, so the TPM alone would refuse: let it be signed for this one.
+    node.run("casemate-pack", "policy-sign", odd, "--owner", node.owner, "--node", node.state / "enrolment.bin",
+             "--measurement", node.state / "node.measure", "--base", node.package)
+    node.add(odd)
+    node.start()
+    row = node.until("odd", "refused")
+    own = json.loads(node.run("casemate-pack", "inspect", node.package, "--json").stdout)["core_digest"]
+    assert row["id"] == "CM-WRK-BASE" and other in row["text"] and own in row["text"]
+    error = refused(lambda: node.says("odd"))
+    assert error.status_code == 409 and error.code == "model_refused" and "CM-WRK-BASE" in error.message
+    assert error.response.headers["x-should-retry"] == "false"
+    node.until("red", "serving")
+    assert node.says("red")
+    node.well()
+
+
+def by_hand(node, name, path):
+    """As an operator might who does not ask `casemate adapter`."""
+    folder = node.state / "adapters"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(path, folder / f"{name}.cmpkg")
+    shutil.copy(f"{path}.policy", folder / f"{name}.cmpkg.policy")
+    serial = time.time_ns()
+    (node.state / "adapters.partial").write_bytes(
+        b"CMADAP1\0" + struct.pack("<Q", serial) + struct.pack("<Q64s", serial, name.encode()))
+    (node.state / "adapters.partial").rename(node.state / "adapters.table")
+
+
+def test_an_adapter_of_an_owner_whom_nobody_accepted_is_refused(node, tmp_path):
+    stranger = tmp_path / "stranger"
+    node.run("casemate-pack", "keygen", "--owner", stranger)
+    path = node.seal("red", 1, owner=stranger)
+    told = node.run("casemate", "adapter", "add", path, "--state", node.state, check=False)
+    assert told.returncode == 5 and "CM-PKG-OWNER" in told.stderr and "adapter_owners" in told.stderr
+    node.start()
+    by_hand(node, "red", path)
+    assert node.until("red", "refused")["id"] == "CM-PKG-OWNER"
+    assert not node.logged("adapter_unsealed")
+    node.well()
+    # The base's owner accepts him: that is another state, which he signs.
+    node.stop()
+    tiny_adapter.allow(node, node.owner, stranger)
+    node.sign()
+    node.add(node.seal("green", 3, owner=stranger))
+    node.start()
+    node.until("green", "serving")
+    assert node.says("green") != node.says("tiny")
+
+
+PARTS = {"core": lambda h: 4096 + 300, "signature": lambda h: 4096 + 260, "slots": lambda h: 8192 + 300,
+         "manifest": lambda h: h["manifest"] + 5, "table": lambda h: h["table"] + 20,
+         "payload": lambda h: h["payload"] + 4097, "last": lambda h: h["end"] - 1}
+
+
+def test_a_changed_byte_anywhere_is_refused_and_nothing_is_loaded(node):
+    good = node.seal("red", 1)
+    data = good.read_bytes()
+    manifest, _, table, _, payload = struct.unpack_from("<5Q", data, 4096 + 72)
+    places = {"manifest": manifest, "table": table, "payload": payload, "end": len(data)}
+    node.start()
+    plain = node.says("tiny")
+    for part, place in PARTS.items():
+        changed = bytearray(data)
+        at = place(places)
+        changed[at] ^= 1
+        if part == "slots":  # both copies: one alone is mended by the other
+            changed[at + 32768] ^= 1
+        path = node.folder / "changed.cmpkg"
+        path.write_bytes(changed)
+        shutil.copy(f"{good}.policy", f"{path}.policy")
+        by_hand(node, "red", path)
+        row = node.until("red", "refused")
+        assert row["id"].startswith(("CM-PKG-", "CM-SEAL-")), (part, row)
+        assert refused(lambda: node.says("red")).status_code == 409
+        assert node.says("tiny") == plain
+        (node.state / "adapters.table").unlink()
+        end = time.monotonic() + 10
+        while node.status()["adapters"]:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    assert not node.logged("adapter_loaded")
+    for cut in (100, 73728, len(data) - 1):
+        path.write_bytes(data[:cut])
+        by_hand(node, "red", path)
+        assert node.until("red", "refused")["id"].startswith("CM-PKG-"), cut
+    node.well()
+    by_hand(node, "red", good)
+    node.until("red", "serving")
+    assert node.says("red") != plain
+
+
+def test_names_kinds_and_states_that_do_not_fit_are_refused(node):
+    red = node.seal("red", 1)
+    node.start()
+    node.add(red, "--name", "crimson")
+    row = node.until("crimson", "refused")
+    assert row["id"] == "CM-WRK-NAME" and "red" in row["text"]
+    node.remove("crimson")
+    by_hand(node, "model", node.package)
+    assert node.until("model", "refused")["id"] == "CM-WRK-KIND"
+    # A policy list of another state: signed, and not this one.
+    (node.state / "adapters.table").unlink()
+    log = (node.state / "node.measure").read_bytes()
+    node.stop()
+    tiny_adapter.allow(node, node.owner, most=2)
+    blue = node.seal("blue", 2)
+    tiny_adapter.allow(node, node.owner, most=3)
+    (node.state / "node.measure").write_bytes(log)
+    node.start()
+    node.add(blue)
+    assert node.until("blue", "refused")["id"] == "CM-SEAL-PCR"
+    (node.state / "adapters" / "blue.cmpkg.policy").unlink()
+    node.remove("blue")
+    shutil.copy(red, node.folder / "bare.cmpkg")
+    told = node.run("casemate", "adapter", "add", node.folder / "bare.cmpkg", "--state", node.state, check=False)
+    assert told.returncode == 5 and "CM-SEAL-POLICY" in told.stderr
+    for i in range(3):
+        shutil.copy(red, node.folder / f"n{i}.cmpkg")
+        shutil.copy(f"{red}.policy", node.folder / f"n{i}.cmpkg.policy")
+        node.add(node.folder / f"n{i}.cmpkg")
+    told = node.run("casemate", "adapter", "add", red, "--state", node.state, check=False)
+    assert told.returncode == 3 and "adapters_max is 3" in told.stderr
+    node.well()
+
+
+def test_a_stepped_counter_ends_an_adapters_older_states(node):
+    red, blue = node.seal("red", 1), node.seal("blue", 2)
+    node.run("casemate-pack", "policy-revoke", node.package, "--owner", node.owner, "--node",
+             node.state / "enrolment.bin", "--measurement", node.measure())
+    node.run("casemate-pack", "policy-revoke", blue, "--owner", node.owner, "--node", node.state / "enrolment.bin",
+             "--measurement", node.measure(), "--base", node.package)
+    node.run("casemate", "revoke", "--state", node.state)
+    node.add(red)
+    node.add(blue)
+    node.start()
+    assert node.until("red", "refused")["id"] == "CM-SEAL-COUNTER"
+    node.until("blue", "serving")
+    node.well()
+
+
+def test_strict_mode_loads_what_was_there_at_the_start_and_nothing_later(build, tmp_path):
+    node = Adapted(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.begin(tmp_path, mode="strict")
+    red, blue = node.seal("red", 1), node.seal("blue", 2)
+    node.add(red)
+    node.start()
+    node.until("red", "serving")
+    told = node.says("red")
+    node.add(blue)
+    row = node.until("blue", "refused")
+    assert row["id"] == "CM-SEAL-CAPPED" and "next start" in row["text"]
+    pid = node.pid("worker")
+    os.kill(pid, signal.SIGKILL)
+    node.ready(pid_not=pid)
+    node.until("red", "serving")
+    assert node.says("red") == told
+    assert node.stop() == 0
+
+
+def test_a_node_that_allows_none_loads_none(build, tmp_path):
+    tiny_model.write(str(tmp_path / "tiny.gguf"))
+    node = Adapted(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.make(tmp_path / "tiny.gguf", "tiny")
+    node.folder, node.api_key = tmp_path / "adapters", node.key("test")
+    path = node.seal("red", 1)
+    told = node.run("casemate", "adapter", "add", path, "--state", node.state, check=False)
+    assert told.returncode == 3 and "adapters_max" in told.stderr
+    by_hand(node, "red", path)
+    node.start()
+    time.sleep(0.6)
+    assert node.status()["adapters"] == [] and refused(lambda: node.says("red")).status_code == 404
+    assert node.stop() == 0
