@@ -148,6 +148,7 @@ static void state_set(struct service *service, struct adapter *adapter, enum cm_
         memcpy(info->id, adapter->why.id, sizeof(info->id));
     }
     service->state_dirty = true;
+    status_write(service, clock_ms()); /* whoever asks now sees it */
     state_send(service, true);
 }
 

@@ -4,7 +4,7 @@
     kill_points.py --build build-faults [--points N] [--shard 0/2] [--modes restartable,strict]
 
 A run without a kill counts the points that each process passes between start and stop, with one
-streamed reply and one quote on the way. Then for each point a service is started whose process ends
+streamed reply, one quote, and an adapter that is loaded and taken back on the way. Then for each point a service is started whose process ends
 there (tests/faults/kill_point.c). What must hold, whatever the point:
 
 - nothing hangs: each request of a client has a final answer or a final error, within 1 s of a death;
@@ -31,6 +31,7 @@ import time
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
 import node as nodes  # noqa: E402
+import tiny_adapter  # noqa: E402
 import tiny_model  # noqa: E402
 
 VARIABLE = "CASEMATE_KILL_POINT"
@@ -156,6 +157,9 @@ class Run:
             self.client.streams = self.client.quotes = 0
         return service.poll() is None
 
+    def adapters(self) -> list[str]:
+        return [adapter["state"] for adapter in self.node.status().get("adapters", [{"state": "none is told"}])]
+
     def until(self, what: str, condition, seconds: float):
         end = time.monotonic() + seconds
         while self.step() and not condition():
@@ -166,6 +170,7 @@ class Run:
     def go(self) -> None:
         os.environ[VARIABLE] = self.point
         (self.node.state / "run" / "status.json").unlink(missing_ok=True)
+        (self.node.state / "adapters.table").write_bytes(self.node.table)
         self.began = time.time()
         self.client = Client(self.node, self.key)
         self.node.start(wait=False)
@@ -174,7 +179,10 @@ class Run:
             self.until("listening", lambda: self.node.status().get("listen") and
                        (self.node.state / "run" / "tls-certificate.pem").exists(), 15)
             self.client.start()
-            self.until("served", lambda: self.client.streams and self.client.quotes, 20)
+            self.until("served", lambda: self.client.streams and self.client.quotes and
+                       self.adapters() == ["serving"], 20)
+            (self.node.state / "adapters.table").unlink()
+            self.until("taken back", lambda: self.adapters() == [], 10)
             self.stopped_at = time.time()
             if self.node.service.poll() is None:
                 self.node.service.send_signal(signal.SIGTERM)
@@ -237,6 +245,11 @@ class Job:
         self.node = nodes.Node(build / "bin", folder / "node", folder / "owner")
         tiny_model.write(str(folder / "tiny.gguf"))
         self.node.make(folder / "tiny.gguf", "tiny", mode=mode)
+        tiny_adapter.allow(self.node, self.node.owner)
+        self.node.sign()
+        red = tiny_adapter.pack(self.node, folder / "adapters", "red", 1)
+        self.node.run("casemate", "adapter", "add", red, "--state", self.node.state)
+        self.node.table = (self.node.state / "adapters.table").read_bytes()
         self.key = self.node.key("faults")
         self.late: list[tuple[str, int, str]] = []
 
