@@ -257,6 +257,27 @@ def test_adapters_come_back_with_a_new_worker_and_a_new_keeper(node):
     assert not node.logged("key_page_not_wiped")
 
 
+def test_as_many_as_there_may_be_load_and_come_back(build, tmp_path):
+    """Eight keys through one page, and once more with a new worker: no rate limit is in the way of that."""
+    node = Adapted(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.begin(tmp_path, most=8)
+    told = node.run("casemate", "check", "--state", node.state).stdout
+    assert "adapter owners" in told
+    for i in range(8):
+        node.add(node.seal(f"a{i}", i))
+    node.start()
+    for round in range(2):
+        for i in range(8):
+            node.until(f"a{i}", "serving")
+        said = [node.says(f"a{i}") for i in range(8)]
+        assert len(set(said)) == 8 and (round == 0 or said == before)
+        before, pid = said, node.pid("worker")
+        if round == 0:
+            os.kill(pid, signal.SIGKILL)
+            node.ready(pid_not=pid)
+    assert node.stop() == 0
+
+
 def test_an_adapter_for_another_base_is_refused_and_both_are_named(node):
     other = "ab" * 32
     node.add(node.seal("red", 1))

@@ -491,3 +491,87 @@ def test_what_a_caller_preloads_does_not_reach_the_supervisor(service):
     service.ready()
     names = open(f"/proc/{service.process.pid}/environ").read()
     assert "LD_" not in names and service.stop() == 0
+
+
+def adapters_allow(service):
+    state = service.state
+    (state / "owners.pem").write_text((state / "owner.pem").read_text() + (state / "policy.pem").read_text())
+    text = (state / "casemate.yaml").read_text()
+    (state / "casemate.yaml").write_text(text.replace(
+        "sealed:\n", "sealed:\n  adapters_max: 2\n  adapter_owners: owners.pem\n"))
+    (state / "adapters").mkdir()
+    (state / "adapters" / "red.cmpkg").write_bytes(b"\3" * 90000)
+    (state / "adapters" / "red.cmpkg.policy").write_bytes(b"\1" * 100)
+    adapters_want(service, (7, b"red"))
+
+
+def adapters_want(service, *rows):
+    partial = service.state / "partial"
+    partial.write_bytes(b"CMADAP1\0" + struct.pack("<Q", 9) +
+                        b"".join(struct.pack("<Q64s", serial, name) for serial, name in rows))
+    partial.rename(service.state / "adapters.table")
+
+
+def adapter_states(service):
+    return [(row["name"], row["state"], row["id"]) for row in service.status().get("adapters", [])]
+
+
+def test_an_adapters_way_head_to_the_keeper_bytes_to_the_worker(service):
+    """Nobody gets the file; what they get of it they can read, and nobody can write."""
+    adapters_allow(service)
+    service.start().ready()
+    service.until(lambda: adapter_states(service) == [("red", "serving", "")])
+    head = 73728 * 3 + 100
+    assert service.seen(f"keeper .* open serial=7 bytes=73828 sum={head} writes=0 sealed=1")
+    assert service.seen("worker .* load red serial=7 bytes=90000")
+    assert service.seen("worker .* bytes serial=7 bytes=90000 sum=270000 writes=0 sealed=1")
+    service.until(lambda: service.seen("keeper .* close how=0"))
+    adapters_want(service)
+    service.until(lambda: adapter_states(service) == [])
+    assert service.seen("worker .* unload") and service.seen("keeper .* close how=2")
+    # The same name with another serial is another adapter; a table that is no table changes nothing.
+    adapters_want(service, (8, b"red"))
+    service.until(lambda: adapter_states(service) == [("red", "serving", "")] and service.seen("load red serial=8"))
+    for bad in (b"x", b"CMADAP1\0" + bytes(8) + bytes(72), b"CMADAP1\0" + bytes(8) + struct.pack("<Q64s", 9, b"../x"),
+                b"CMADAP1\0" + bytes(8) + b"\1" * 72 * 9, b"CMADAP1\0" + bytes(8) + bytes(71)):
+        before = service.log().count("adapters_refused")
+        (service.state / "adapters.table").write_bytes(bad)
+        service.until(lambda: service.log().count("adapters_refused") > before)
+        assert adapter_states(service) == [("red", "serving", "")]
+    assert service.stop() == 0
+
+
+@pytest.mark.parametrize("word", ["read_beyond", "read_wide"])
+def test_a_worker_that_asks_for_bytes_that_no_adapter_has_is_ended(service, word):
+    adapters_allow(service)
+    service.mode("worker", word)
+    service.start()
+    told = service.until(lambda: [e for e in service.status().get("ends", []) if e["role"] == "worker"])
+    assert told[0]["end"] == "protocol" and "adapter" in told[0]["text"]
+    assert not service.seen("worker .* bytes serial=")
+    service.mode("worker", "")
+    service.until(lambda: adapter_states(service) == [("red", "serving", "")], 20)
+    assert service.stop() == 0
+
+
+def test_a_worker_gets_bytes_of_the_adapter_that_is_loaded_and_of_no_other(service):
+    adapters_allow(service)
+    service.mode("worker", "read_other")
+    service.start().ready()
+    service.until(lambda: service.seen("worker .* load red serial=7"))
+    time.sleep(0.5)
+    assert not service.seen("worker .* bytes serial=") and adapter_states(service) == [("red", "loading", "")]
+    adapters_want(service)
+    service.until(lambda: adapter_states(service) == [])
+    assert service.stop() == 0
+
+
+def test_an_adapter_that_the_keeper_refuses_leaves_the_service_as_it_is(service):
+    adapters_allow(service)
+    service.mode("keeper", "no_adapter")
+    service.start().ready()
+    service.until(lambda: adapter_states(service) == [("red", "refused", "CM-SEAL-PCR")])
+    adapters_want(service, (1, b"blue"), (7, b"red"))  # no file of that name
+    service.until(lambda: ("blue", "refused", "CM-PKG-OPEN") in adapter_states(service))
+    assert service.status()["ready"] and not service.seen("worker .* load")
+    assert service.stop() == 0

@@ -290,6 +290,100 @@ static void on_config(void)
     }
 }
 
+/* What a descriptor holds from where it stands, whether it can be written, and how it is sealed. */
+static void memory_note(const char *what, uint64_t serial)
+{
+    static uint8_t bytes[CM_ADAPTER_CHUNK_BYTES + 1];
+    int seals = fcntl(frame.fds[0], F_GET_SEALS);
+    ssize_t size = strcmp(role, "worker") == 0 ? pread(frame.fds[0], bytes, sizeof(bytes), 0)
+                                               : read(frame.fds[0], bytes, sizeof(bytes));
+    uint32_t sum = 0;
+    for (ssize_t i = 0; i < size; i++) {
+        sum += bytes[i];
+    }
+    note("%s serial=%llu bytes=%zd sum=%u writes=%d sealed=%d", what, (unsigned long long)serial,
+         size, sum, write(frame.fds[0], "x", 1) == 1,
+         (seals & F_SEAL_WRITE) != 0 && (seals & F_SEAL_GROW) != 0);
+}
+
+static void adapter_answer(uint64_t serial)
+{
+    struct cm_adapter_answer answer = {.serial = serial};
+    if (strcmp(mode, "no_adapter") == 0) {
+        cm_error_set(&answer.error, CM_E_POLICY, "CM-SEAL-PCR", "the double was told to refuse");
+    }
+    send_frame(CM_FRAME_ADAPTER_ANSWER, &answer, sizeof(answer), NULL);
+}
+
+static void adapter_page(void)
+{
+    int page = -1;
+    bool secret;
+    if (cm_key_page_new(&page, &secret, &err) != CM_OK) {
+        fail(CM_E_SYSTEM, "CM-DOUBLE-PAGE");
+    }
+    send_frame(CM_FRAME_ADAPTER_PAGE, frame.payload, frame.bytes, &page);
+    close(page);
+}
+
+/* Ask for the whole file; or for what is not there, or not ours. */
+static void adapter_read(const struct cm_adapter_load *load)
+{
+    struct cm_adapter_chunk chunk = {.serial = load->serial, .bytes = (uint32_t)load->file_bytes};
+    note("load %s serial=%llu bytes=%llu", load->name, (unsigned long long)load->serial,
+         (unsigned long long)load->file_bytes);
+    if (strcmp(mode, "read_beyond") == 0) {
+        chunk.offset = 1;
+    }
+    if (strcmp(mode, "read_wide") == 0) {
+        chunk.bytes = CM_ADAPTER_CHUNK_BYTES + 1;
+    }
+    if (strcmp(mode, "read_other") == 0) {
+        chunk.serial++;
+    }
+    send_frame(CM_FRAME_ADAPTER_READ, &chunk, sizeof(chunk), NULL);
+}
+
+static void adapter_tell(uint64_t serial, enum cm_adapter_state state)
+{
+    struct cm_adapter_told told = {
+        .serial = serial, .state = (uint32_t)state, .generation = 5, .digest = "abcd"};
+    send_frame(CM_FRAME_ADAPTER_STATE, &told, sizeof(told), NULL);
+}
+
+static void on_adapter(void)
+{
+    uint64_t serial;
+    struct cm_adapter_load load;
+    struct cm_adapter_step step;
+    memcpy(&serial, frame.payload, sizeof(serial)); /* first in all of them */
+    switch (frame.type) {
+    case CM_FRAME_ADAPTER_OPEN:
+        memory_note("open", serial);
+        adapter_answer(serial);
+        break;
+    case CM_FRAME_ADAPTER_KEY:
+        adapter_page();
+        break;
+    case CM_FRAME_ADAPTER_CLOSE:
+        memcpy(&step, frame.payload, sizeof(step));
+        note("close how=%u", step.how);
+        break;
+    case CM_FRAME_ADAPTER_LOAD:
+        memcpy(&load, frame.payload, sizeof(load));
+        adapter_read(&load);
+        break;
+    case CM_FRAME_ADAPTER_BYTES:
+        memory_note("bytes", serial);
+        adapter_tell(serial, CM_ADAPTER_SERVING);
+        break;
+    default:
+        note("unload");
+        adapter_tell(serial, CM_ADAPTER_ABSENT);
+        break;
+    }
+}
+
 static void on_frame(void)
 {
     struct cm_state state;
@@ -317,6 +411,14 @@ static void on_frame(void)
     case CM_FRAME_KEYS:
         memcpy(&keys, frame.payload, sizeof(keys));
         note("keys generation=%llu count=%u", (unsigned long long)keys.generation, keys.count);
+        break;
+    case CM_FRAME_ADAPTER_OPEN:
+    case CM_FRAME_ADAPTER_KEY:
+    case CM_FRAME_ADAPTER_CLOSE:
+    case CM_FRAME_ADAPTER_LOAD:
+    case CM_FRAME_ADAPTER_BYTES:
+    case CM_FRAME_ADAPTER_UNLOAD:
+        on_adapter();
         break;
     case CM_FRAME_DRAIN:
         note("drain");
