@@ -133,6 +133,15 @@ def load_rows(part: dict) -> list[Row]:
     return rows
 
 
+def start_rows(part: dict) -> list[Row]:
+    moments = part["moments_ms"]
+    last = moments["first token, without the TPM"]
+    way = ", ".join(f"{name} {ms['median']:.0f}" for name, ms in
+                    sorted(moments.items(), key=lambda item: item[1]["median"]) if name.endswith(" role_ready"))
+    return [Row("start, warm file, to the first token, TPM out", last["median"], 60,
+                f"{show(last, 'ms')}; {way}", unit="ms", at_most=True)]
+
+
 def service_rows(part: dict) -> list[Row]:
     resident = ", ".join(f"{role} {size:.1f}" for role, size in part["resident_mb"].items())
     return [Row("`casemate serve` to ready", part["start_to_ready_ms"]["median"], None,
@@ -171,6 +180,7 @@ def rows(result: dict) -> list[Row]:
               "gemma": lambda: pair_rows(parts["gemma"], "Gemma 3 270M", 1.8, 2),
               "stolen": lambda: stolen_rows(parts["stolen"]),
               "load": lambda: load_rows(parts["load"]), "service": lambda: service_rows(parts["service"]),
+              "start": lambda: start_rows(parts["start"]),
               "sandbox": lambda: switch_rows("sandbox", parts["sandbox"]),
               "tls": lambda: switch_rows("TLS", parts["tls"]),
               "guard": lambda: guard_rows(parts["guard"])}

@@ -24,6 +24,7 @@ import node as nodes  # noqa: E402
 import package_reader  # noqa: E402
 import report  # noqa: E402
 import seeded  # noqa: E402
+import start  # noqa: E402
 
 PASSPHRASE = "bench passphrase"
 
@@ -291,6 +292,11 @@ class Bench:
         plain.scheme = "http"
         return self.arms_in_turn({"on": (node, False), "off": (plain, False)})
 
+    def start(self) -> dict:
+        """From exec to the first token, moment by moment."""
+        node = self.node(self.options.build / "bin", "started")
+        return start.measure(node, node.key("bench"), self.options.rounds)
+
     def guard(self) -> dict:
         """Decode with the output guard and without; the filter alone, with ten times the rules."""
         package, key = self.seal(self.options.model, "smollm2")
@@ -303,7 +309,7 @@ class Bench:
         return {"decode": json.loads(decode.stdout), "filter": [json.loads(line) for line in lines]}
 
 
-PARTS = ("engine", "long", "growth", "gemma", "stolen", "load", "service", "sandbox", "tls", "guard")
+PARTS = ("engine", "long", "growth", "gemma", "stolen", "load", "start", "service", "sandbox", "tls", "guard")
 
 
 def main() -> int:

@@ -78,9 +78,9 @@ void cm_log_write(const struct cm_log *log, enum cm_log_level level, const char 
     clock_gettime(CLOCK_REALTIME, &now);
     gmtime_r(&now.tv_sec, &day);
     int size =
-        snprintf(time_text, sizeof(time_text), "{\"time\":\"%04d-%02d-%02dT%02d:%02d:%02d.%03ldZ\"",
+        snprintf(time_text, sizeof(time_text), "{\"time\":\"%04d-%02d-%02dT%02d:%02d:%02d.%06ldZ\"",
                  day.tm_year + 1900, day.tm_mon + 1, day.tm_mday, day.tm_hour, day.tm_min,
-                 day.tm_sec, now.tv_nsec / 1000000);
+                 day.tm_sec, now.tv_nsec / 1000);
     line_put(&line, time_text, (size_t)size);
     const struct cm_log_field head[] = {CM_LOG_S("level", names[level]),
                                         CM_LOG_S("role", log->role), CM_LOG_S("event", event)};

@@ -229,6 +229,7 @@ int main(void)
     cm_channel_init(&channel, CM_FD_CONTROL, CM_ROLE_DEVTPM, CM_ROLE_SUPERVISOR);
     enum cm_status status = cm_confine_begin("casemate-devtpm", &confinement, &err);
     if (status == CM_OK) {
+        cm_log_write(&logger, CM_LOG_INFO, "confined", NULL);
         status = cm_channel_wait(&channel, &frame, CONFIG_WAIT_MS, &err);
     }
     if (status == CM_OK) {

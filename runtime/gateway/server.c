@@ -127,6 +127,7 @@ enum cm_status gateway_start(struct gateway *gateway, bool *ret_stop, struct cm_
     const int rings[CM_RING_FD_COUNT] = {CM_FD_REQUEST_DATA,  CM_FD_REQUEST_CURSOR,
                                          CM_FD_RESPONSE_DATA, CM_FD_RESPONSE_CURSOR,
                                          CM_FD_REQUEST_EVENT, CM_FD_RESPONSE_EVENT};
+    cm_log_write(&gateway->log, CM_LOG_INFO, "confined", NULL);
     /* Else jansson would open /dev/urandom at the first object. */
     if (getrandom(&seed, sizeof(seed), 0) != (ssize_t)sizeof(seed)) {
         return cm_error_errno(err, errno, "CM-GW-RANDOM", "no random bytes");
@@ -151,6 +152,7 @@ enum cm_status gateway_start(struct gateway *gateway, bool *ret_stop, struct cm_
         status = tls_context_new(&gateway->tls, err);
     }
     if (status == CM_OK) {
+        cm_log_write(&gateway->log, CM_LOG_INFO, "prepared", NULL);
         status = control_tls_wait(gateway, ret_stop, err);
     }
     if (status != CM_OK || *ret_stop) {

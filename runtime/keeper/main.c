@@ -134,6 +134,7 @@ static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
     cm_channel_init(&keeper->channel, CM_FD_CONTROL, CM_ROLE_KEEPER, CM_ROLE_SUPERVISOR);
     enum cm_status status = cm_confine_begin("casemate-keeper", &keeper->confinement, err);
     if (status == CM_OK) {
+        cm_log_write(&keeper->log, CM_LOG_INFO, "confined", NULL);
         status = cm_channel_wait(&keeper->channel, &frame, CONFIG_WAIT_MS, err);
     }
     if (status == CM_OK &&

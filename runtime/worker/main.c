@@ -52,6 +52,7 @@ int main(void)
     cm_channel_init(&worker.channel, CM_FD_CONTROL, CM_ROLE_WORKER, CM_ROLE_SUPERVISOR);
     enum cm_status status = cm_confine_begin("casemate-worker", &worker.confinement, &err);
     if (status == CM_OK) {
+        cm_log_write(&worker.log, CM_LOG_INFO, "confined", NULL);
         status = config_wait(&worker, &err);
     }
     if (status == CM_OK) {
