@@ -324,14 +324,14 @@ static void reconcile_run(struct service *service, uint64_t now)
         devtpm_start(service, devtpm);
     }
     if (keeper->state == CHILD_ABSENT && now >= keeper->due_ms &&
-        (!development || devtpm->state == CHILD_SERVING)) {
+        (!development || child_alive(devtpm))) {
         keeper_start(service, keeper);
-    }
-    if (worker->state == CHILD_ABSENT && now >= worker->due_ms) {
-        worker_start(service, worker);
     }
     if (gateway->state == CHILD_ABSENT && now >= gateway->due_ms) {
         gateway_start(service, gateway);
+    }
+    if (worker->state == CHILD_ABSENT && now >= worker->due_ms) {
+        worker_start(service, worker);
     }
     adapters_step(service);
     if (keeper->state == CHILD_SERVING) {
@@ -586,6 +586,7 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
         status = images_load(service, err);
     }
     if (status == CM_OK) {
+        CM_LOG(&service->log, CM_LOG_INFO, "opened", CM_LOG_I("files", service->store.count));
         status = confinement_open(service, err);
     }
     if (status == CM_OK) {
