@@ -18,6 +18,7 @@ import node as nodes  # noqa: E402
 import package_reader  # noqa: E402
 import tiny_adapter  # noqa: E402
 import tiny_model  # noqa: E402
+from test_adapter import SMOLLM  # noqa: E402
 from test_memory_scan import memory_contains  # noqa: E402
 
 PROMPT = "the tale of an inn " * 6  # some pages of tokens
@@ -26,14 +27,15 @@ PROMPT = "the tale of an inn " * 6  # some pages of tokens
 class Adapted(nodes.Node):
     """A node that loads adapters."""
 
-    def begin(self, folder, mode="restartable", most=3, owners=()):
-        tiny_model.write(str(folder / "tiny.gguf"))
+    def begin(self, folder, mode="restartable", most=3, size=1 << 20, model=None):
+        if model is None:
+            tiny_model.write(str(folder / "tiny.gguf"))
         self.run("casemate-pack", "keygen", "--owner", self.owner)
         self.run("casemate", "init", "--state", self.state, "--owner-key", self.owner / "owner.pub", "--policy-key",
                  self.owner / "policy.pub", "--package", self.package, "--node-name", "node-1", "--tpm",
                  "development", "--attest-mode", mode)
-        tiny_adapter.allow(self, *(owners or (self.owner,)), most=most)
-        self.make(folder / "tiny.gguf", "tiny")
+        tiny_adapter.allow(self, self.owner, most=most, size=size)
+        self.make(model or folder / "tiny.gguf", "tiny")
         self.api_key = self.key("test")
         self.folder = folder / "adapters"
 
@@ -255,6 +257,45 @@ def test_adapters_come_back_with_a_new_worker_and_a_new_keeper(node):
             node.until(name, "serving")
         assert {name: node.says(name) for name in told} == told, role
     assert not node.logged("key_page_not_wiped")
+
+
+def test_an_adapter_of_many_chunks(build, tmp_path, smollm_gguf):
+    """A real model's, while others are answered; the last byte counts as the first does."""
+    node = Adapted(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.begin(tmp_path, size=16 << 20, model=smollm_gguf)
+    large = node.seal("large", 1, rank=8, config=SMOLLM)
+    red = node.seal("red", 2, config=SMOLLM)
+    data = large.read_bytes()
+    assert len(data) > 4 << 20 and len(data) % (1 << 18) != 0
+    node.add(red)
+    node.start()
+    node.until("red", "serving")
+    told = {name: node.says(name) for name in ("tiny", "red")}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(node.says, name) for name in list(told) * 8]
+        node.add(large)
+        node.until("large", "serving")
+        assert [future.result() for future in running] == list(told.values()) * 8
+    said = node.says("large")
+    assert said not in told.values()
+    assert node.logged("adapter_loaded", adapter="large")[0]["bytes"] > 4 << 20
+    node.remove("large")
+    for at in (len(data) - 1, len(data) - (1 << 20), len(data) - (2 << 20)):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        path = node.folder / "bad" / "large.cmpkg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(changed)
+        shutil.copy(f"{large}.policy", f"{path}.policy")
+        node.add(path)
+        row = node.until("large", "refused")
+        assert row["id"] == "CM-PKG-HASH" and "segment" in row["text"]
+        assert {name: node.says(name) for name in told} == told
+        node.remove("large")
+    node.add(large)
+    node.until("large", "serving")
+    assert node.says("large") == said
+    node.well()
 
 
 def test_as_many_as_there_may_be_load_and_come_back(build, tmp_path):
