@@ -1,5 +1,6 @@
 /* At build time: the built-in rules into the pack that pack.c embeds. built_in_compile OUT */
 #include <stdio.h>
+#include <stdlib.h>
 
 #include "policies/guard/rules.h"
 
@@ -22,5 +23,7 @@ int main(int count, char **words)
         perror("built_in_compile OUT");
         return cm_status_exit_code(CM_E_SYSTEM);
     }
+    free(pack);
+    cm_rules_free(&rules);
     return 0;
 }
