@@ -52,15 +52,21 @@ CM_MUST_USE enum cm_status cm_aead_open_evp(uint32_t suite, const uint8_t *key, 
                                             const uint8_t tag[static CM_AEAD_TAG_BYTES],
                                             uint8_t *plaintext, struct cm_error *err);
 
-/* What this CPU has for the two below; asked once by whoever calls them often. */
+/* cpu.c: what this CPU has for those below. */
 bool cm_gcm_vaes_available(void);
 bool cm_sha256_lanes_available(void);
+/* crypto.c: the SHA instructions. */
+bool cm_sha256_pair_available(void);
 /* gcm_vaes.c. AES-256-GCM whose tag is checked before anything is written: in place is fine. False:
  * the tag is wrong, plaintext is untouched. */
 bool cm_gcm_vaes_open(const uint8_t key[static CM_KEY_BYTES],
                       const uint8_t nonce[static CM_AEAD_NONCE_BYTES], const uint8_t *ciphertext,
                       size_t bytes, const uint8_t tag[static CM_AEAD_TAG_BYTES],
                       uint8_t *plaintext);
+#define CM_SHA256_PAIR 2u
+/* sha256_pair.c. Digests of two messages of one length, a multiple of 64. */
+void cm_sha256_pair(const uint8_t *const messages[CM_SHA256_PAIR], size_t bytes,
+                    uint8_t ret_digests[CM_SHA256_PAIR][CM_DIGEST_BYTES]);
 #define CM_SHA256_LANES 16u
 /* sha256_lanes.c. Digests of CM_SHA256_LANES messages of one length, a multiple of 64. */
 void cm_sha256_lanes(const uint8_t *const messages[CM_SHA256_LANES], size_t bytes,

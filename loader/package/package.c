@@ -384,13 +384,21 @@ static enum cm_status digest_check(const struct cm_package *package, uint64_t in
     return segment_refused(package, index, status, err);
 }
 
-/* Lanes cost the same whether all are used or not: below this one message after the other is
- * faster (2.0 against 4.3 GB/s over 16). */
+/* Lanes cost the same whether all are used or not: below this fewer at once are faster. */
 #define LANES_LEAST 8u
 
+/* How many of `whole` segments to hash at once. */
+static uint64_t side_by_side(uint64_t whole)
+{
+    if (whole >= LANES_LEAST && cm_sha256_lanes_available()) {
+        return whole < CM_SHA256_LANES ? whole : CM_SHA256_LANES;
+    }
+    return whole >= CM_SHA256_PAIR && cm_sha256_pair_available() ? CM_SHA256_PAIR : 1;
+}
+
 /* `count` whole segments side by side; lanes that are left over hash the first one again. */
-static enum cm_status lanes_verify(const struct cm_package *package, uint64_t first, uint64_t count,
-                                   const uint8_t *ciphertext, struct cm_error *err)
+static enum cm_status many_verify(const struct cm_package *package, uint64_t first, uint64_t count,
+                                  const uint8_t *ciphertext, struct cm_error *err)
 {
     const uint8_t *lanes[CM_SHA256_LANES];
     uint8_t found[CM_SHA256_LANES][CM_DIGEST_BYTES];
@@ -398,7 +406,11 @@ static enum cm_status lanes_verify(const struct cm_package *package, uint64_t fi
     for (uint64_t i = 0; i < CM_SHA256_LANES; i++) {
         lanes[i] = ciphertext + (i < count ? i : 0) * CM_PACKAGE_SEGMENT_BYTES;
     }
-    cm_sha256_lanes(lanes, CM_PACKAGE_SEGMENT_BYTES, found);
+    if (count == CM_SHA256_PAIR) {
+        cm_sha256_pair(lanes, CM_PACKAGE_SEGMENT_BYTES, found);
+    } else {
+        cm_sha256_lanes(lanes, CM_PACKAGE_SEGMENT_BYTES, found);
+    }
     for (uint64_t i = 0; status == CM_OK && i < count; i++) {
         status = digest_check(package, first + i, CM_PACKAGE_SEGMENT_BYTES, found[i], err);
     }
@@ -409,7 +421,6 @@ enum cm_status cm_package_segments_verify(const struct cm_package *package, uint
                                           uint64_t count, const uint8_t *ciphertext,
                                           struct cm_error *err)
 {
-    const bool lanes = cm_sha256_lanes_available();
     enum cm_status status = CM_OK;
     for (uint64_t i = 0; status == CM_OK && i < count;) {
         uint8_t found[CM_DIGEST_BYTES];
@@ -418,9 +429,9 @@ enum cm_status cm_package_segments_verify(const struct cm_package *package, uint
         size_t bytes;
         cm_package_segment_place(package, first + count - 1, &offset, &bytes);
         uint64_t whole = count - i - (bytes < CM_PACKAGE_SEGMENT_BYTES);
-        if (lanes && whole >= LANES_LEAST) {
-            uint64_t take = whole < CM_SHA256_LANES ? whole : CM_SHA256_LANES;
-            status = lanes_verify(package, first + i, take, at, err);
+        const uint64_t take = side_by_side(whole);
+        if (take > 1) {
+            status = many_verify(package, first + i, take, at, err);
             i += take;
             continue;
         }

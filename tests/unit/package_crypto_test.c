@@ -1,5 +1,6 @@
-/* The fast twins of the package's cryptography against OpenSSL: AES-256-GCM by VAES and SHA-256 in
- * lanes, at every tail length, in place, with each bit of tag and text that is turned. */
+/* The fast twins of the package's cryptography against OpenSSL: AES-256-GCM by VAES, SHA-256 in
+ * lanes and of a pair, at every tail length, in place, with each bit of tag and text that is
+ * turned. */
 #include <criterion/criterion.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -118,6 +119,24 @@ Test(package_crypto, a_wrong_tag_writes_nothing)
     tag[15] ^= 1;
     cr_assert(cm_gcm_vaes_open(key, nonce, cipher, 1000, tag, found));
     cr_assert_eq(memcmp(found, plain, 1000), 0);
+}
+
+Test(package_crypto, sha256_of_a_pair_is_openssls)
+{
+    static uint8_t bytes[CM_SHA256_PAIR][4096];
+    const uint8_t *const messages[CM_SHA256_PAIR] = {bytes[0], bytes[1]};
+    uint8_t pair[CM_SHA256_PAIR][CM_DIGEST_BYTES], alone[CM_DIGEST_BYTES];
+    if (!cm_sha256_pair_available()) {
+        cr_skip_test("no SHA instructions");
+    }
+    random_fill(bytes[0], sizeof(bytes));
+    for (size_t size = 0; size <= 4096; size += 64) {
+        cm_sha256_pair(messages, size, pair);
+        for (uint32_t i = 0; i < CM_SHA256_PAIR; i++) {
+            cr_assert_eq(cm_sha256(bytes[i], size, alone, &err), CM_OK);
+            cr_assert_eq(memcmp(pair[i], alone, sizeof(alone)), 0, "%zu bytes, %u", size, i);
+        }
+    }
 }
 
 Test(package_crypto, sha256_in_lanes_is_openssls)
