@@ -383,6 +383,7 @@ void cm_adapters_tick(struct cm_worker *worker)
             continue;
         }
         struct cm_adapter_told told = {.serial = adapter->serial, .state = CM_ADAPTER_ABSENT};
+        cm_scheduler_forget(worker->scheduler, adapter->generation);
         cm_device_adapter_unbind(worker->device, region_of(i));
         CM_LOG(&worker->log, CM_LOG_INFO, "adapter_wiped", CM_LOG_I("region", region_of(i)),
                CM_LOG_I("generation", adapter->generation));

@@ -171,12 +171,9 @@ static void wipe(struct cm_pages *p, uint32_t index)
     p->wiped[p->wiped_count++] = index;
 }
 
-/* A sequence holds the parents of what it holds and lets go of the leaves first: so the oldest idle
- * page has no children. */
-static void oldest_forget(struct cm_pages *p)
+/* An idle page without children: out of its bucket and its tree, and wiped. */
+static void leaf_forget(struct cm_pages *p, uint32_t index)
 {
-    const uint32_t index = p->oldest;
-    CM_ASSERT(index != CM_PAGE_NONE);
     const struct page *page = &p->page[index];
     CM_ASSERT(page->children == 0 && page->holders == 0 && page->kept);
     uint32_t *at = &p->buckets[page->bucket];
@@ -190,6 +187,24 @@ static void oldest_forget(struct cm_pages *p)
     }
     idle_remove(p, index);
     wipe(p, index);
+}
+
+/* A sequence holds the parents of what it holds and lets go of the leaves first: so children are
+ * older in the list than their parent, and the oldest idle page has none. */
+static void oldest_forget(struct cm_pages *p)
+{
+    CM_ASSERT(p->oldest != CM_PAGE_NONE);
+    leaf_forget(p, p->oldest);
+}
+
+void cm_pages_forget(struct cm_pages *p, uint64_t adapter)
+{
+    for (uint32_t index = p->oldest, next; index != CM_PAGE_NONE; index = next) {
+        next = p->page[index].newer;
+        if (p->page[index].of.adapter == adapter) {
+            leaf_forget(p, index);
+        }
+    }
 }
 
 /* ------------------------------------------------------------------ use */

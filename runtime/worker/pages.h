@@ -39,6 +39,8 @@ uint32_t cm_pages_match(struct cm_pages *pages, struct cm_pages_of of, const uin
  * itself, or an equal one that was kept before, and then `page` is given back. */
 uint32_t cm_pages_keep(struct cm_pages *pages, struct cm_pages_of of, uint32_t parent,
                        const uint32_t *tokens, uint32_t page);
+/* Wipe what is kept of an adapter, which nobody uses any more. */
+void cm_pages_forget(struct cm_pages *pages, uint64_t adapter);
 /* Hold them no more. */
 void cm_pages_release(struct cm_pages *pages, const uint32_t *page, uint32_t count);
 

@@ -254,6 +254,11 @@ bool cm_scheduler_uses(const struct cm_scheduler *s, uint64_t adapter)
     return false;
 }
 
+void cm_scheduler_forget(struct cm_scheduler *s, uint64_t adapter)
+{
+    cm_pages_forget(s->pages, adapter);
+}
+
 /* ------------------------------------------------------------------ text out */
 
 static bool verdicts_flush(struct cm_scheduler *s, struct request *r)

@@ -62,6 +62,8 @@ void cm_scheduler_cancel_all(struct cm_scheduler *scheduler);
 
 /* Does any request, running or waiting, use the adapter of this generation? */
 bool cm_scheduler_uses(const struct cm_scheduler *scheduler, uint64_t adapter);
+/* It is used by none any more: what is kept of it is wiped. */
+void cm_scheduler_forget(struct cm_scheduler *scheduler, uint64_t adapter);
 /* Anything to do? False: step would do nothing. */
 bool cm_scheduler_busy(const struct cm_scheduler *scheduler);
 /* One mixed step. Fails only where the device fails: every request is then over. */

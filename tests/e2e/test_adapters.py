@@ -140,8 +140,13 @@ def test_what_has_begun_is_finished_before_an_adapter_goes(node):
     node.start("--sequences_max", "1", "--threads", "1")
     node.until("red", "serving")
     whole = node.says("red", tokens=380)
+    os.kill(node.pid("worker"), signal.SIGSTOP)  # until all of them have been sent
     with concurrent.futures.ThreadPoolExecutor(30) as pool:
         running = [pool.submit(node.says, "red", PROMPT, 380) for _ in range(30)]
+        end = time.monotonic() + 8
+        while "casemate_requests_in_flight 30\n" not in node.get("/metrics", node.api_key)[1]:
+            assert time.monotonic() < end
+        os.kill(node.pid("worker"), signal.SIGCONT)
         next(concurrent.futures.as_completed(running))
         (node.state / "adapters.table").unlink()
         end = time.monotonic() + 5

@@ -122,6 +122,47 @@ Test(worker_pages, the_exact_prefix_of_the_same_tenant_is_found_and_nothing_else
     end();
 }
 
+/* Two trees of the same tokens, one of an adapter: it goes, with what it held, and nothing else. */
+Test(worker_pages, what_is_kept_of_an_adapter_is_wiped_with_it)
+{
+    uint32_t tokens[DEPTH * PAGE], own[2][DEPTH], found[DEPTH];
+    const struct cm_pages_of of[2] = {{.tenant = 1}, {.tenant = 1, .adapter = 9}};
+    begin(true);
+    tokens_make(5, tokens);
+    for (uint32_t which = 0; which < 2; which++) {
+        for (uint32_t i = 0; i < 4; i++) {
+            own[which][i] = cm_pages_take(pages);
+            page_write(own[which][i], 77);
+            cr_assert_eq(cm_pages_keep(pages, of[which], i > 0 ? own[which][i - 1] : CM_PAGE_NONE,
+                                       tokens + i * PAGE, own[which][i]),
+                         own[which][i]);
+        }
+    }
+    cm_pages_release(pages, own[1], 4);
+    cm_pages_release(pages, own[0], 4);
+    cm_pages_forget(pages, 8);
+    cr_assert_eq(cm_pages_match(pages, of[1], tokens, 4 * PAGE, found), 4u);
+    cm_pages_release(pages, found, 4);
+    cm_pages_forget(pages, 9);
+    cr_assert_eq(cm_pages_match(pages, of[1], tokens, 4 * PAGE, found), 0u);
+    for (uint32_t i = 0; i < 4; i++) {
+        cr_assert_eq(page_read(own[1][i]), 0u, "wiped");
+        cr_assert_eq(page_read(own[0][i]), 77u);
+    }
+    cr_assert_eq(cm_pages_available(pages), PAGES);
+    cr_assert_eq(cm_pages_match(pages, of[0], tokens, 4 * PAGE, found), 4u);
+    cm_pages_release(pages, found, 4);
+    uint32_t all[PAGES];
+    for (uint32_t i = 0; i < PAGES; i++) { /* each is there once */
+        all[i] = cm_pages_take(pages);
+        for (uint32_t before = 0; before < i; before++) {
+            cr_assert_neq(all[i], all[before]);
+        }
+    }
+    cm_pages_release(pages, all, PAGES);
+    end();
+}
+
 Test(worker_pages, equal_pages_become_one)
 {
     uint32_t tokens[DEPTH * PAGE];
