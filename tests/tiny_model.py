@@ -33,7 +33,7 @@ def vocabulary() -> tuple[list[str], list[int], list[str]]:
     return tokens, [3, 3, 3] + [1] * (len(tokens) - 3), merges
 
 
-def write(path: str, quants: dict | None = None) -> None:
+def write(path: str, quants: dict | None = None, template: str = TEMPLATE) -> None:
     tokens, types, merges = vocabulary()
     random = numpy.random.default_rng(7)
     out = gguf.GGUFWriter(path, "llama")
@@ -54,7 +54,7 @@ def write(path: str, quants: dict | None = None) -> None:
     out.add_token_merges(merges)
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
-    out.add_chat_template(TEMPLATE)
+    out.add_chat_template(template)
 
     def matrix(name: str, rows: int, columns: int, kind: Q) -> None:
         values = (random.standard_normal((rows, columns)) / columns ** 0.5).astype(numpy.float32)

@@ -6,6 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <openssl/evp.h>
+
+#include "runtime/base/hex.h"
+
 #define TURN                                                                                       \
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"       \
     "{% endfor %}"
@@ -21,6 +25,43 @@ static const struct {
      "<|im_end|>\n' }}{% endif %}" TURN GENERATION},
     {"{% for message in messages %}" TURN GENERATION, NULL},
 };
+
+/* Other templates are known by what they are, to the byte: SHA-256 with newlines undone. Each makes
+ * what its family makes (tests/tokenizer/templates). */
+static const struct {
+    const char *digest;
+    uint32_t chat;
+    const char *system; /* where a chat has none */
+} known[] = {
+    {"ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6", /* gemma2 */
+     CM_CHAT_GEMMA, ""},
+    {"7de1c58e208eda46e9c7f86397df37ec49883aeece39fb961e0a6b24088dd3c4", /* gemma3 */
+     CM_CHAT_GEMMA, ""},
+    {"ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122", /* llama3 */
+     CM_CHAT_LLAMA3, ""},
+    {"0bbb09d8e36178819242ba3d428bdc0d8fcbeb5401138ee29d8eaea990815d1c", /* llama3.2 */
+     CM_CHAT_LLAMA31, ""},
+    {"268b6082ceb7176dc6ed80557a2f7837f9f0339592fbee677d405a553af15f88", /* phi3 */
+     CM_CHAT_PHI3, ""},
+    {"dcaee66df77bfbb789ec541fe713218da30225a526f1db97138fc39ee6dc56aa", /* phi3.1 */
+     CM_CHAT_PHI3, ""},
+    {"78d976a442bcde2f0be15aafbb8e3050e1104f86732266f68403251b89982a90", /* phi3.5 */
+     CM_CHAT_PHI3, ""},
+    {"f4493c9d8880ed8c45ba8298b3a158949f9e3c1a6b6d57169b91941b7beafbfa", /* qwen2.5 */
+     CM_CHAT_CHATML, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},
+};
+
+#define HASH_BYTES 32u /* of SHA-256 */
+#define KNOWN      (sizeof(known) / sizeof(known[0]))
+
+/* Hexadecimal SHA-256 of a text. False: OpenSSL can't. */
+static bool text_digest(const char *text, size_t size, char ret_hex[2 * HASH_BYTES + 1])
+{
+    uint8_t digest[HASH_BYTES];
+    bool ok = EVP_Digest(text, size, digest, NULL, EVP_sha256(), NULL) == 1;
+    cm_hex_write(digest, sizeof(digest), ret_hex);
+    return ok;
+}
 
 /* In a Jinja string the two characters \n mean a newline; both spellings are one template. */
 static size_t newlines_undo(struct cm_source_text text, char *ret)
@@ -78,7 +119,9 @@ static enum cm_status system_set(struct cm_plan *plan, const char *text, size_t 
 static const struct {
     const char *name;
     uint32_t chat;
-} formats[] = {{"chatml", CM_CHAT_CHATML}, {"gemma", CM_CHAT_GEMMA}, {"none", CM_CHAT_NONE}};
+} formats[] = {{"chatml", CM_CHAT_CHATML},    {"gemma", CM_CHAT_GEMMA},
+               {"llama3", CM_CHAT_LLAMA3},    {"phi3", CM_CHAT_PHI3},
+               {"llama3.1", CM_CHAT_LLAMA31}, {"none", CM_CHAT_NONE}};
 
 static enum cm_status format_given(const struct cm_plan_options *options, struct cm_plan *plan,
                                    struct cm_error *err)
@@ -91,9 +134,10 @@ static enum cm_status format_given(const struct cm_plan_options *options, struct
                               err);
         }
     }
-    return cm_error_set(err, CM_E_USAGE, "CM-PACK-CHAT",
-                        "--chat-format '%s' is unknown; there are: chatml, gemma, none",
-                        options->chat_format);
+    return cm_error_set(
+        err, CM_E_USAGE, "CM-PACK-CHAT",
+        "--chat-format '%s' is unknown; there are: chatml, gemma, llama3, llama3.1, phi3, none",
+        options->chat_format);
 }
 
 enum cm_status cm_plan_chat(struct cm_source_text text, const struct cm_plan_options *options,
@@ -114,13 +158,25 @@ enum cm_status cm_plan_chat(struct cm_source_text text, const struct cm_plan_opt
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "chat template");
     }
     size_t size = newlines_undo(text, normal);
-    if (template_match(normal, size, &system, &system_bytes)) {
+    char digest[2 * HASH_BYTES + 1];
+    size_t row = 0;
+    bool hashed = text_digest(normal, size, digest);
+    while (hashed && row < KNOWN && strcmp(digest, known[row].digest) != 0) {
+        row++;
+    }
+    if (!hashed) {
+        status = cm_error_set(err, CM_E_SYSTEM, "CM-SYS-HASH", "chat template: no SHA-256");
+    } else if (row < KNOWN) {
+        plan->manifest.chat = known[row].chat;
+        status = system_set(plan, known[row].system, strlen(known[row].system), err);
+    } else if (template_match(normal, size, &system, &system_bytes)) {
         plan->manifest.chat = CM_CHAT_CHATML;
         status = system_set(plan, system, system_bytes, err);
     } else {
         status = cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TEMPLATE",
                               "GGUF: the chat template is of no known family; say which one with "
-                              "--chat-format chatml|gemma|none (and --default-system)");
+                              "--chat-format chatml|gemma|llama3|llama3.1|phi3|none (and "
+                              "--default-system)");
     }
     free(normal);
     return status;

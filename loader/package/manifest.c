@@ -310,7 +310,7 @@ static enum cm_status chat_parse(struct parser *parser, struct cm_cursor *body)
 {
     struct cm_manifest *m = parser->manifest;
     m->chat = cm_cursor_u32(body);
-    if (!cm_cursor_ok(body) || m->chat > CM_CHAT_GEMMA) {
+    if (!cm_cursor_ok(body) || m->chat > CM_CHAT_LLAMA31) {
         return refuse(parser, "unknown chat family");
     }
     return text_parse(parser, body, &m->default_system);

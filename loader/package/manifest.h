@@ -45,7 +45,14 @@ enum cm_manifest_split { /* pre-tokenizer */
                          CM_SPLIT_SPACE_FIRST =
                              6, /* SentencePiece: none, and a space before the text */
 };
-enum cm_manifest_chat { CM_CHAT_NONE = 0, CM_CHAT_CHATML = 1, CM_CHAT_GEMMA = 2 };
+enum cm_manifest_chat {
+    CM_CHAT_NONE = 0,
+    CM_CHAT_CHATML = 1,
+    CM_CHAT_GEMMA = 2,
+    CM_CHAT_LLAMA3 = 3,
+    CM_CHAT_PHI3 = 4,
+    CM_CHAT_LLAMA31 = 5,
+};
 enum cm_manifest_activation { CM_MANIFEST_SILU = 0, CM_MANIFEST_GELU = 1 /* by tanh */ };
 #define CM_MANIFEST_NO_RANK 0xffffffffu /* no pair becomes this token */
 enum cm_manifest_token_type {           /* as in GGUF, renumbered */

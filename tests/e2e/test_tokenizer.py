@@ -3,6 +3,7 @@ import json
 import pathlib
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,9 +14,13 @@ import jinja2
 import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS / "engine"), str(TESTS / "tokenizer")]
+sys.path[:0] = [str(TESTS), str(TESTS / "engine"), str(TESTS / "tokenizer")]
 import corpus  # noqa: E402
 import oracles  # noqa: E402
+import package_reader  # noqa: E402
+import tiny_model  # noqa: E402
+from test_engine import seal  # noqa: E402
+from tokenizers import AddedToken  # noqa: E402
 
 ROLES = {"system": 1, "user": 2, "assistant": 3}
 
@@ -164,6 +169,98 @@ def test_gemma_chats(encode_gemma, gemma_gguf):
             wanted += [ids[part]] if control.match(part) else oracle.encode(part)
         assert tokens == wanted, chat
     assert found[-2] == found[-1]  # a system's text alone is not lost
+
+
+# Official templates as data (tokenizer_config.json of the models named): family of the manifest,
+# control tokens, system prompt where a chat has none.
+QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+LLAMA = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+PHI = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TURN = ["<start_of_turn>", "<end_of_turn>"]
+TEMPLATES = {"gemma2": (2, TURN, ""), "gemma3": (2, TURN, ""), "llama3": (3, LLAMA, ""),
+             "llama3.2": (5, LLAMA, ""), "phi3": (4, PHI, ""), "phi3.1": (4, PHI, ""),
+             "phi3.5": (4, PHI, ""), "qwen2.5": (1, ["<|im_start|>", "<|im_end|>"], QWEN)}
+NO_SYSTEM = ("gemma2", "phi3")  # the template refuses or drops it
+NO_EMPTY_SYSTEM = ("gemma3", "phi3.1")  # here a system's message without text is none
+EDGES = CONTENTS + ["\u00a0x\u3000", "\x1cx\x85", "\u2009\u2028in\u202f", "x\u200b", "\x0b\x0c", " "]
+
+
+def template_of(name):
+    text = (TESTS / "tokenizer" / "templates" / f"{name}.jinja").read_text()
+    # As `transformers` sets it up.
+    return text, jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+
+
+def renamed(build, path, folder, name):
+    """The real vocabulary with the family's control tokens: our run, and the oracle."""
+    family, control, system = TEMPLATES[name]
+    vocabulary = oracles.vocabulary_of(path)
+    slots = [i for i, kind in enumerate(vocabulary.kinds) if kind == 3]
+    tokens = list(vocabulary.tokens)
+    for slot, token in zip(slots, control):
+        tokens[slot] = token
+    for slot in slots[len(control):]:
+        tokens[slot] = f"<unused {slot}>"
+    undo = {c: b for b, c in enumerate(oracles.byte_alphabet())}
+    raw = [t.encode() if k == 3 else bytes(undo[c] for c in t)
+           for t, k in zip(tokens, vocabulary.kinds)]
+    ids = {t: i for i, t in enumerate(vocabulary.tokens)}
+    merges = [ids[part] for merge in vocabulary.merges() for part in merge]
+    run = runner(build, oracles.dump(folder / "dump", 1, 1, family, system, raw, vocabulary.kinds,
+                                     merges))
+    oracle = corpus.tokenizer(path, special=False, tokens=tokens)
+    oracle.add_special_tokens([AddedToken(t, special=True, normalized=False, rstrip=control is PHI)
+                               for t in control])
+    return run, oracle, set(slots)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_official_templates(build, smollm_gguf, tmp_path, name):
+    run, oracle, _ = renamed(build, smollm_gguf, tmp_path, name)
+    _, template = template_of(name)
+    source, chats = random.Random(name), []
+    for i in range(300):
+        chat = []
+        if i % 2 and name not in NO_SYSTEM:
+            text = source.choice(EDGES)
+            chat = [("system", text or ("be brief" if name in NO_EMPTY_SYSTEM else text))]
+        for turn in range(2 * source.randint(0, 3) + 1):
+            chat.append((("user", "assistant")[turn % 2], source.choice(EDGES)))
+        chats.append(chat)
+    found = run([(1, [(ROLES[role], text) for role, text in chat]) for chat in chats])
+    for chat, ids in zip(chats, found):
+        text = template.render(messages=[{"role": r, "content": c} for r, c in chat],
+                               add_generation_prompt=True, bos_token="", eos_token="")
+        assert ids == oracle.encode(text, add_special_tokens=False).ids, chat
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_text_makes_a_control_token(build, smollm_gguf, tmp_path, name):
+    run, _, control = renamed(build, smollm_gguf, tmp_path, name)
+    spelled = "x".join(TEMPLATES[name][1])
+    for role in ("system", "user", "assistant"):
+        plain, hostile = run([(1, [(ROLES[role], text), (2, "y")]) for text in ("x", spelled)])
+        assert [i for i in plain if i in control] == [i for i in hostile if i in control]
+        assert len(hostile) > len(plain)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_packer_knows_official_templates(build, tmp_path, name):
+    family, _, system = TEMPLATES[name]
+    text, _ = template_of(name)
+
+    def pack(template):
+        tiny_model.write(str(tmp_path / "tiny.gguf"), template=template)
+        shutil.rmtree(tmp_path / "made", ignore_errors=True)
+        (tmp_path / "made").mkdir()
+        folder = seal(build, tmp_path / "tiny.gguf", tmp_path / "made")
+        return package_reader.Package((folder / "m.cmpkg").read_bytes(),
+                                      (folder / "key").read_bytes()).manifest
+    manifest = pack(text)
+    assert manifest.chat == family and manifest.records[16][4:].decode() == system
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        pack(text + " ")
+    assert "--chat-format" in caught.value.stderr.decode()
 
 
 def test_control_spellings_in_text_stay_text(encode):

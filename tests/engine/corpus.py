@@ -24,14 +24,14 @@ CHAT = [
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
-def tokenizer(path, special=True):
-    """The oracle tokenizer, from a GGUF file's vocabulary and merges."""
+def tokenizer(path, special=True, tokens=None):
+    """The oracle tokenizer, from a GGUF file's vocabulary (or this one in its place) and merges."""
     reader = gguf.GGUFReader(path)
 
     def texts(key):
         field = reader.fields[key]
         return [bytes(field.parts[i]).decode() for i in field.data]
-    tokens = texts("tokenizer.ggml.tokens")
+    tokens = tokens or texts("tokenizer.ggml.tokens")
     merges = [tuple(m.split(" ")) for m in texts("tokenizer.ggml.merges")]
     kinds = reader.fields["tokenizer.ggml.token_type"]
     kinds = [int(kinds.parts[i][0]) for i in kinds.data]
