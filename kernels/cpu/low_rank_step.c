@@ -68,33 +68,55 @@ static float *parts_of(const struct cm_device *device, uint32_t token, uint32_t 
            (size_t)(target * device->rank_tiles + tile) * chunks * CM_TILE_ROWS;
 }
 
+/* Does any adapter of the step have a target of the site in this layer? */
+static bool site_adapted(const struct cm_device *device, uint32_t layer,
+                         const struct target *targets, uint32_t count)
+{
+    bool found = false;
+    for (uint32_t r = 0; !found && r < device->run_count; r++) {
+        for (uint32_t i = 0; i < count; i++) {
+            found = found ||
+                    device->scratch.runs[r].adapter->layers[layer][targets[i].target].a != NULL;
+        }
+    }
+    return found;
+}
+
+/* Work item `index` of A x: runs fastest, for they share what A is there. */
+static void shrink_item(struct cm_device *device, uint32_t layer, const struct target *targets,
+                        const struct cm_activations *x, uint32_t index)
+{
+    const uint32_t chunks = cm_low_rank_chunks(x->columns), runs = device->run_count;
+    const struct cm_low_rank_run *run = &device->scratch.runs[index % runs];
+    const uint32_t chunk = index / runs % chunks, tile = index / runs / chunks % device->rank_tiles;
+    const uint32_t target = index / runs / chunks / device->rank_tiles;
+    const uint16_t *a = run->adapter->layers[layer][targets[target].target].a;
+    const uint32_t column = chunk * CM_LOW_RANK_COLUMNS;
+    if (a == NULL || tile >= cm_rank_tiles(run->adapter->rank)) {
+        return;
+    }
+    device->path->shrink(
+        a + ((size_t)tile * x->columns + column) * CM_TILE_ROWS, x, run->token, run->tokens,
+        column / CM_TILE_COLUMNS, least(CM_LOW_RANK_COLUMNS, x->columns - column) / CM_TILE_COLUMNS,
+        parts_of(device, run->token, target, tile, chunks) + (size_t)chunk * CM_TILE_ROWS,
+        device->low_floats);
+}
+
 void cm_low_rank_shrink(struct cm_device *device, struct cm_worker *worker, uint32_t layer,
                         enum cm_site site, const struct cm_activations *x)
 {
     struct target targets[3];
     const uint32_t count = targets_of(&device->model, site, targets);
-    const uint32_t chunks = cm_low_rank_chunks(x->columns), runs = device->run_count;
+    const uint32_t items =
+        count * device->rank_tiles * cm_low_rank_chunks(x->columns) * device->run_count;
     uint32_t first, last;
-    if (runs == 0) {
+    if (!site_adapted(device, layer, targets, count)) {
         return;
     }
-    cm_pool_phase(worker, count * device->rank_tiles * chunks * runs);
+    cm_pool_phase(worker, items);
     while (cm_pool_take(worker, &first, &last)) {
-        for (uint32_t i = first; i < last; i++) { /* runs fastest: they share what A is there */
-            const struct cm_low_rank_run *run = &device->scratch.runs[i % runs];
-            const uint32_t chunk = i / runs % chunks, tile = i / runs / chunks % device->rank_tiles;
-            const uint32_t target = i / runs / chunks / device->rank_tiles;
-            const uint16_t *a = run->adapter->layers[layer][targets[target].target].a;
-            if (a == NULL || tile >= cm_rank_tiles(run->adapter->rank)) {
-                continue;
-            }
-            const uint32_t column = chunk * CM_LOW_RANK_COLUMNS;
-            device->path->shrink(a + ((size_t)tile * x->columns + column) * CM_TILE_ROWS, x,
-                                 run->token, run->tokens, column / CM_TILE_COLUMNS,
-                                 least(CM_LOW_RANK_COLUMNS, x->columns - column) / CM_TILE_COLUMNS,
-                                 parts_of(device, run->token, target, tile, chunks) +
-                                     (size_t)chunk * CM_TILE_ROWS,
-                                 device->low_floats);
+        for (uint32_t i = first; i < last; i++) {
+            shrink_item(device, layer, targets, x, i);
         }
     }
     cm_pool_barrier(worker);
@@ -123,41 +145,42 @@ static uint32_t columns_of(const struct cm_model *m, enum cm_site site)
                                  : m->width;
 }
 
+/* Row tiles from .. to of a target that lie in a span. Spans of interleaved targets begin at an
+ * even tile. */
+static void target_cut(const struct target *target, struct cm_span span, uint32_t *ret_from,
+                       uint32_t *ret_to)
+{
+    const uint32_t first = target->first, step = target->step;
+    *ret_from = span.tile_first > first ? (span.tile_first - first + step - 1) / step : 0;
+    *ret_to = span.tile_last > first
+                  ? least((span.tile_last - first + step - 1) / step, target->count)
+                  : 0;
+}
+
 void cm_low_rank_expand(const struct cm_device *device, uint32_t layer, enum cm_site site,
                         struct cm_span span, float *y, size_t stride)
 {
     struct target targets[3];
-    if (device->run_count == 0) {
-        return;
-    }
-    const uint32_t count = targets_of(&device->model, site, targets);
+    const uint32_t count = device->run_count > 0 ? targets_of(&device->model, site, targets) : 0;
     const uint32_t chunks = cm_low_rank_chunks(columns_of(&device->model, site));
     for (uint32_t i = 0; i < count; i++) {
         const struct target *target = &targets[i];
-        /* Spans of interleaved targets begin at an even tile. */
-        uint32_t from = span.tile_first > target->first
-                            ? (span.tile_first - target->first + target->step - 1) / target->step
-                            : 0;
-        uint32_t to =
-            span.tile_last > target->first
-                ? least((span.tile_last - target->first + target->step - 1) / target->step,
-                        target->count)
-                : 0;
+        uint32_t from, to;
+        target_cut(target, span, &from, &to);
+        const uint32_t row = (target->first + from * target->step - span.tile_first) * CM_TILE_ROWS;
         for (uint32_t t = span.token_first; from < to && t < span.token_last; t++) {
             const struct cm_adapter_region *adapter = device->tokens[t].adapter;
             const uint16_t *b = adapter != NULL ? adapter->layers[layer][target->target].b : NULL;
             float u[CM_ADAPTER_RANK_MAX];
-            if (b == NULL) {
-                continue;
-            }
-            for (uint32_t tile = 0; tile < cm_rank_tiles(adapter->rank); tile++) {
+            for (uint32_t tile = 0; b != NULL && tile < cm_rank_tiles(adapter->rank); tile++) {
                 parts_sum(parts_of(device, t, i, tile, chunks), chunks, adapter->scale,
                           u + (size_t)tile * CM_TILE_ROWS);
             }
-            uint32_t row = (target->first + from * target->step - span.tile_first) * CM_TILE_ROWS;
-            device->path->expand(b + (size_t)from * adapter->rank * CM_TILE_ROWS, adapter->rank,
-                                 to - from, u, y + (t - span.token_first) * stride + row,
-                                 (size_t)target->step * CM_TILE_ROWS);
+            if (b != NULL) {
+                device->path->expand(b + (size_t)from * adapter->rank * CM_TILE_ROWS, adapter->rank,
+                                     to - from, u, y + (t - span.token_first) * stride + row,
+                                     (size_t)target->step * CM_TILE_ROWS);
+            }
         }
     }
 }
