@@ -44,6 +44,11 @@ def spread(values: list[float]) -> dict:
             "rounds": len(values)}
 
 
+def share_of_stream(rate: float, weights: int, streams: list[dict]) -> float:
+    """Of the mean stream just before and just after."""
+    return rate * weights / 1e9 / statistics.mean(answer["gb_per_s"] for answer in streams)
+
+
 class Rounds:
     """What each measurement gave, round by round."""
 
@@ -62,7 +67,8 @@ class Rounds:
         found = {}
         for name, answers in self.answers.items():
             calm = self.calm(name, 0.95 * threads)
-            keys = [key for key in ("rate", "gb_per_s", "tops", "step_median_ms", "step_slowest_ms")
+            keys = [key for key in ("rate", "gb_per_s", "gb_per_s_best", "tops", "of_stream", "step_median_ms",
+                                 "step_slowest_ms")
                     if key in answers[0]]
             found[name] = {key: spread([a[key] for a in calm]) for key in keys}
             found[name]["disturbed_rounds"] = sum(a.get("cpus", threads) < 0.95 * threads

@@ -22,6 +22,10 @@ def show(value: dict | None, unit: str) -> str:
 
 
 def stream_share(part: dict, name: str, bytes_per_token: float) -> float | None:
+    """Round by round; of an older file, which has no such figure, median by median."""
+    found = figure(part, name, "of_stream")
+    if found:
+        return found["median"]
     rate, stream = figure(part, name), figure(part, "stream", "gb_per_s")
     return rate["median"] * bytes_per_token / 1e9 / stream["median"] if rate and stream else None
 

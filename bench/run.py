@@ -111,8 +111,15 @@ class Bench:
     def rounds(self, rounds: arms.Rounds, asked: list, weights: int) -> None:
         probe = self.probe()
         for number in range(self.options.rounds + 1):
-            answers = [("stream", probe.ask(f"read {weights}")), ("int8 peak", probe.ask("int8"))]
-            answers += [(name, arm.rate(line)) for name, arm, line in asked]
+            answers = [("int8 peak", probe.ask("int8"))]
+            for name, arm, line in asked:
+                if name == "ours: decode":  # beside the stream of the same moment
+                    answers.append(("stream", probe.ask(f"read {weights}")))
+                answers.append((name, arm.rate(line)))
+                if name == "ours: decode":
+                    stream = [answers[-2][1], probe.ask(f"read {weights}")]
+                    answers.append(("stream", stream[1]))
+                    answers[-2][1]["of_stream"] = arms.share_of_stream(answers[-2][1]["rate"], weights, stream)
             for name, answer in answers if number > 0 else ():
                 rounds.add(name, answer)
         for arm in {arm for _, arm, _ in asked} | {probe}:
