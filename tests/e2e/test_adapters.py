@@ -173,9 +173,10 @@ def test_a_request_that_crosses_with_the_unloading_is_refused(node):
     os.kill(node.pid("worker"), signal.SIGSTOP)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         crossing = pool.submit(refused, lambda: node.says("red"))
-        time.sleep(0.3)
-        node.remove("red")
         end = time.monotonic() + 5
+        while "casemate_requests_in_flight 1\n" not in node.get("/metrics", node.api_key)[1]:
+            assert time.monotonic() < end
+        node.remove("red")
         while not node.logged("adapter", state="unloading"):
             assert time.monotonic() < end
             time.sleep(0.01)
