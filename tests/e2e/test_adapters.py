@@ -77,12 +77,18 @@ class Adapted(nodes.Node):
 
 
 @pytest.fixture
-def node(build, tmp_path):
+def empty(build, tmp_path):
+    """A node without a package yet; whatever the test does, its service ends with it."""
     made = Adapted(build / "bin", tmp_path / "node", tmp_path / "owner")
-    made.begin(tmp_path)
     yield made
     if made.service is not None and made.service.poll() is None:
         made.stop()
+
+
+@pytest.fixture
+def node(empty, tmp_path):
+    empty.begin(tmp_path)
+    return empty
 
 
 def refused(call):
@@ -265,9 +271,9 @@ def test_adapters_come_back_with_a_new_worker_and_a_new_keeper(node):
     assert not node.logged("key_page_not_wiped")
 
 
-def test_an_adapter_of_many_chunks(build, tmp_path, smollm_gguf):
+def test_an_adapter_of_many_chunks(empty, tmp_path, smollm_gguf):
     """A real model's, while others are answered; the last byte counts as the first does."""
-    node = Adapted(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node = empty
     node.begin(tmp_path, size=16 << 20, model=smollm_gguf)
     large = node.seal("large", 1, rank=8, config=SMOLLM)
     red = node.seal("red", 2, config=SMOLLM)
