@@ -250,3 +250,12 @@ enum cm_status cm_slots_mac(const uint8_t key[static CM_KEY_BYTES],
     cm_wipe(mac_key, sizeof(mac_key));
     return status;
 }
+
+void cm_sha256_padding(size_t message_bytes, uint8_t ret_block[static 64])
+{
+    memset(ret_block, 0, 64);
+    ret_block[0] = 0x80;
+    for (int i = 0; i < 8; i++) {
+        ret_block[56 + i] = (uint8_t)((uint64_t)message_bytes * 8 >> (56 - 8 * i));
+    }
+}

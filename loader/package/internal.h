@@ -64,6 +64,12 @@ bool cm_gcm_vaes_open(const uint8_t key[static CM_KEY_BYTES],
                       size_t bytes, const uint8_t tag[static CM_AEAD_TAG_BYTES],
                       uint8_t *plaintext);
 #define CM_SHA256_PAIR 2u
+/* sha256_lanes.c, for both ways: FIPS 180-4, 4.2.2 and 5.3.3. */
+extern const uint32_t cm_sha256_constants[64];
+extern const uint32_t cm_sha256_beginning[8];
+/* The block behind a message of whole blocks: FIPS 180-4, 5.1.1. */
+void cm_sha256_padding(size_t message_bytes, uint8_t ret_block[static 64]);
+
 /* sha256_pair.c. Digests of two messages of one length, a multiple of 64. */
 void cm_sha256_pair(const uint8_t *const messages[CM_SHA256_PAIR], size_t bytes,
                     uint8_t ret_digests[CM_SHA256_PAIR][CM_DIGEST_BYTES]);

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-static const uint32_t constants[64] = {
+const uint32_t cm_sha256_constants[64] __attribute__((aligned(16))) = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
     0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
@@ -19,8 +19,8 @@ static const uint32_t constants[64] = {
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-static const uint32_t beginning[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
+const uint32_t cm_sha256_beginning[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                                         0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
 
 #define XOR3   0x96 /* truth tables for ternarylogic */
 #define CHOOSE 0xca
@@ -103,13 +103,13 @@ static void blocks_take(__m512i state[8], const uint8_t *const at[16], size_t by
         memcpy(s, state, sizeof(s));
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) {
-            round_one(s, w[i], constants[i]);
+            round_one(s, w[i], cm_sha256_constants[i]);
         }
         for (int turn = 16; turn < 64; turn += 16) {
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
                 w[i] = word_next(w, i);
-                round_one(s, w[i], constants[turn + i]);
+                round_one(s, w[i], cm_sha256_constants[turn + i]);
             }
         }
         for (int i = 0; i < 8; i++) {
@@ -121,19 +121,15 @@ static void blocks_take(__m512i state[8], const uint8_t *const at[16], size_t by
 void cm_sha256_lanes(const uint8_t *const messages[CM_SHA256_LANES], size_t bytes,
                      uint8_t ret_digests[CM_SHA256_LANES][CM_DIGEST_BYTES])
 {
-    static const uint8_t padding[64] = {0x80};
     uint8_t last[64];
     const uint8_t *at[CM_SHA256_LANES];
     __m512i state[8];
     CM_ASSERT(bytes % 64 == 0);
     for (int i = 0; i < 8; i++) {
-        state[i] = _mm512_set1_epi32((int)beginning[i]);
+        state[i] = _mm512_set1_epi32((int)cm_sha256_beginning[i]);
     }
     blocks_take(state, messages, bytes);
-    memcpy(last, padding, sizeof(last));
-    for (int i = 0; i < 8; i++) {
-        last[56 + i] = (uint8_t)((uint64_t)bytes * 8 >> (56 - 8 * i));
-    }
+    cm_sha256_padding(bytes, last);
     for (uint32_t i = 0; i < CM_SHA256_LANES; i++) {
         at[i] = last;
     }

@@ -8,16 +8,6 @@
 #include <immintrin.h>
 #include <string.h>
 
-static const uint32_t constants[64] __attribute__((aligned(16))) = {
-    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
-    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
-    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
-    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
-    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
-    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
-    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
-    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
-
 struct one {
     __m128i abef, cdgh; /* the order that the instructions take the state in */
 };
@@ -39,7 +29,7 @@ static inline __attribute__((always_inline)) void words_next(__m128i w[4], int i
 
 static inline __attribute__((always_inline)) void rounds_four(struct one *s, __m128i words, int i)
 {
-    const __m128i *constant = (const __m128i *)(const void *)(constants + 4 * i);
+    const __m128i *constant = (const __m128i *)(const void *)(cm_sha256_constants + 4 * i);
     __m128i sum = _mm_add_epi32(words, _mm_load_si128(constant));
     s->cdgh = _mm_sha256rnds2_epu32(s->cdgh, s->abef, sum);
     s->abef = _mm_sha256rnds2_epu32(s->abef, s->cdgh, _mm_shuffle_epi32(sum, 0x0e));
@@ -73,18 +63,17 @@ static void blocks_take(struct one state[CM_SHA256_PAIR], const uint8_t *const a
 void cm_sha256_pair(const uint8_t *const messages[CM_SHA256_PAIR], size_t bytes,
                     uint8_t ret_digests[CM_SHA256_PAIR][CM_DIGEST_BYTES])
 {
-    uint8_t last[64] = {0x80};
+    uint8_t last[64];
     const uint8_t *const padding[CM_SHA256_PAIR] = {last, last};
     struct one state[CM_SHA256_PAIR];
+    const uint32_t *h = cm_sha256_beginning;
     CM_ASSERT(bytes % 64 == 0);
     for (int k = 0; k < (int)CM_SHA256_PAIR; k++) {
-        state[k].abef = _mm_set_epi32(0x6a09e667, (int)0xbb67ae85, 0x510e527f, (int)0x9b05688c);
-        state[k].cdgh = _mm_set_epi32(0x3c6ef372, (int)0xa54ff53a, 0x1f83d9ab, 0x5be0cd19);
+        state[k].abef = _mm_set_epi32((int)h[0], (int)h[1], (int)h[4], (int)h[5]);
+        state[k].cdgh = _mm_set_epi32((int)h[2], (int)h[3], (int)h[6], (int)h[7]);
     }
     blocks_take(state, messages, bytes);
-    for (int i = 0; i < 8; i++) {
-        last[56 + i] = (uint8_t)((uint64_t)bytes * 8 >> (56 - 8 * i));
-    }
+    cm_sha256_padding(bytes, last);
     blocks_take(state, padding, sizeof(last));
     for (int k = 0; k < (int)CM_SHA256_PAIR; k++) {
         uint32_t fe_ba[4], hg_dc[4]; /* from the lowest lane on */
