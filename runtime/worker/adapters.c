@@ -13,6 +13,7 @@
 #include "runtime/base/clock.h"
 #include "runtime/base/hex.h"
 #include "runtime/base/sealed.h"
+#include "runtime/worker/bind.h"
 #include "runtime/worker/worker.h"
 
 #define HEAP_BYTES  (1u << 20) /* what libcrypto takes for a signature is some ten KiB */
@@ -207,15 +208,8 @@ static enum cm_status segments_open(void *context, uint64_t index, const uint8_t
 static void tensor_place(struct cm_adapter_layer *layers, const struct cm_manifest_tensor *from)
 {
     struct cm_adapter_layer *layer = &layers[from->layer];
-    struct cm_tensor *to =
-        from->role % 2 == 0 ? &layer->a[from->role / 2] : &layer->b[from->role / 2];
-    size_t size = from->name.size < sizeof(to->name) - 1 ? from->name.size : sizeof(to->name) - 1;
-    memcpy(to->name, from->name.bytes, size);
-    to->kind = from->kind;
-    to->rows = from->rows;
-    to->columns = from->columns;
-    to->offset = from->offset;
-    to->bytes = from->bytes;
+    cm_worker_tensor_copy(from, from->role % 2 == 0 ? &layer->a[from->role / 2]
+                                                    : &layer->b[from->role / 2]);
 }
 
 static enum cm_status bind(struct cm_worker *worker, struct cm_error *err)

@@ -25,6 +25,18 @@ static struct cm_tensor *tensor_place(struct cm_worker_model *made,
     }
 }
 
+void cm_worker_tensor_copy(const struct cm_manifest_tensor *from, struct cm_tensor *ret_tensor)
+{
+    const size_t most = sizeof(ret_tensor->name) - 1;
+    memcpy(ret_tensor->name, from->name.bytes, from->name.size < most ? from->name.size : most);
+    ret_tensor->kind = from->kind;
+    ret_tensor->rows = from->rows;
+    ret_tensor->columns = from->columns;
+    ret_tensor->offset = from->offset;
+    ret_tensor->scale_offset = from->scale_offset;
+    ret_tensor->bytes = from->bytes;
+}
+
 static enum cm_status tensors_place(const struct cm_manifest *m, struct cm_worker_model *made,
                                     struct cm_error *err)
 {
@@ -37,15 +49,7 @@ static enum cm_status tensors_place(const struct cm_manifest *m, struct cm_worke
                 "manifest: tensor '%.*s' has no place in this model, or comes twice",
                 (int)from->name.size, from->name.bytes);
         }
-        size_t size =
-            from->name.size < sizeof(to->name) - 1 ? from->name.size : sizeof(to->name) - 1;
-        memcpy(to->name, from->name.bytes, size);
-        to->kind = from->kind;
-        to->rows = from->rows;
-        to->columns = from->columns;
-        to->offset = from->offset;
-        to->scale_offset = from->scale_offset;
-        to->bytes = from->bytes;
+        cm_worker_tensor_copy(from, to);
     }
     const struct cm_manifest_decoder *d = &m->decoder;
     uint32_t layer = 6 + d->qkv_bias + 2 * d->qk_norm + 2 * d->post_norms;

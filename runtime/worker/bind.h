@@ -16,6 +16,8 @@ struct cm_worker_model {
 CM_MUST_USE enum cm_status cm_worker_model_make(const struct cm_manifest *manifest,
                                                 struct cm_worker_model *ret_model,
                                                 struct cm_error *err);
+/* One tensor's facts, into zeroed memory. */
+void cm_worker_tensor_copy(const struct cm_manifest_tensor *from, struct cm_tensor *ret_tensor);
 void cm_worker_model_done(struct cm_worker_model *model);
 
 #endif
