@@ -35,15 +35,17 @@ struct cm_matrix { /* a bound weight matrix */
     const uint8_t *scales;
 };
 
-/* Activations of `tokens` rows of `columns` (a multiple of 32), quantised, or, for bf16 matrices,
- * as they are. Tokens lie in panels of 16 (the last one may be narrower); within a panel:
- * [block][token], so that a block's activations of all tokens of a panel are one piece. */
+/* Activations of `tokens` rows of `columns` (a multiple of 32), quantised; or, for bf16 matrices,
+ * as they are; or, in class P, rounded to bf16. Tokens lie in panels of 16 (the last one may be
+ * narrower); within a panel: [block][token], so that a block's activations of all tokens of a panel
+ * are one piece. */
 struct cm_activations {
-    float *x;       /* [panel][block][token of the panel][32]; NULL: quantised */
-    int8_t *q;      /* [panel][block][token of the panel][32] */
-    float *scale;   /* [panel][block][token of the panel]: d */
-    float *sum;     /* s = d * n */
-    int32_t *count; /* n */
+    uint16_t *rounded; /* [panel][block][token of the panel][32]; NULL: not of class P */
+    float *x;          /* the same; NULL: quantised */
+    int8_t *q;         /* the same */
+    float *scale;      /* [panel][block][token of the panel]: d */
+    float *sum;        /* s = d * n */
+    int32_t *count;    /* n */
     uint32_t columns;
     uint32_t tokens;
 };
@@ -170,8 +172,24 @@ CM_PATH_DECLARE(avx512vnni);
 void cm_amx_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                  struct cm_span span, float *y, size_t stride);
 
+/* Class P of kernels/NUMERICS.md: prompts through bf16 tiles. */
+struct cm_prompt_path {
+    const char *name;
+    bool (*available)(void);
+    cm_gemm gemm; /* of activations that are rounded */
+    /* Blocks [block_first, block_first + count) of a token; x is the first block's. */
+    void (*round)(const float *x, const struct cm_activations *act, uint32_t token,
+                  uint32_t block_first, uint32_t count);
+};
+void cm_amx_bf16_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
+                      struct cm_span span, float *y, size_t stride);
+void cm_amx_bf16_round(const float *x, const struct cm_activations *act, uint32_t token,
+                       uint32_t block_first, uint32_t count);
+
 /* path.c: the best path that this CPU has, or the one of that name; NULL: there is none. */
 const struct cm_path *cm_path_choose(const char *name);
+/* Class P, NULL where this CPU or this kernel has none. */
+const struct cm_prompt_path *cm_prompt_path_choose(void);
 
 /* plain.c: the definitions, which the paths must equal bit by bit. */
 float cm_half_float(uint16_t half);
@@ -185,6 +203,13 @@ void cm_plain_shrink(const uint16_t *tile, const struct cm_activations *x, uint3
                      uint32_t tokens, uint32_t block, uint32_t blocks, float *ret, size_t stride);
 void cm_plain_expand(const uint16_t *tile, uint32_t rank, uint32_t tiles, const float *u, float *y,
                      size_t step);
+
+/* plain_bf16.c: those of class P. */
+#define CM_PLAIN_COLUMNS_MAX 2048u
+uint16_t cm_bfloat_of(float x);
+float cm_bfloat_float(uint16_t bfloat);
+void cm_plain_bf16_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
+                        struct cm_span span, float *y, size_t stride);
 
 /* ---------------------------------------------------------------- threads */
 

@@ -22,14 +22,25 @@ static bool avx512vnni_available(void)
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
-/* The CPU has tiles and the kernel lets this process use them (threads made later as well). */
-static bool amx_available(void)
+/* The CPU has tiles of this kind and the kernel lets this process use them (threads made later as
+ * well). */
+static bool tiles_available(uint32_t kind)
 {
     uint32_t a, b, c, d;
-    const uint32_t tile = 1u << 24, int8 = 1u << 25;
+    const uint32_t tile = 1u << 24;
     return avx512vnni_available() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 &&
-           (d & tile) != 0 && (d & int8) != 0 &&
+           (d & tile) != 0 && (d & kind) != 0 &&
            syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) == 0;
+}
+
+static bool amx_available(void)
+{
+    return tiles_available(1u << 25); /* int8 */
+}
+
+static bool amx_bf16_available(void)
+{
+    return tiles_available(1u << 22) && __builtin_cpu_supports("avx512bf16");
 }
 
 /* A path's own product, and all else of a body that may be another's. */
@@ -55,4 +66,11 @@ const struct cm_path *cm_path_choose(const char *name)
         }
     }
     return NULL;
+}
+
+const struct cm_prompt_path *cm_prompt_path_choose(void)
+{
+    static const struct cm_prompt_path path = {"amx-bf16", amx_bf16_available, cm_amx_bf16_gemm,
+                                               cm_amx_bf16_round};
+    return path.available() ? &path : NULL;
 }

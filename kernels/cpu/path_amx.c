@@ -3,21 +3,16 @@
  * follow in AVX-512, so the results are those of every other path. A unit of 8 blocks (256 columns,
  * one chunk of NUMERICS.md) is unpacked once for all panels of the span. Measured on Granite
  * Rapids: 0.8 TOPS a core, where VNNI makes 0.41; the scales take half of the time. */
+#include "kernels/cpu/amx.h"
 #include "kernels/cpu/avx512.h"
 
 #define CHUNK_BLOCKS 8u
 #define AHEAD        4u /* blocks that the tile unit runs before the scales: tiles 0 .. 3 */
 #define TILE_FLOATS  (CM_PANEL * CM_TILE_ROWS)
 
-struct config { /* LDTILECFG, Intel SDM 18.3 */
-    uint8_t palette, start, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
 /* Sums 0 .. 3; activations 4, 5: 16 tokens × 32 columns; weights 6, 7: 8 × (16 rows × 4 columns).
  */
-static const struct config config = {
+static const struct tile_config config = {
     .palette = 1,
     .row_bytes = {64, 64, 64, 64, 32, 32, 64, 64},
     .rows = {16, 16, 16, 16, 16, 16, 8, 8},

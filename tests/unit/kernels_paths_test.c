@@ -36,7 +36,8 @@ static void *lines_new(size_t bytes)
 static struct cm_activations activations_new(uint32_t kind, uint32_t columns, uint32_t tokens)
 {
     size_t blocks = (size_t)tokens * columns / 32;
-    return (struct cm_activations){.x = kind == CM_TENSOR_BF16 ? lines_new(blocks * 128) : NULL,
+    return (struct cm_activations){.rounded = lines_new(blocks * 64),
+                                   .x = kind == CM_TENSOR_BF16 ? lines_new(blocks * 128) : NULL,
                                    .q = lines_new(blocks * 32),
                                    .scale = lines_new(blocks * 4),
                                    .sum = lines_new(blocks * 4),
@@ -218,6 +219,76 @@ Test(kernels_paths, products_equal_the_definition)
             memset(fast, 0xff, bytes);
             path->gemm(&matrix, &act, part, fast, stride);
             cr_assert_arr_eq(plain + part.token_first * stride + 16, fast, (stride - 16) * 4);
+        }
+    }
+}
+
+/* ------------------------------------------------------------------ class P */
+
+/* Some tokens so small that products and sums become denormal, which the tile unit takes for 0. */
+static void row_fill(float *row, uint32_t columns, uint32_t token)
+{
+    const float scales[] = {3.0f, 1e-18f, 1e-37f, 3e-39f};
+    floats_fill(row, columns, scales[token % 9 == 4 ? token / 9 % 4 : 0]);
+    for (uint32_t k = 0; token % 5 == 3 && k < columns; k++) {
+        row[k] *= scales[rand() % 4];
+    }
+}
+
+static void bfloats_shrink(struct cm_matrix *matrix)
+{
+    uint16_t *weights = (uint16_t *)(uintptr_t)matrix->quants;
+    for (uint32_t i = 0; i < matrix->row_tiles * matrix->blocks * 512; i += 3) {
+        weights[i] &= (uint16_t)(rand() % 2 ? 0x807f : 0x90ff); /* 2^-126 and less, 2^-94 */
+    }
+}
+
+static void prompts_compare(const struct cm_prompt_path *path, uint32_t kind, uint32_t rows,
+                            uint32_t columns, uint32_t tokens)
+{
+    struct cm_matrix matrix = matrix_new(kind, rows, columns);
+    struct cm_activations act = activations_new(kind, columns, tokens);
+    float *row = lines_new(columns * 4ul);
+    if (kind == CM_TENSOR_BF16) {
+        bfloats_shrink(&matrix);
+    }
+    for (uint32_t t = 0; t < tokens; t++) {
+        row_fill(row, columns, t);
+        path->round(row, &act, t, 0, columns / 32);
+        for (uint32_t k = 0; k < columns; k++) {
+            cr_assert_eq(act.rounded[cm_activation_at(&act, t, k / 32) * 32 + k % 32],
+                         cm_bfloat_of(row[k]), "%a", (double)row[k]);
+        }
+    }
+    const size_t stride = (size_t)matrix.row_tiles * 16, bytes = stride * tokens * 4;
+    float *plain = lines_new(bytes), *fast = lines_new(bytes);
+    struct cm_span all = {0, tokens, 0, matrix.row_tiles};
+    cm_plain_bf16_gemm(&matrix, &act, all, plain, stride);
+    memset(fast, 0xff, bytes);
+    path->gemm(&matrix, &act, all, fast, stride);
+    cr_assert_arr_eq(plain, fast, bytes, "%u x %u, kind %u", rows, columns, kind);
+    for (uint32_t first = 0; first < tokens; first += 16) { /* a part: the same values */
+        struct cm_span part = {first, first + 16 < tokens ? first + 16 : tokens, 1,
+                               matrix.row_tiles};
+        memset(fast, 0xff, bytes);
+        path->gemm(&matrix, &act, part, fast, stride);
+        cr_assert_arr_eq(plain + first * stride + 16, fast, (stride - 16) * 4);
+    }
+}
+
+Test(kernels_paths, products_of_prompts_equal_the_definition)
+{
+    const uint32_t shapes[][3] = {{32, 32, 1},   {64, 256, 3},   {96, 288, 16}, {33, 576, 33},
+                                  {96, 800, 48}, {64, 1600, 35}, {32, 96, 130}};
+    const uint32_t kinds[] = {CM_TENSOR_U4A, CM_TENSOR_U4S, CM_TENSOR_U8S, CM_TENSOR_BF16};
+    const struct cm_prompt_path *path = cm_prompt_path_choose();
+    if (path == NULL) {
+        cr_skip_test("this machine lacks AMX-bf16");
+    }
+    srand(8);
+    for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
+        for (size_t k = 0; k < sizeof(kinds) / sizeof(kinds[0]); k++) {
+            prompts_compare(path, kinds[k], shapes[i][0], shapes[i][1], shapes[i][2]);
         }
     }
 }
