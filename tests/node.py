@@ -58,8 +58,8 @@ class Node:
         self.run("casemate-pack", command, self.package, "--owner", self.owner, "--node",
                  self.state / "enrolment.bin", "--measurement", self.measure(), *self.pcrs)
 
-    def key(self, name: str) -> str:
-        return self.run("casemate", "keys", "add", name, "--state", self.state).stdout.strip()
+    def key(self, name: str, *words) -> str:
+        return self.run("casemate", "keys", "add", name, "--state", self.state, *words).stdout.strip()
 
     def start(self, *options, wait=True) -> None:
         out = open(self.log, "ab")

@@ -54,7 +54,7 @@ struct cm_config_names {
     char names[CM_CONFIG_TLS_NAMES][CM_NAME_BYTES];
 };
 
-#define CM_CONFIG_ROW_COUNT 40
+#define CM_CONFIG_ROW_COUNT 41
 
 struct cm_configuration {
     /* sealed */
@@ -72,6 +72,7 @@ struct cm_configuration {
     char state[CM_CONFIG_TEXT_BYTES];
     char listen[CM_CONFIG_TEXT_BYTES];
     char model_name[CM_CONFIG_TEXT_BYTES];
+    char adapter_access[CM_CONFIG_TEXT_BYTES];
     struct cm_config_names tls_names;
     uint64_t header_bytes_max, body_bytes_max, connections_max;
     uint64_t requests_max, requests_per_key_max, queue_max, sequences_max;

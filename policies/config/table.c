@@ -34,6 +34,7 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     {"listen", SITE, CM_CONFIG_ADDRESS, 1, 63, "", "127.0.0.1:8443", "", AT(listen), "address and port of the API"},
     {"tls_names", SITE, CM_CONFIG_NAMES, 1, CM_NAME_BYTES - 1, "", "localhost,127.0.0.1", "", AT(tls_names), "names in the server's certificate"},
     {"model_name", SITE, CM_CONFIG_TEXT, 0, CM_NAME_BYTES - 1, "", "", "", AT(model_name), "name that clients use; empty: the package's own"},
+    {"adapter_access", SITE, CM_CONFIG_CHOICE, 1, 16, "", "granted", "granted|all", AT(adapter_access), "granted: an API key uses the adapters that `casemate keys` grants it; all: every key uses every adapter"},
     NUMBER(header_bytes_max, 1024, 1048576, "bytes", "16384", "largest head of a request"),
     NUMBER(body_bytes_max, 1024, 8388608, "bytes", "1048576", "largest body of a request"),
     NUMBER(connections_max, 1, 65536, "", "256", "open connections"),

@@ -196,7 +196,7 @@ struct cm_config_gateway { /* CM_FRAME_CONFIG to the gateway */
     uint32_t unauthenticated_metrics; /* 1: GET /metrics needs no key */
     uint32_t ring_data_bytes;
     uint32_t adapters_max;
-    uint32_t reserved;
+    uint32_t every_adapter;         /* 1: a key needs no grant to use an adapter */
     char model_name[CM_NAME_BYTES]; /* served name; the worker's HELLO must agree */
     char version[CM_NAME_BYTES];
 };
@@ -424,6 +424,8 @@ struct cm_keys_info {
     uint32_t reserved;
 };
 
+#define CM_API_KEY_EVERY_ADAPTER UINT32_MAX
+
 /* One row of the sealed memfd of CM_FRAME_KEYS. A key reads cm-<16 hex id>-<43 base64url secret>;
  * hash = SHA-256 of the whole text. Rows are sorted by id. */
 struct cm_api_key {
@@ -431,6 +433,9 @@ struct cm_api_key {
     uint8_t hash[CM_DIGEST_BYTES];
     uint64_t expires_unix_s; /* 0: never */
     char name[40];           /* terminated; the tenant in logs and metrics */
+    uint32_t adapter_count;  /* that it may use, named below; or CM_API_KEY_EVERY_ADAPTER */
+    uint32_t reserved;
+    char adapters[CM_ADAPTERS_MAX][CM_NAME_BYTES]; /* cm_name_valid */
 };
 #define CM_API_KEYS_MAX 4096
 

@@ -118,16 +118,21 @@ struct key_entry {
     char id[17];
     char name[40];
     int64_t created_unix_s, expires_unix_s, revoked_unix_s; /* 0: never */
+    const char *adapters; /* as they were granted; borrowed for the call */
 };
 
 CM_MUST_USE enum cm_status key_store_open(const char *state, struct key_store **ret_store,
                                           struct cm_error *err);
 void key_store_close(struct key_store *store);
-/* The secret text is written once into ret_text; only its hash is kept. */
+/* The secret text is written once into ret_text; only its hash is kept. adapters: which ones the
+ * key may use: "none", "all", or at most CM_ADAPTERS_MAX names with commas between them. */
 CM_MUST_USE enum cm_status key_store_add(struct key_store *store, const char *name,
-                                         int64_t expires_unix_s,
+                                         int64_t expires_unix_s, const char *adapters,
                                          char ret_text[static CLI_KEY_TEXT_BYTES],
                                          struct cm_error *err);
+/* The adapters of a valid key, in place of those that it had. */
+CM_MUST_USE enum cm_status key_store_grant(struct key_store *store, const char *id,
+                                           const char *adapters, struct cm_error *err);
 CM_MUST_USE enum cm_status key_store_revoke(struct key_store *store, const char *id,
                                             struct cm_error *err);
 CM_MUST_USE enum cm_status

@@ -136,15 +136,16 @@ static void entry_print(void *context, const struct key_entry *entry)
     if (at != 0) {
         strftime(expires, sizeof(expires), "%Y-%m-%d", gmtime_r(&at, &day));
     }
-    printf("%-16s  %-8s  %-10s  %-10s  %s\n", entry->id, entry_word(entry), created, expires,
-           entry->name);
+    printf("%-16s  %-8s  %-10s  %-10s  %-16s  %s\n", entry->id, entry_word(entry), created, expires,
+           entry->name, entry->adapters);
 }
 
 static void entry_add(void *context, const struct key_entry *entry)
 {
     json_array_append_new((json_t *)context,
-                          json_pack("{s:s, s:s, s:s, s:I, s:I, s:I}", "id", entry->id, "name",
-                                    entry->name, "status", entry_word(entry), "created_unix_s",
+                          json_pack("{s:s, s:s, s:s, s:s, s:I, s:I, s:I}", "id", entry->id, "name",
+                                    entry->name, "adapters", entry->adapters, "status",
+                                    entry_word(entry), "created_unix_s",
                                     (json_int_t)entry->created_unix_s, "expires_unix_s",
                                     (json_int_t)entry->expires_unix_s, "revoked_unix_s",
                                     (json_int_t)entry->revoked_unix_s));
@@ -153,7 +154,8 @@ static void entry_add(void *context, const struct key_entry *entry)
 static enum cm_status keys_list(struct key_store *store, bool as_json, struct cm_error *err)
 {
     if (!as_json) {
-        printf("%-16s  %-8s  %-10s  %-10s  %s\n", "id", "status", "created", "expires", "name");
+        printf("%-16s  %-8s  %-10s  %-10s  %-16s  %s\n", "id", "status", "created", "expires",
+               "name", "adapters");
         return key_store_list(store, entry_print, NULL, err);
     }
     json_t *list = json_array();
@@ -167,7 +169,7 @@ static enum cm_status keys_list(struct key_store *store, bool as_json, struct cm
 }
 
 static enum cm_status keys_add(struct key_store *store, const char *name, const char *days,
-                               bool as_json, struct cm_error *err)
+                               const char *adapters, bool as_json, struct cm_error *err)
 {
     char text[CLI_KEY_TEXT_BYTES];
     char *end = NULL;
@@ -187,7 +189,7 @@ static enum cm_status keys_add(struct key_store *store, const char *name, const 
         }
         expires = time(NULL) + (int64_t)count * 86400;
     }
-    enum cm_status status = key_store_add(store, name, expires, text, err);
+    enum cm_status status = key_store_add(store, name, expires, adapters, text, err);
     if (status == CM_OK && as_json) {
         printf("{\"id\": \"%.16s\", \"key\": \"%s\", \"expires_unix_s\": %lld}\n", text + 3, text,
                (long long)expires);
@@ -208,15 +210,17 @@ enum cm_status command_keys(struct words *words, struct cm_error *err)
     struct key_store *store = NULL;
     bool as_json = words_flag_take(words, "json");
     const char *days = words_value_take(words, "expires-days");
+    const char *adapters = words_value_take(words, "adapters");
     const char *verb = words->count > 0 ? words->at[0] : "";
     bool add = strcmp(verb, "add") == 0;
-    bool revoke = strcmp(verb, "revoke") == 0;
-    int used = add || revoke ? 2 : 1;
-    if ((!add && !revoke && strcmp(verb, "list") != 0) || words->count < used ||
-        (used == 2 && words->at[1][0] == '-') || (days != NULL && !add)) {
-        return cm_error_set(
-            err, CM_E_USAGE, "CM-CLI-USAGE",
-            "expected keys add NAME [--expires-days N], keys list, or keys revoke ID");
+    bool revoke = strcmp(verb, "revoke") == 0, grant = strcmp(verb, "grant") == 0;
+    int used = add || revoke || grant ? 2 : 1;
+    if ((!add && !revoke && !grant && strcmp(verb, "list") != 0) || words->count < used ||
+        (used == 2 && words->at[1][0] == '-') || (days != NULL && !add) ||
+        (adapters != NULL ? !add && !grant : grant)) {
+        return cm_error_set(err, CM_E_USAGE, "CM-CLI-USAGE",
+                            "expected keys add NAME [--expires-days N] [--adapters LIST], keys "
+                            "grant ID --adapters LIST, keys list, or keys revoke ID");
     }
     const char *subject = used == 2 ? words->at[1] : "";
     words->count -= used;
@@ -226,12 +230,17 @@ enum cm_status command_keys(struct words *words, struct cm_error *err)
         status = key_store_open(state, &store, err);
     }
     if (status == CM_OK) {
-        status = add      ? keys_add(store, subject, days, as_json, err)
-                 : revoke ? key_store_revoke(store, subject, err)
-                          : keys_list(store, as_json, err);
+        status =
+            add ? keys_add(store, subject, days, adapters != NULL ? adapters : "none", as_json, err)
+            : revoke ? key_store_revoke(store, subject, err)
+            : grant  ? key_store_grant(store, subject, adapters, err)
+                     : keys_list(store, as_json, err);
     }
     if (status == CM_OK && revoke) {
         printf("casemate: %s is revoked; a running service refuses it within a second\n", subject);
+    } else if (status == CM_OK && grant) {
+        printf("casemate: %s may use of adapters: %s; a running service knows it within a second\n",
+               subject, adapters);
     }
     key_store_close(store);
     return status;

@@ -32,9 +32,11 @@ static const struct command commands[] = {
      "SIGTERM drains and stops. A second one stops at once.\n\n"
      "example: casemate serve --state node --listen 127.0.0.1:8443 --threads 2\n",
      command_serve},
-    {"keys", "add, list and revoke API keys",
-     "usage: casemate keys add NAME [--expires-days N] | list | revoke ID\n\n" WHERE
-     "  --json          for machines\n\n"
+    {"keys", "add, list and revoke API keys, grant them adapters",
+     "usage: casemate keys add NAME [--expires-days N] [--adapters LIST] | list | revoke ID |\n"
+     "                     grant ID --adapters LIST\n\n" WHERE "  --json          for machines\n"
+     "  --adapters L    those that the key may use: all, none (the default), or names with commas\n"
+     "                  between them; without a grant an adapter is as one that is not there\n\n"
      "A key is printed once, and kept as a hash. Changes reach a running service within a "
      "second.\n\n"
      "example: casemate keys add alice --expires-days 90 --state node\n",

@@ -469,7 +469,7 @@ APPLY(messages)
 
 /* clang-format off */
 const struct cm_field_row cm_field_rows[] = {
-    APPLIED("model", B, model, "required; the served name, or that of an adapter of it (LoRA)"),
+    APPLIED("model", B, model, "required; the served name, or that of an adapter of it (LoRA) that the key was granted"),
     APPLIED("messages", C, messages, "required; 1 to 256; roles system, developer (= system), user, assistant; content a string, or parts of type text, joined by a line break; `name` is ignored; other keys are refused unless null"),
     APPLIED("prompt", T, prompt, "required; one string"),
     APPLIED("max_tokens", B, max_tokens, "1 up; default: the server's, else the context (chat) or 16 (completions)"),

@@ -276,6 +276,8 @@ void flight_submit(struct flight *flight, struct evbuffer *body)
     const struct cm_request_limits limits = {
         .model = gateway->link.hello.model_name,
         .adapters = gateway->state.adapters,
+        .key = cm_keys_find(&gateway->keys, flight->key_id),
+        .every_adapter = gateway->config.every_adapter == 1,
         .max_tokens_default = gateway->config.max_tokens_default,
         .record_bytes_max =
             cm_ring_payload_max(&gateway->link.requests) - sizeof(struct cm_wire_generate),

@@ -34,11 +34,27 @@ static bool name_sound(const char name[static sizeof(((struct cm_api_key *)0)->n
     return true;
 }
 
+static bool grants_sound(const struct cm_api_key *row)
+{
+    if (row->adapter_count == CM_API_KEY_EVERY_ADAPTER) {
+        return true;
+    }
+    for (uint32_t i = 0; i < row->adapter_count && i < CM_ADAPTERS_MAX; i++) {
+        if (!cm_name_valid(row->adapters[i])) {
+            return false;
+        }
+    }
+    return row->adapter_count <= CM_ADAPTERS_MAX;
+}
+
 static const char *rows_refusal(const struct cm_api_key *rows, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++) {
         if (!name_sound(rows[i].name)) {
             return "a name is malformed";
+        }
+        if (!grants_sound(&rows[i])) {
+            return "a grant is malformed";
         }
         if (i > 0 && memcmp(rows[i - 1].id, rows[i].id, sizeof(rows[i].id)) >= 0) {
             return "rows are not in order";
@@ -121,6 +137,15 @@ const struct cm_api_key *cm_keys_find(const struct cm_keys *keys, const uint8_t 
         }
     }
     return low < keys->count && memcmp(keys->rows[low].id, id, 8) == 0 ? &keys->rows[low] : NULL;
+}
+
+bool cm_keys_adapter_granted(const struct cm_api_key *key, bool every, const char *adapter)
+{
+    bool granted = every || (key != NULL && key->adapter_count == CM_API_KEY_EVERY_ADAPTER);
+    for (uint32_t i = 0; !granted && key != NULL && i < key->adapter_count; i++) {
+        granted = strcmp(key->adapters[i], adapter) == 0;
+    }
+    return granted;
 }
 
 /* Fills text and id with zeros where the credential has no key's shape; the rest of the check then

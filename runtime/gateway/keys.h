@@ -30,6 +30,10 @@ const struct cm_api_key *cm_keys_check(const struct cm_keys *keys, struct cm_spa
                                        uint64_t now_unix_s);
 const struct cm_api_key *cm_keys_find(const struct cm_keys *keys, const uint8_t id[8]);
 
+/* Has this key (NULL: none) been granted the adapter? `every`: the configuration asks for no grant.
+ */
+bool cm_keys_adapter_granted(const struct cm_api_key *key, bool every, const char *adapter);
+
 enum cm_admission { CM_ADMITTED, CM_UNAUTHORISED, CM_KEYS_MISSING };
 
 /* May this caller use the route? *ret_key is the proven key, or NULL on open routes. */

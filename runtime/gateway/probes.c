@@ -124,18 +124,24 @@ static void model_write(const struct gateway *gateway, const struct cm_adapter_i
     cm_text_format(out, ",\"max_model_len\":%u}", hello->context_max);
 }
 
-static bool adapter_serves(const struct gateway *gateway, const struct cm_adapter_info *adapter)
+/* It serves, and who asks may use it. */
+static bool adapter_shown(const struct connection *connection,
+                          const struct cm_adapter_info *adapter)
 {
+    const struct gateway *gateway = connection->gateway;
     return adapter->state == CM_ADAPTER_SERVING &&
-           strcmp(adapter->name, gateway->link.hello.model_name) != 0;
+           strcmp(adapter->name, gateway->link.hello.model_name) != 0 &&
+           cm_keys_adapter_granted(connection->key, gateway->config.every_adapter == 1,
+                                   adapter->name);
 }
 
-static void models_write(const struct gateway *gateway, struct evbuffer *out)
+static void models_write(const struct connection *connection, struct evbuffer *out)
 {
+    const struct gateway *gateway = connection->gateway;
     cm_text_put(out, "{\"object\":\"list\",\"data\":[");
     model_write(gateway, NULL, out);
     for (size_t i = 0; i < CM_ADAPTERS_MAX; i++) {
-        if (adapter_serves(gateway, &gateway->state.adapters[i])) {
+        if (adapter_shown(connection, &gateway->state.adapters[i])) {
             cm_text_put(out, ",");
             model_write(gateway, &gateway->state.adapters[i], out);
         }
@@ -156,13 +162,13 @@ static int models(const struct connection *connection, struct evbuffer *out,
         return 0;
     }
     if (connection->route->handler == CM_HANDLER_MODELS) {
-        models_write(gateway, out);
+        models_write(connection, out);
         return 200;
     }
     const struct cm_adapter_info *adapter = NULL;
     for (size_t i = 0; i < CM_ADAPTERS_MAX; i++) {
         const struct cm_adapter_info *each = &gateway->state.adapters[i];
-        if (adapter_serves(gateway, each) && strcmp(connection->parameter, each->name) == 0) {
+        if (adapter_shown(connection, each) && strcmp(connection->parameter, each->name) == 0) {
             adapter = each;
         }
     }

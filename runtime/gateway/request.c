@@ -7,6 +7,7 @@
 #include <sys/random.h>
 
 #include "runtime/base/cursor.h"
+#include "runtime/gateway/keys.h"
 
 uint32_t cm_json_depth(const void *bytes, size_t size)
 {
@@ -136,7 +137,7 @@ static enum cm_status adapter_refuse(const struct cm_adapter_info *adapter,
     return CM_E_INPUT;
 }
 
-/* The model, or one of its adapters. */
+/* The model, or one of its adapters. One that was not granted is as one that is not there. */
 static enum cm_status model_choose(struct cm_request *request,
                                    const struct cm_request_limits *limits, const char *model,
                                    struct cm_api_error *ret_error)
@@ -146,7 +147,8 @@ static enum cm_status model_choose(struct cm_request *request,
     }
     for (size_t i = 0; limits->adapters != NULL && i < CM_ADAPTERS_MAX; i++) {
         const struct cm_adapter_info *adapter = &limits->adapters[i];
-        if (adapter->state == CM_ADAPTER_ABSENT || strcmp(adapter->name, model) != 0) {
+        if (adapter->state == CM_ADAPTER_ABSENT || strcmp(adapter->name, model) != 0 ||
+            !cm_keys_adapter_granted(limits->key, limits->every_adapter, model)) {
             continue;
         }
         if (adapter->state != CM_ADAPTER_SERVING) {

@@ -53,6 +53,8 @@ extern const size_t cm_field_count;
 struct cm_request_limits {
     const char *model;                      /* the served name */
     const struct cm_adapter_info *adapters; /* [CM_ADAPTERS_MAX]; NULL: there are none */
+    const struct cm_api_key *key;           /* who asks: its grants; NULL: has none */
+    bool every_adapter;                     /* the configuration asks for no grant */
     uint32_t max_tokens_default;
     size_t record_bytes_max;
 };

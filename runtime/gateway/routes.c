@@ -13,9 +13,9 @@ const struct cm_route cm_routes[CM_ROUTE_COUNT] = {
                          "a reply to a conversation"},
     [CM_HANDLER_COMPLETIONS] = {"POST", "/v1/completions", KEY, CM_HANDLER_COMPLETIONS, true, true,
                                 "the continuation of a text"},
-    [CM_HANDLER_MODELS] =
-        {"GET", "/v1/models", KEY, CM_HANDLER_MODELS, false, true,
-         "the served model, and its adapters with it as `parent`; 503 until it is servable"},
+    [CM_HANDLER_MODELS] = {"GET", "/v1/models", KEY, CM_HANDLER_MODELS, false, true,
+                           "the served model, and with it as `parent` those of its adapters that "
+                           "the key may use; 503 until it is servable"},
     [CM_HANDLER_MODEL] = {"GET", "/v1/models/", KEY, CM_HANDLER_MODEL, false, true,
                           "one model by its id"},
     [CM_HANDLER_LIVEZ] = {"GET", "/livez", OPEN, CM_HANDLER_LIVEZ, false, false,

@@ -134,7 +134,7 @@ static bool keys_parse(const uint8_t *bytes, size_t size, struct cm_keys_info *r
     const uint8_t *magic = cm_cursor_take(&cursor, 8);
     uint64_t generation = cm_cursor_u64(&cursor);
     size_t left = cm_cursor_left(&cursor);
-    if (!cm_cursor_ok(&cursor) || memcmp(magic, "CMKEYS1", 8) != 0 ||
+    if (!cm_cursor_ok(&cursor) || memcmp(magic, "CMKEYS2", 8) != 0 ||
         left % sizeof(struct cm_api_key) != 0) {
         return false;
     }

@@ -227,6 +227,7 @@ static void gateway_configure(struct service *service, struct child *gateway)
         .unauthenticated_metrics = (uint32_t)from->metrics_unauthenticated,
         .ring_data_bytes = cm_config_ring_bytes(from),
         .adapters_max = (uint32_t)from->adapters_max,
+        .every_adapter = strcmp(from->adapter_access, "all") == 0,
     };
     snprintf(config.model_name, sizeof(config.model_name), "%.63s", from->model_name);
     snprintf(config.version, sizeof(config.version), "%s", CASEMATE_VERSION);

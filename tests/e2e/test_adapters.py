@@ -36,7 +36,7 @@ class Adapted(nodes.Node):
                  "development", "--attest-mode", mode)
         tiny_adapter.allow(self, self.owner, most=most, size=size)
         self.make(model or folder / "tiny.gguf", "tiny")
-        self.api_key = self.key("test")
+        self.api_key = self.key("test", "--adapters", "all")
         self.folder = folder / "adapters"
 
     def seal(self, name, seed, *words, **options):
@@ -138,6 +138,45 @@ def test_adapters_come_and_go_while_the_node_serves(node):
     node.start()
     node.until("red", "serving")
     assert node.says("red") == told["red"] and node.says("tiny") == plain
+
+
+def test_a_key_uses_the_adapters_that_it_is_granted(node):
+    """To others an adapter is as one that does not exist; what is changed holds within a second."""
+    node.add(node.seal("red", 1))
+    node.add(node.seal("blue", 2))
+    node.start()
+    for name in ("red", "blue"):
+        node.until(name, "serving")
+    told = {name: node.says(name) for name in ("tiny", "red", "blue")}
+    keys = {name: node.key(name, *words) for name, words in
+            {"nothing": (), "one": ("--adapters", "red"), "two": ("--adapters", "blue,red")}.items()}
+    may = {"nothing": {"tiny"}, "one": {"tiny", "red"}, "two": {"tiny", "red", "blue"}}
+
+    def used(key):
+        """Names that answer, that are listed, and that are shown alone: one set, or it is told."""
+        node.api_key, answered = key, set()
+        for name in told:
+            try:
+                assert node.says(name) == told[name]
+                answered.add(name)
+            except openai.APIStatusError as error:
+                assert error.status_code == 404 and error.code == "model_not_found"
+        listed = {m["id"] for m in json.loads(node.get("/v1/models", key)[1])["data"]}
+        shown = {name for name in told if node.get(f"/v1/models/{name}", key)[0] == 200}
+        return answered if answered == listed == shown else (answered, listed, shown)
+    time.sleep(1)
+    assert {name: used(key) for name, key in keys.items()} == may
+    node.run("casemate", "keys", "grant", keys["one"][3:19], "--adapters", "blue", "--state", node.state)
+    node.run("casemate", "keys", "grant", keys["two"][3:19], "--adapters", "none", "--state", node.state)
+    time.sleep(1)
+    assert {name: used(key) for name, key in keys.items()} == {
+        "nothing": {"tiny"}, "one": {"tiny", "blue"}, "two": {"tiny"}}
+    node.stop()
+    node.start("--adapter_access", "all")
+    for name in ("red", "blue"):
+        node.until(name, "serving")
+    assert used(keys["nothing"]) == set(told)
+    node.stop()
 
 
 def test_what_has_begun_is_finished_before_an_adapter_goes(node):
@@ -499,7 +538,7 @@ def test_a_node_that_allows_none_loads_none(build, tmp_path):
     tiny_model.write(str(tmp_path / "tiny.gguf"))
     node = Adapted(build / "bin", tmp_path / "node", tmp_path / "owner")
     node.make(tmp_path / "tiny.gguf", "tiny")
-    node.folder, node.api_key = tmp_path / "adapters", node.key("test")
+    node.folder, node.api_key = tmp_path / "adapters", node.key("test", "--adapters", "all")
     path = node.seal("red", 1)
     told = node.run("casemate", "adapter", "add", path, "--state", node.state, check=False)
     assert told.returncode == 3 and "adapters_max" in told.stderr

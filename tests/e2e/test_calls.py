@@ -104,7 +104,7 @@ def test_roles_call_what_their_policies_say_and_nothing_else(build, repo, tmp_pa
     tiny_adapter.allow(node, node.owner)
     node.sign()
     node.adapter = tiny_adapter.pack(node, tmp_path / "adapters", "red", 1)
-    key, used, unused = node.key("a"), collections.defaultdict(set), {"": {""}}
+    key, used, unused = node.key("a", "--adapters", "red"), collections.defaultdict(set), {"": {""}}
     for number in range(3):
         for role, made in life(build, node, key, tmp_path / f"trace{number}").items():
             used[role] |= made

@@ -14,7 +14,7 @@ import time
 import pytest
 
 UNCONFINED = {"CASEMATE_TEST_OFF": "all", "CASEMATE_TEST_ACCEPT": "1"}  # doubles write files
-ROW = struct.Struct("<8s32sQ40s")
+ROW = struct.Struct("<8s32sQ40sII512s")
 KEEPER = """#!/bin/sh
 # A double of casemate-keeper --provision: the TPM lies at descriptor 13, the record goes to stdout.
 test -e /proc/$$/fd/13 || exit 6
@@ -114,7 +114,7 @@ def test_init_refuses_private_and_foreign_keys(casemate, tmp_path):
 
 def table(node):
     data = (node / "keys.table").read_bytes()
-    assert data[:8] == b"CMKEYS1\0"
+    assert data[:8] == b"CMKEYS2\0"
     return struct.unpack("<Q", data[8:16])[0], list(ROW.iter_unpack(data[16:]))
 
 
@@ -142,6 +142,50 @@ def test_keys_add_list_revoke(casemate, node):
     assert {k["id"]: k["status"] for k in listed}[victim] == "revoked" and len(listed) == 5
     assert stat.S_IMODE((node / "keys.sqlite").stat().st_mode) == 0o600
     assert stat.S_IMODE((node / "keys.table").stat().st_mode) == 0o600
+
+
+def grants(node, id):
+    """What the table says of a key: names, or "all"."""
+    row = next(r for r in table(node)[1] if r[0].hex() == id)
+    names = [row[6][64 * i:64 * i + 64].rstrip(b"\0").decode() for i in range(8)]
+    return "all" if row[4] == 0xffffffff else names[:row[4]]
+
+
+def test_keys_are_granted_adapters(casemate, node):
+    made = {word: run(casemate, "keys", "add", "k", *(["--adapters", word] if word else []), "--state",
+                      node).stdout.strip()[3:19] for word in ("", "none", "all", "red", "red,blue,a.b-c_9")}
+    assert {word: grants(node, id) for word, id in made.items()} == {
+        "": [], "none": [], "all": "all", "red": ["red"], "red,blue,a.b-c_9": ["red", "blue", "a.b-c_9"]}
+    told = json.loads(run(casemate, "keys", "list", "--json", "--state", node).stdout)
+    assert {k["id"]: k["adapters"] for k in told} == {id: word or "none" for word, id in made.items()}
+    generation = table(node)[0]
+    for word, wanted in (("blue", ["blue"]), ("none", []), ("all", "all")):
+        assert run(casemate, "keys", "grant", made["red"], "--adapters", word, "--state", node).returncode == 0
+        generation += 1
+        assert grants(node, made["red"]) == wanted and table(node)[0] == generation
+    before = (node / "keys.table").read_bytes()
+    many, long = ",".join(f"a{i}" for i in range(9)), "x" * 64
+    for word in ("", ",", "a,", ",a", "a,,b", "../a", ".a", "a b", many, long, "a," + long):
+        for words in (("add", "k"), ("grant", made["red"])):
+            done = run(casemate, "keys", *words, "--adapters", word, "--state", node)
+            assert done.returncode == 2 and "--adapters" in done.stderr and not done.stdout, (word, done)
+    assert run(casemate, "keys", "grant", made["red"], "--state", node).returncode == 2
+    assert run(casemate, "keys", "revoke", made["red"], "--adapters", "a", "--state", node).returncode == 2
+    unknown = run(casemate, "keys", "grant", "0" * 16, "--adapters", "all", "--state", node)
+    assert unknown.returncode == 2 and "no valid key" in unknown.stderr
+    assert (node / "keys.table").read_bytes() == before
+    assert grants(node, made["all"]) == "all"  # the others are as they were
+
+
+def test_keys_of_a_store_without_grants_are_granted_nothing(casemate, node):
+    """A store of before keys had grants."""
+    text = run(casemate, "keys", "add", "old", "--adapters", "all", "--state", node).stdout.strip()
+    with sqlite3.connect(node / "keys.sqlite") as store:
+        store.execute("ALTER TABLE keys DROP COLUMN adapters")
+    assert run(casemate, "keys", "add", "new", "--adapters", "red", "--state", node).returncode == 0
+    told = json.loads(run(casemate, "keys", "list", "--json", "--state", node).stdout)
+    assert {k["name"]: k["adapters"] for k in told} == {"old": "none", "new": "red"}
+    assert grants(node, text[3:19]) == []
 
 
 def test_keys_expiry_and_names(casemate, node):

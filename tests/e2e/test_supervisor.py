@@ -392,12 +392,12 @@ def test_no_orphans_when_the_supervisor_is_killed(service):
 
 def test_key_table_changes_reach_the_gateway_within_a_second(service):
     service.start().ready()
-    row = struct.pack("<8s32sQ40s", b"\1" * 8, b"\2" * 32, 0, b"name")
+    row = struct.pack("<8s32sQ40sII512s", b"\1" * 8, b"\2" * 32, 0, b"name", 0, 0, b"")
     table = service.state / "keys.table"
     for generation, rows in ((5, row), (6, b"")):
-        (service.state / "new").write_bytes(b"CMKEYS1\0" + struct.pack("<Q", generation) + rows)
+        (service.state / "new").write_bytes(b"CMKEYS2\0" + struct.pack("<Q", generation) + rows)
         os.rename(service.state / "new", table)
-        service.until(lambda: service.seen(f"keys generation={generation} count={len(rows) // 88}"), 1)
+        service.until(lambda: service.seen(f"keys generation={generation} count={len(rows) // 608}"), 1)
 
 
 def test_one_service_per_state(service, tmp_path):

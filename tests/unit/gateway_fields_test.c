@@ -421,7 +421,7 @@ Test(gateway_fields, a_model_is_chosen_by_name_among_the_adapters)
         {.name = "gone", .state = CM_ADAPTER_ABSENT},
     };
     const struct cm_request_limits with = {
-        .model = "m", .adapters = adapters, .record_bytes_max = 4096};
+        .model = "m", .adapters = adapters, .every_adapter = true, .record_bytes_max = 4096};
     const struct {
         const char *name, *code;
         uint64_t generation;
@@ -450,5 +450,46 @@ Test(gateway_fields, a_model_is_chosen_by_name_among_the_adapters)
         cr_expect_str_eq(error.param, "model");
         cr_expect_eq(error.retry_after_s != 0, rows[i].again, "%s", rows[i].name);
         cr_expect(strstr(error.message, rows[i].name) != NULL);
+    }
+}
+
+/* Without a grant an adapter is as one that is not there, whatever its state; the model is for all.
+ */
+Test(gateway_fields, an_adapter_is_chosen_only_by_a_key_that_it_is_granted_to)
+{
+    struct cm_adapter_info adapters[CM_ADAPTERS_MAX] = {
+        {.name = "red", .state = CM_ADAPTER_SERVING, .generation = 3},
+        {.name = "blue", .state = CM_ADAPTER_LOADING},
+        {.name = "redder", .state = CM_ADAPTER_SERVING, .generation = 4}};
+    const struct cm_api_key none = {.name = "none"},
+                            red = {.adapter_count = 1, .adapters = {"red"}},
+                            both = {.adapter_count = 2, .adapters = {"blue", "red"}},
+                            all = {.adapter_count = CM_API_KEY_EVERY_ADAPTER};
+    const struct {
+        const struct cm_api_key *key;
+        bool every;
+        int statuses[4]; /* of m, red, blue, redder; 0: taken */
+    } rows[] = {{NULL, false, {0, 404, 404, 404}}, {&none, false, {0, 404, 404, 404}},
+                {&red, false, {0, 0, 404, 404}},   {&both, false, {0, 0, 409, 404}},
+                {&all, false, {0, 0, 409, 0}},     {&none, true, {0, 0, 409, 0}},
+                {NULL, true, {0, 0, 409, 0}}};
+    static const char *const names[] = {"m", "red", "blue", "redder"};
+    for (size_t i = 0; i < 4 * sizeof(rows) / sizeof(rows[0]); i++) {
+        const struct cm_request_limits of_key = {.model = "m",
+                                                 .adapters = adapters,
+                                                 .key = rows[i / 4].key,
+                                                 .every_adapter = rows[i / 4].every,
+                                                 .record_bytes_max = 4096};
+        int wanted = rows[i / 4].statuses[i % 4];
+        int size = snprintf(body, BODY_BYTES, "{\"model\":\"%s\",\"prompt\":\"a\"}", names[i % 4]);
+        enum cm_status status =
+            cm_request_parse(CM_ENDPOINT_TEXT, body, (size_t)size, &of_key, &request, &error);
+        cr_assert_eq(status == CM_OK ? 0 : error.status, wanted, "row %zu, %s", i / 4,
+                     names[i % 4]);
+        if (status == CM_OK) {
+            cm_request_free(&request);
+        } else if (wanted == 404) {
+            cr_expect_str_eq(error.code, "model_not_found");
+        }
     }
 }

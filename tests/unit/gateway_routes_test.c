@@ -273,7 +273,7 @@ Test(gateway_routes, tables_that_are_not_taken)
     static const int partly[] = {0, F_SEAL_SHRINK | F_SEAL_GROW, F_SEAL_GROW | F_SEAL_WRITE,
                                  F_SEAL_SHRINK | F_SEAL_WRITE};
     struct cm_api_key rows[ROWS];
-    for (size_t fault = 0; fault < 14; fault++) {
+    for (size_t fault = 0; fault < 18; fault++) {
         table_make(rows);
         cr_assert_eq(table_load(rows, sizeof(rows), ROWS, 2, ALL_SEALED), CM_OK);
         uint32_t count = ROWS;
@@ -314,6 +314,21 @@ Test(gateway_routes, tables_that_are_not_taken)
         case 12:
             rows[2].name[1] = '"';
             break;
+        case 13: /* more grants than there is room for */
+            rows[1].adapter_count = CM_ADAPTERS_MAX + 1;
+            break;
+        case 14: /* a grant without a name */
+            rows[1].adapter_count = 1;
+            break;
+        case 15:
+            rows[1].adapter_count = 1;
+            memset(rows[1].adapters[0], 'x', sizeof(rows[1].adapters[0]));
+            break;
+        case 16:
+            rows[1].adapter_count = 2;
+            memcpy(rows[1].adapters, "ok", 3);
+            memcpy(rows[1].adapters[1], "../x", 5);
+            break;
         default:
             rows[2].name[1] = '\n';
             break;
@@ -324,6 +339,27 @@ Test(gateway_routes, tables_that_are_not_taken)
         cr_expect_eq(keys.generation, 2u);
         cm_keys_free(&keys);
     }
+}
+
+Test(gateway_routes, tables_with_grants_are_taken)
+{
+    struct cm_api_key rows[ROWS];
+    table_make(rows);
+    rows[0].adapter_count = CM_API_KEY_EVERY_ADAPTER;
+    rows[1].adapter_count = CM_ADAPTERS_MAX;
+    for (uint32_t i = 0; i < CM_ADAPTERS_MAX; i++) {
+        snprintf(rows[1].adapters[i], sizeof(rows[1].adapters[i]), "a%u", i);
+    }
+    cr_assert_eq(table_load(rows, sizeof(rows), ROWS, 3, ALL_SEALED), CM_OK);
+    static const bool wanted_of[ROWS] = {true, true, false};
+    for (size_t i = 0; i < ROWS; i++) {
+        const struct cm_api_key *key = cm_keys_find(&keys, rows[i].id);
+        cr_assert_not_null(key);
+        cr_expect_eq(cm_keys_adapter_granted(key, false, "a7"), wanted_of[i]);
+        cr_expect_eq(cm_keys_adapter_granted(key, false, "a"), i == 0);
+        cr_expect(cm_keys_adapter_granted(key, true, "a"));
+    }
+    cr_expect_not(cm_keys_adapter_granted(NULL, false, "a7"));
 }
 
 Test(gateway_routes, a_closed_descriptor_is_no_table)

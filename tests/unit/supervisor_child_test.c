@@ -151,7 +151,7 @@ Test(supervisor_child, the_key_table_is_taken_whole_or_nobody_is_admitted)
         char magic[8];
         uint64_t generation;
         struct cm_api_key rows[2];
-    } table = {"CMKEYS1", 7, {{.id = {1}, .name = "a"}, {.id = {2}, .name = "b"}}};
+    } table = {"CMKEYS2", 7, {{.id = {1}, .name = "a"}, {.id = {2}, .name = "b"}}};
     char path[CM_CONFIG_TEXT_BYTES + 16];
     service_prepare();
     snprintf(path, sizeof(path), "%s/keys.table", service.state_path);
