@@ -305,7 +305,7 @@ enum cm_adapter_state {
     CM_ADAPTER_LOADING,    /* the worker reads it */
     CM_ADAPTER_SERVING,
     CM_ADAPTER_UNLOADING, /* no longer wanted; the worker finishes what it has begun with it */
-    CM_ADAPTER_REFUSED,   /* for a reason that another try would meet again */
+    CM_ADAPTER_REFUSED,   /* its `why` says the reason; one that may pass is tried again */
     CM_ADAPTER_STATE_COUNT
 };
 extern const char *const cm_adapter_state_names[CM_ADAPTER_STATE_COUNT];

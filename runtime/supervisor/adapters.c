@@ -7,8 +7,9 @@
  *   reads the file in chunks that we make -> LOADING -> SERVING
  *
  * and on its way out UNLOADING, until the worker has finished with it. A worker that is replaced
- * begins again at UNSEALED, a keeper at WAITING. One step at a time waits for an answer. The file
- * itself is parsed by nobody here, and its descriptor goes to nobody. */
+ * begins again at UNSEALED, a keeper at WAITING. What was REFUSED stays so, but for a reason that
+ * may pass: then it begins again at WAITING after a while. One step at a time waits for an answer.
+ * The file itself is parsed by nobody here, and its descriptor goes to nobody. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -20,6 +21,8 @@
 #include "runtime/supervisor/supervisor_internal.h"
 
 #define TABLE_HEADER_BYTES 16u
+#define AGAIN_FIRST_MS     2000u /* after a refusal for a passing reason; then twice as long … */
+#define AGAIN_MOST_MS      256000u /* … up to this */
 
 void adapters_init(struct service *service)
 {
@@ -171,10 +174,23 @@ static void key_close(struct service *service, struct adapter *adapter, enum cm_
     adapter->key_held = adapter->key_held && how != CM_ADAPTER_CLOSE_FORGET;
 }
 
+/* A bound that was reached, an I/O error, a TPM that did not answer: nothing of the adapter's own.
+ */
+static bool passes(const struct cm_error *why)
+{
+    return why->status == CM_E_BUSY || why->status == CM_E_SYSTEM || why->status == CM_E_TPM;
+}
+
 static void refuse(struct service *service, struct adapter *adapter, const struct cm_error *why)
 {
     adapter->why = *why;
     cm_error_sanitise(&adapter->why);
+    adapter->again_ms = 0;
+    if (passes(why)) {
+        uint64_t wait = (uint64_t)AGAIN_FIRST_MS << (adapter->refusals < 7 ? adapter->refusals : 7);
+        adapter->again_ms = clock_ms() + (wait < AGAIN_MOST_MS ? wait : AGAIN_MOST_MS);
+        adapter->refusals++;
+    }
     cm_log_error(&service->log, "adapter_refused", &adapter->why);
     file_close(adapter);
     key_close(service, adapter, CM_ADAPTER_CLOSE_FORGET);
@@ -324,6 +340,11 @@ void adapters_step(struct service *service)
         if (adapter->state == CM_ADAPTER_UNLOADING) {
             unload_ask(service, adapter);
         }
+        if (adapter->state == CM_ADAPTER_REFUSED && adapter->again_ms != 0 &&
+            clock_ms() >= adapter->again_ms) {
+            adapter->why = (struct cm_error){.status = CM_OK};
+            state_set(service, adapter, CM_ADAPTER_WAITING);
+        }
     }
     for (uint32_t i = 0; i < adapters->row_count; i++) {
         if (adapter_of(service, adapters->rows[i].serial) == NULL) {
@@ -465,6 +486,7 @@ const char *on_adapter_state(struct service *service)
         snprintf(adapter->digest, sizeof(adapter->digest), "%.64s", told.digest);
         adapter->generation = told.generation;
         adapter->bytes = told.bytes;
+        adapter->refusals = 0;
         key_close(service, adapter, CM_ADAPTER_CLOSE_WIPED);
         state_set(service, adapter, CM_ADAPTER_SERVING);
     } else if (told.state == CM_ADAPTER_REFUSED) {

@@ -131,6 +131,8 @@ struct adapter {
     uint64_t generation, bytes;           /* SERVING */
     char digest[2 * CM_DIGEST_BYTES + 1]; /* of its package, as the worker has checked it */
     struct cm_error why;                  /* REFUSED, or about to be */
+    uint64_t again_ms;                    /* REFUSED: when it is tried again; 0: never */
+    uint32_t refusals;                    /* for passing reasons, since it served last */
 };
 
 enum adapter_question { ADAPTER_ASK_NOTHING, ADAPTER_ASK_OPEN, ADAPTER_ASK_KEY, ADAPTER_ASK_LOAD };

@@ -573,4 +573,19 @@ def test_an_adapter_that_the_keeper_refuses_leaves_the_service_as_it_is(service)
     adapters_want(service, (1, b"blue"), (7, b"red"))  # no file of that name
     service.until(lambda: ("blue", "refused", "CM-PKG-OPEN") in adapter_states(service))
     assert service.status()["ready"] and not service.seen("worker .* load")
+    time.sleep(2.5)  # no reason that passes
+    assert sum("open serial=7" in line for line in service.events()) == 1
+    assert service.stop() == 0
+
+
+def test_an_adapter_that_was_refused_for_a_passing_reason_is_tried_again(service):
+    adapters_allow(service)
+    service.mode("keeper", "busy_adapter")
+    service.start().ready()
+    service.until(lambda: adapter_states(service) == [("red", "refused", "CM-KEEPER-PAGE")])
+    refused = time.monotonic()
+    service.until(lambda: adapter_states(service) == [("red", "serving", "")])
+    assert time.monotonic() - refused > 1 and sum("open serial=7" in line for line in service.events()) == 2
+    adapters_want(service)
+    service.until(lambda: adapter_states(service) == [])  # what is over does not come up again
     assert service.stop() == 0

@@ -309,7 +309,11 @@ static void memory_note(const char *what, uint64_t serial)
 static void adapter_answer(uint64_t serial)
 {
     struct cm_adapter_answer answer = {.serial = serial};
-    if (strcmp(mode, "no_adapter") == 0) {
+    static bool asked;
+    if (strcmp(mode, "busy_adapter") == 0 && !asked) {
+        asked = true;
+        cm_error_set(&answer.error, CM_E_BUSY, "CM-KEEPER-PAGE", "the key page is in use");
+    } else if (strcmp(mode, "no_adapter") == 0) {
         cm_error_set(&answer.error, CM_E_POLICY, "CM-SEAL-PCR", "the double was told to refuse");
     }
     send_frame(CM_FRAME_ADAPTER_ANSWER, &answer, sizeof(answer), NULL);
