@@ -1,5 +1,5 @@
-/* Chat templates: a structural recogniser of the ChatML family. No template language is run, here
- * or on the host; what is not recognised is refused. */
+/* Chat templates: the ChatML family by its structure, official ones by their digest. No template
+ * language is run, here or on the host; what is not recognised is refused. */
 #include "loader/pack/plan.h"
 
 #include <errno.h>
@@ -8,6 +8,7 @@
 
 #include <openssl/evp.h>
 
+#include "loader/pack/commands.h"
 #include "runtime/base/hex.h"
 
 #define TURN                                                                                       \
@@ -27,11 +28,13 @@ static const struct {
 };
 
 /* Other templates are known by what they are, to the byte: SHA-256 with newlines undone. Each makes
- * what its family makes (tests/tokenizer/templates). */
+ * what its family makes (tests/tokenizer/templates). CM_CHAT_NONE: known, and refused, since
+ * whoever writes a message could write the text that ends it. */
+#define PLAIN "the chat template of Mistral before v3 marks turns by plain text, [INST]"
 static const struct {
     const char *digest;
     uint32_t chat;
-    const char *system; /* where a chat has none */
+    const char *system; /* where a chat has none; of CM_CHAT_NONE: what is wrong */
 } known[] = {
     {"ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6", /* gemma2 */
      CM_CHAT_GEMMA, ""},
@@ -41,6 +44,16 @@ static const struct {
      CM_CHAT_LLAMA3, ""},
     {"0bbb09d8e36178819242ba3d428bdc0d8fcbeb5401138ee29d8eaea990815d1c", /* llama3.2 */
      CM_CHAT_LLAMA31, ""},
+    {"ae74f5e5025c8c38a71378f6995ebb6da0094706d775ba854509cb8e8a032def", /* llama3.1, 3.3 */
+     CM_CHAT_LLAMA31, ""},
+    {"e0170a5550e8731f0cccc8ce488b963ded59a1802e4c58952d4a11ae2e1743f6", /* mistral-v3 */
+     CM_CHAT_MISTRAL, ""},
+    {"0629d5949741e94e60070d7c97c051ce33b79f8104a97ba71b9b0322f9280b17", /* mistral-tekken */
+     CM_CHAT_TEKKEN, ""},
+    {"26a59556925c987317ce5291811ba3b7f32ec4c647c400c6cc7e3a9993007ba7", /* mistral-v0 */
+     CM_CHAT_NONE, PLAIN},
+    {"b331048f5175d0503d49953299743dd93d34756f18b5c6af79ad82f3359fb48a", /* mistral-v1 */
+     CM_CHAT_NONE, PLAIN},
     {"268b6082ceb7176dc6ed80557a2f7837f9f0339592fbee677d405a553af15f88", /* phi3 */
      CM_CHAT_PHI3, ""},
     {"dcaee66df77bfbb789ec541fe713218da30225a526f1db97138fc39ee6dc56aa", /* phi3.1 */
@@ -49,6 +62,10 @@ static const struct {
      CM_CHAT_PHI3, ""},
     {"f4493c9d8880ed8c45ba8298b3a158949f9e3c1a6b6d57169b91941b7beafbfa", /* qwen2.5 */
      CM_CHAT_CHATML, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},
+    {"3a19070ffe8c408d38692fb9224fdcca36fce79ebc17006fb4d0f0a3717eb3be", /* qwen2.5-7b */
+     CM_CHAT_CHATML, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},
+    {"2df317a15cbc983d9602cc391d33be17237d47ec7eb11ead80fae277143958aa", /* qwen3 */
+     CM_CHAT_QWEN3, ""},
 };
 
 #define HASH_BYTES 32u /* of SHA-256 */
@@ -119,9 +136,16 @@ static enum cm_status system_set(struct cm_plan *plan, const char *text, size_t 
 static const struct {
     const char *name;
     uint32_t chat;
-} formats[] = {{"chatml", CM_CHAT_CHATML},    {"gemma", CM_CHAT_GEMMA},
-               {"llama3", CM_CHAT_LLAMA3},    {"phi3", CM_CHAT_PHI3},
-               {"llama3.1", CM_CHAT_LLAMA31}, {"none", CM_CHAT_NONE}};
+} formats[] = {{"chatml", CM_CHAT_CHATML},
+               {"gemma", CM_CHAT_GEMMA},
+               {"llama3", CM_CHAT_LLAMA3},
+               {"llama3.1", CM_CHAT_LLAMA31},
+               {"mistral", CM_CHAT_MISTRAL},
+               {"mistral-tekken", CM_CHAT_TEKKEN},
+               {"phi3", CM_CHAT_PHI3},
+               {"qwen3", CM_CHAT_QWEN3},
+               {"qwen3-direct", CM_CHAT_QWEN3_DIRECT},
+               {"none", CM_CHAT_NONE}};
 
 static enum cm_status format_given(const struct cm_plan_options *options, struct cm_plan *plan,
                                    struct cm_error *err)
@@ -134,10 +158,9 @@ static enum cm_status format_given(const struct cm_plan_options *options, struct
                               err);
         }
     }
-    return cm_error_set(
-        err, CM_E_USAGE, "CM-PACK-CHAT",
-        "--chat-format '%s' is unknown; there are: chatml, gemma, llama3, llama3.1, phi3, none",
-        options->chat_format);
+    return cm_error_set(err, CM_E_USAGE, "CM-PACK-CHAT",
+                        "--chat-format '%s' is unknown; there are: " CM_CHAT_FORMATS,
+                        options->chat_format);
 }
 
 enum cm_status cm_plan_chat(struct cm_source_text text, const struct cm_plan_options *options,
@@ -166,6 +189,11 @@ enum cm_status cm_plan_chat(struct cm_source_text text, const struct cm_plan_opt
     }
     if (!hashed) {
         status = cm_error_set(err, CM_E_SYSTEM, "CM-SYS-HASH", "chat template: no SHA-256");
+    } else if (row < KNOWN && known[row].chat == CM_CHAT_NONE) {
+        status = cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TEMPLATE",
+                              "model: %s, so that whoever writes a message could write the end of "
+                              "it; --chat-format none packs the model for completions",
+                              known[row].system);
     } else if (row < KNOWN) {
         plan->manifest.chat = known[row].chat;
         status = system_set(plan, known[row].system, strlen(known[row].system), err);
@@ -174,9 +202,8 @@ enum cm_status cm_plan_chat(struct cm_source_text text, const struct cm_plan_opt
         status = system_set(plan, system, system_bytes, err);
     } else {
         status = cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TEMPLATE",
-                              "GGUF: the chat template is of no known family; say which one with "
-                              "--chat-format chatml|gemma|llama3|llama3.1|phi3|none (and "
-                              "--default-system)");
+                              "model: the chat template is of no known family; say which one with "
+                              "--chat-format (and --default-system): " CM_CHAT_FORMATS);
     }
     free(normal);
     return status;

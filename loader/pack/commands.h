@@ -11,6 +11,10 @@
 #include "runtime/base/error.h"
 #include "runtime/base/secret.h"
 
+/* What --chat-format knows (chat.c). */
+#define CM_CHAT_FORMATS                                                                            \
+    "chatml, gemma, llama3, llama3.1, mistral, mistral-tekken, phi3, qwen3, qwen3-direct, none"
+
 struct cm_pack_arguments {
     const char *input; /* model or package */
     const char *out;

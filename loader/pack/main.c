@@ -26,7 +26,7 @@ static const struct option_row option_rows[] = {
      "the base model's config.json (its shape is in no package "
      "that can be read without its key)"},
     {"--chat-format", FIELD(chat_format), "F",
-     "chatml, gemma, llama3, llama3.1, phi3 or none; default: from the model's template"},
+     CM_CHAT_FORMATS "; default: from the model's template"},
     {"--default-system", FIELD(default_system), "TEXT", "system prompt where a chat has none"},
     {"--matrices", FIELD(matrices), "KIND",
      "of matrices that the file has as floats: u8 (default) or bf16, twice as large"},

@@ -70,20 +70,38 @@ static bool split_find(const json_t *tokenizer, uint32_t *ret_split)
            (digits == NULL || json_is_true(json_object_get(digits, "individual_digits")));
 }
 
+/* SentencePiece's spaces: a normalizer that puts one before each text between special tokens, or a
+ * pre-tokenizer that can put one before what a prompt begins with alone. */
+static enum cm_status spaces_find(const json_t *tokenizer, struct cm_vocabulary *v,
+                                  struct cm_error *err)
+{
+    const json_t *normalizer = json_object_get(tokenizer, "normalizer");
+    const json_t *pre = json_object_get(tokenizer, "pre_tokenizer");
+    const json_t *meta = part_find(pre, "pretokenizers", "Metaspace");
+    const bool before = part_find(normalizer, "normalizers", "Prepend") != NULL;
+    if (meta == NULL && part_find(normalizer, "normalizers", "Replace") == NULL) {
+        return refuse(err, "byte fallback without spaces that are replaced");
+    }
+    if (meta != NULL && ((normalizer != NULL && !json_is_null(normalizer)) ||
+                         !is(meta, "replacement", "\xe2\x96\x81") ||
+                         !json_is_false(json_object_get(meta, "split")))) {
+        return refuse(err, "its Metaspace is not SentencePiece's, without a split");
+    }
+    v->split = before                                                 ? CM_SPLIT_SPACE_FIRST
+               : meta != NULL && !is(meta, "prepend_scheme", "never") ? CM_SPLIT_SPACE_ONE
+                                                                      : CM_SPLIT_WHOLE;
+    return CM_OK;
+}
+
 static enum cm_status kind_find(const json_t *tokenizer, const json_t *model,
                                 struct cm_vocabulary *v, struct cm_error *err)
 {
-    const json_t *normalizer = json_object_get(tokenizer, "normalizer");
     if (!is(model, "type", "BPE")) {
         return refuse(err, "its model is not BPE");
     }
     if (json_is_true(json_object_get(model, "byte_fallback"))) {
         v->tokenizer = CM_TOKENIZER_SENTENCEPIECE;
-        v->split = part_find(normalizer, "normalizers", "Prepend") != NULL ? CM_SPLIT_SPACE_FIRST
-                                                                           : CM_SPLIT_WHOLE;
-        return part_find(normalizer, "normalizers", "Replace") != NULL
-                   ? CM_OK
-                   : refuse(err, "byte fallback without spaces that are replaced");
+        return spaces_find(tokenizer, v, err);
     }
     v->tokenizer = CM_TOKENIZER_BYTE_BPE;
     return split_find(tokenizer, &v->split)
@@ -134,6 +152,20 @@ static enum cm_status tokens_read(const json_t *tokenizer, const json_t *model,
             status == CM_OK ? token_put(v, text, json_object_get(added, "id"), kind, err) : status;
     }
     return status;
+}
+
+/* A space at the start of a prompt alone, and tokens that cut texts in two: not what the host does.
+ */
+static enum cm_status first_check(const json_t *tokenizer, const struct cm_vocabulary *v,
+                                  struct cm_error *err)
+{
+    const json_t *pre = json_object_get(tokenizer, "pre_tokenizer");
+    const json_t *meta = part_find(pre, "pretokenizers", "Metaspace");
+    if (meta != NULL && is(meta, "prepend_scheme", "first") &&
+        memchr(v->kinds, CM_TOKEN_USER, v->count) != NULL) {
+        return refuse(err, "prepend_scheme 'first' beside added tokens that are not special");
+    }
+    return CM_OK;
 }
 
 /* Entries of the embedding that no token uses. */
@@ -206,6 +238,9 @@ enum cm_status cm_vocabulary_json(const json_t *tokenizer, const json_t *config,
     }
     if (status == CM_OK) {
         status = tokens_read(tokenizer, model, v, err);
+    }
+    if (status == CM_OK) {
+        status = first_check(tokenizer, v, err);
     }
     if (status == CM_OK) {
         status = spares_put(v, err);

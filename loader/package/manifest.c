@@ -207,7 +207,7 @@ static enum cm_status tokenizer_parse(struct parser *parser, struct cm_cursor *b
     bool pieces = m->tokenizer == CM_TOKENIZER_SENTENCEPIECE;
     if ((!pieces && m->tokenizer != CM_TOKENIZER_BYTE_BPE) ||
         !within(m->split, pieces ? CM_SPLIT_WHOLE : CM_SPLIT_SMOLLM,
-                pieces ? CM_SPLIT_SPACE_FIRST : CM_SPLIT_LLAMA3) ||
+                pieces ? CM_SPLIT_SPACE_ONE : CM_SPLIT_LLAMA3) ||
         add_begin > 1 || m->begin_token >= m->vocabulary ||
         !within(m->end_token_count, 1, CM_MANIFEST_END_TOKENS_MAX)) {
         return refuse(parser, "tokenizer's kind or token ids are impossible");
@@ -310,7 +310,7 @@ static enum cm_status chat_parse(struct parser *parser, struct cm_cursor *body)
 {
     struct cm_manifest *m = parser->manifest;
     m->chat = cm_cursor_u32(body);
-    if (!cm_cursor_ok(body) || m->chat > CM_CHAT_LLAMA31) {
+    if (!cm_cursor_ok(body) || m->chat > CM_CHAT_LAST) {
         return refuse(parser, "unknown chat family");
     }
     return text_parse(parser, body, &m->default_system);

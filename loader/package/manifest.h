@@ -44,6 +44,8 @@ enum cm_manifest_split { /* pre-tokenizer */
                          CM_SPLIT_WHOLE = 5, /* SentencePiece: none */
                          CM_SPLIT_SPACE_FIRST =
                              6, /* SentencePiece: none, and a space before the text */
+                         CM_SPLIT_SPACE_ONE =
+                             7, /* the same, where the text does not begin with one */
 };
 enum cm_manifest_chat {
     CM_CHAT_NONE = 0,
@@ -52,7 +54,12 @@ enum cm_manifest_chat {
     CM_CHAT_LLAMA3 = 3,
     CM_CHAT_PHI3 = 4,
     CM_CHAT_LLAMA31 = 5,
+    CM_CHAT_MISTRAL = 6,
+    CM_CHAT_TEKKEN = 7,
+    CM_CHAT_QWEN3 = 8,
+    CM_CHAT_QWEN3_DIRECT = 9, /* its answers begin without thoughts */
 };
+#define CM_CHAT_LAST CM_CHAT_QWEN3_DIRECT
 enum cm_manifest_activation { CM_MANIFEST_SILU = 0, CM_MANIFEST_GELU = 1 /* by tanh */ };
 #define CM_MANIFEST_NO_RANK 0xffffffffu /* no pair becomes this token */
 enum cm_manifest_token_type {           /* as in GGUF, renumbered */
@@ -99,7 +106,7 @@ struct cm_manifest_decoder {
     float attention_cap;    /* scores become cap * tanh(score / cap); 0: they do not */
     float logits_cap;       /* the same of the logits */
     float window_rope_base; /* of layers with a window; 0: rope_base */
-    float rope_scale;       /* positions are multiplied, where there is no window; 0: 1 */
+    float rope_scale;       /* positions are multiplied, where the base is rope_base; 0: 1 */
 };
 
 struct cm_manifest {

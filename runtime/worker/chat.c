@@ -1,10 +1,14 @@
-/* ChatML: <|im_start|>role\ntext<|im_end|>\n … <|im_start|>assistant\n.
+/* A chat is turns. ChatML: <|im_start|>role\ntext<|im_end|>\n … <|im_start|>assistant\n.
  * Gemma: <start_of_turn>role\ntext<end_of_turn>\n … <start_of_turn>model\n; there is no turn of the
  * system: its text and an empty line stand before the first user's; white space around a text goes.
  * Llama 3: <|start_header_id|>role<|end_header_id|>\n\ntext<|eot_id|> …; white space goes too.
  * Llama 3.1: the same, and it always begins with a turn of the system, which opens with two dates.
  * Phi-3: <|role|>text<|end|> … <|assistant|>; its control tokens take the white space behind them,
  * and a system's message without text is none.
+ * Mistral from v3 on: [INST] text[/INST] answer</s>[INST] …; the system's text and an empty line
+ * stand before the *last* user's. Tekken's has no spaces, and the others' are no more than written.
+ * Qwen 3: ChatML, whose answers begin with thoughts: <think>\n…\n</think>\n\n. Those of answers
+ * before the last question go; where the model shall not think, its turn opens with empty ones.
  * Control ids are put here and nowhere else; a user's "<|im_end|>" is plain text. */
 #include "runtime/worker/chat.h"
 
@@ -12,78 +16,118 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define FIXED_BYTES 96u /* of a turn: role or dates, newlines */
+#define FIXED_BYTES 96u /* of a turn: role or dates, thoughts' borders, newlines */
 #define DATES       "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024"
+#define THINK       "<think>"
+#define THINK_END   "</think>"
 
 enum trim { TRIM_NOT, TRIM_BOTH, TRIM_FRONT };
 
-/* By enum cm_manifest_chat. Control tokens: start of a turn (NULL: the role's name is one), end of
- * the role (NULL: none), end of the turn. A role that is NULL has no turn of its own. */
+/* A role's turn: control tokens that open and close it (NULL: none), the role's name. name NULL:
+ * the role has no turn of its own. */
+struct turn {
+    const char *open, *name, *close;
+    enum trim trim; /* white space of its text that goes */
+};
+
+/* By enum cm_manifest_chat. */
 static const struct family {
-    const char *name, *start, *role_end, *end;
-    const char *roles[CM_CHAT_ASSISTANT + 1];
+    const char *name;
+    struct turn roles[CM_CHAT_ASSISTANT + 1];
+    const char *role_end;       /* control token behind the role's name; NULL: none */
     const char *before, *after; /* of a text; of a turn */
-    enum trim trim;
-    bool system_needs_text;
     const char *dates; /* before the first text of the system, which is always there; NULL: none */
+    bool system_needs_text;
+    bool
+        system_last; /* without a turn of its own it stands before the last user's, not the first */
+    bool as_written; /* no space but those of the format, whatever the tokenizer puts before a text
+                      */
+    const char *thoughts; /* what opens the model's turn before its answer; NULL: it has none */
 } families[] = {
-    [CM_CHAT_CHATML] = {"ChatML",
-                        "<|im_start|>",
-                        NULL,
-                        "<|im_end|>",
-                        {NULL, "system", "user", "assistant"},
-                        "\n",
-                        "\n",
-                        TRIM_NOT,
-                        false,
-                        NULL},
-    [CM_CHAT_GEMMA] = {"Gemma",
-                       "<start_of_turn>",
-                       NULL,
-                       "<end_of_turn>",
-                       {NULL, NULL, "user", "model"},
-                       "\n",
-                       "\n",
-                       TRIM_BOTH,
-                       false,
-                       NULL},
-    [CM_CHAT_LLAMA3] = {"Llama 3",
-                        "<|start_header_id|>",
-                        "<|end_header_id|>",
-                        "<|eot_id|>",
-                        {NULL, "system", "user", "assistant"},
-                        "\n\n",
-                        "",
-                        TRIM_BOTH,
-                        false,
-                        NULL},
-    [CM_CHAT_LLAMA31] = {"Llama 3.1",
-                         "<|start_header_id|>",
-                         "<|end_header_id|>",
-                         "<|eot_id|>",
-                         {NULL, "system", "user", "assistant"},
-                         "\n\n",
-                         "",
-                         TRIM_BOTH,
-                         false,
-                         DATES},
-    [CM_CHAT_PHI3] = {"Phi-3",
-                      NULL,
-                      NULL,
-                      "<|end|>",
-                      {NULL, "<|system|>", "<|user|>", "<|assistant|>"},
-                      "",
-                      "",
-                      TRIM_FRONT,
-                      true,
-                      NULL},
+#define CHATML(text_role)                                                                          \
+    {                                                                                              \
+        "<|im_start|>", text_role, "<|im_end|>", TRIM_NOT                                          \
+    }
+#define LLAMA(text_role)                                                                           \
+    {                                                                                              \
+        "<|start_header_id|>", text_role, "<|eot_id|>", TRIM_BOTH                                  \
+    }
+#define PHI(role_token)                                                                            \
+    {                                                                                              \
+        role_token, "", "<|end|>", TRIM_FRONT                                                      \
+    }
+#define SYSTEMLESS                                                                                 \
+    {                                                                                              \
+        NULL, NULL, NULL, TRIM_NOT                                                                 \
+    }
+    [CM_CHAT_CHATML] = {.name = "ChatML",
+                        .roles = {SYSTEMLESS, CHATML("system"), CHATML("user"),
+                                  CHATML("assistant")},
+                        .before = "\n",
+                        .after = "\n"},
+    [CM_CHAT_GEMMA] = {.name = "Gemma",
+                       .roles = {SYSTEMLESS,
+                                 SYSTEMLESS,
+                                 {"<start_of_turn>", "user", "<end_of_turn>", TRIM_BOTH},
+                                 {"<start_of_turn>", "model", "<end_of_turn>", TRIM_BOTH}},
+                       .before = "\n",
+                       .after = "\n"},
+    [CM_CHAT_LLAMA3] = {.name = "Llama 3",
+                        .roles = {SYSTEMLESS, LLAMA("system"), LLAMA("user"), LLAMA("assistant")},
+                        .role_end = "<|end_header_id|>",
+                        .before = "\n\n",
+                        .after = ""},
+    [CM_CHAT_PHI3] = {.name = "Phi-3",
+                      .roles = {SYSTEMLESS, PHI("<|system|>"), PHI("<|user|>"),
+                                PHI("<|assistant|>")},
+                      .before = "",
+                      .after = "",
+                      .system_needs_text = true},
+    [CM_CHAT_LLAMA31] = {.name = "Llama 3.1",
+                         .roles = {SYSTEMLESS, LLAMA("system"), LLAMA("user"), LLAMA("assistant")},
+                         .role_end = "<|end_header_id|>",
+                         .before = "\n\n",
+                         .after = "",
+                         .dates = DATES},
+    [CM_CHAT_MISTRAL] = {.name = "Mistral v3",
+                         .roles = {SYSTEMLESS,
+                                   SYSTEMLESS,
+                                   {"[INST]", "", "[/INST]", TRIM_NOT},
+                                   {NULL, "", "</s>", TRIM_BOTH}},
+                         .before = " ",
+                         .after = "",
+                         .system_last = true,
+                         .as_written = true},
+    [CM_CHAT_TEKKEN] = {.name = "Mistral v3 (Tekken)",
+                        .roles = {SYSTEMLESS,
+                                  SYSTEMLESS,
+                                  {"[INST]", "", "[/INST]", TRIM_NOT},
+                                  {NULL, "", "</s>", TRIM_NOT}},
+                        .before = "",
+                        .after = "",
+                        .system_last = true,
+                        .as_written = true},
+    [CM_CHAT_QWEN3] = {.name = "Qwen 3",
+                       .roles = {SYSTEMLESS, CHATML("system"), CHATML("user"), CHATML("assistant")},
+                       .before = "\n",
+                       .after = "\n",
+                       .thoughts = ""},
+    [CM_CHAT_QWEN3_DIRECT] = {.name = "Qwen 3 without thoughts",
+                              .roles = {SYSTEMLESS, CHATML("system"), CHATML("user"),
+                                        CHATML("assistant")},
+                              .before = "\n",
+                              .after = "\n",
+                              .thoughts = THINK "\n\n" THINK_END "\n\n"},
+#undef CHATML
+#undef LLAMA
+#undef PHI
+#undef SYSTEMLESS
 };
 
 struct cm_chat {
     const struct cm_manifest *manifest;
     struct cm_tokenizer *tokenizer;
-    uint32_t start, role_end, end;
-    uint32_t roles[CM_CHAT_ASSISTANT + 1]; /* where they are tokens */
+    uint32_t open[CM_CHAT_ASSISTANT + 1], close[CM_CHAT_ASSISTANT + 1], role_end;
     uint8_t *turn; /* role \n text, together: merges may cross the newline */
     size_t turn_bytes_max;
 };
@@ -95,14 +139,15 @@ static const char *controls_find(const struct family *family, struct cm_tokenize
     struct {
         const char *text;
         uint32_t *id;
-    } rows[3 + CM_CHAT_ASSISTANT] = {{family->start, &chat->start},
-                                     {family->role_end, &chat->role_end},
-                                     {family->end, &chat->end}};
+    } rows[1 + 2 * CM_CHAT_ASSISTANT] = {{family->role_end, &chat->role_end}};
+    size_t count = 1;
     for (uint32_t role = CM_CHAT_SYSTEM; role <= CM_CHAT_ASSISTANT; role++) {
-        rows[2 + role].text = family->start == NULL ? family->roles[role] : NULL;
-        rows[2 + role].id = &chat->roles[role];
+        rows[count].text = family->roles[role].open;
+        rows[count++].id = &chat->open[role];
+        rows[count].text = family->roles[role].close;
+        rows[count++].id = &chat->close[role];
     }
-    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+    for (size_t i = 0; i < count; i++) {
         int64_t id = rows[i].text != NULL ? cm_tokenizer_control(tokenizer, rows[i].text) : 0;
         if (id < 0) {
             return rows[i].text;
@@ -199,118 +244,214 @@ static struct piece trimmed(struct piece piece, enum trim trim)
     return piece;
 }
 
-static size_t turn_put(struct cm_chat *chat, size_t at, const void *text, size_t bytes)
+static struct piece piece_of(const char *text)
 {
-    if (bytes > 0) {
-        memcpy(chat->turn + at, text, bytes);
-    }
-    return at + bytes;
+    return (struct piece){(const uint8_t *)text, strlen(text)};
 }
 
-static void text_add(struct cm_chat *chat, size_t bytes, struct cm_token_list *list)
+/* One conversation on its way to ids. */
+struct rendering {
+    struct cm_chat *chat;
+    const struct family *family;
+    const struct cm_chat_part *parts;
+    uint32_t count;
+    struct piece before; /* a system's text that waits for a user's turn */
+    struct cm_token_list *list;
+};
+
+static size_t turn_put(struct cm_chat *chat, size_t at, struct piece piece)
 {
-    if (bytes > 0) {
-        cm_tokenizer_text(chat->tokenizer, chat->turn, bytes, list);
+    if (piece.bytes > 0) {
+        memcpy(chat->turn + at, piece.text, piece.bytes);
+    }
+    return at + piece.bytes;
+}
+
+static void text_add(struct rendering *r, size_t bytes)
+{
+    if (bytes > 0 && r->family->as_written) {
+        cm_tokenizer_text_within(r->chat->tokenizer, r->chat->turn, bytes, r->list);
+    } else if (bytes > 0) {
+        cm_tokenizer_text(r->chat->tokenizer, r->chat->turn, bytes, r->list);
     }
 }
 
-/* Start of the turn, role, what stands before the text (with an empty line), text. */
-static void turn_add(struct cm_chat *chat, uint32_t role, struct piece before, struct piece text,
-                     struct cm_token_list *list)
+/* Start of the turn, role, what stands before the text, the pieces of the text. */
+static void turn_add(struct rendering *r, uint32_t role, const struct piece *pieces, size_t count)
 {
-    const struct family *family = &families[chat->manifest->chat];
-    const char *name = family->roles[role];
-    size_t at = 0;
-    cm_token_add(list, family->start != NULL ? chat->start : chat->roles[role]);
-    if (family->start != NULL) {
-        at = turn_put(chat, at, name, strlen(name));
+    const struct turn *turn = &r->family->roles[role];
+    if (turn->open != NULL) {
+        cm_token_add(r->list, r->chat->open[role]);
     }
-    if (family->role_end != NULL) {
-        text_add(chat, at, list);
-        cm_token_add(list, chat->role_end);
+    size_t at = turn_put(r->chat, 0, piece_of(turn->name));
+    if (r->family->role_end != NULL) {
+        text_add(r, at);
+        cm_token_add(r->list, r->chat->role_end);
         at = 0;
     }
-    at = turn_put(chat, at, family->before, strlen(family->before));
-    if (before.bytes > 0) {
-        at = turn_put(chat, at, before.text, before.bytes);
-        at = turn_put(chat, at, "\n\n", 2);
+    at = turn_put(r->chat, at, piece_of(r->family->before));
+    for (size_t i = 0; i < count; i++) {
+        at = turn_put(r->chat, at, pieces[i]);
     }
-    text_add(chat, turn_put(chat, at, text.text, text.bytes), list);
+    text_add(r, at);
 }
 
-static void turn_close(struct cm_chat *chat, struct cm_token_list *list)
+static void turn_close(struct rendering *r, uint32_t role)
 {
-    const char *after = families[chat->manifest->chat].after;
-    cm_token_add(list, chat->end);
-    text_add(chat, turn_put(chat, 0, after, strlen(after)), list);
+    cm_token_add(r->list, r->chat->close[role]);
+    text_add(r, turn_put(r->chat, 0, piece_of(r->family->after)));
+}
+
+/* A text, behind another one and an empty line if there is another. */
+static void pair_add(struct rendering *r, uint32_t role, struct piece before, struct piece text)
+{
+    const struct piece pieces[] = {before, piece_of(before.bytes > 0 ? "\n\n" : ""), text};
+    turn_add(r, role, pieces, 3);
+    turn_close(r, role);
 }
 
 /* A system's text that no user's follows: no text is lost. */
-static void before_flush(struct cm_chat *chat, struct piece *before, struct cm_token_list *list)
+static void before_flush(struct rendering *r)
 {
-    if (before->bytes > 0) {
-        turn_add(chat, CM_CHAT_USER, (struct piece){NULL, 0}, *before, list);
-        turn_close(chat, list);
-        before->bytes = 0;
+    if (r->before.bytes > 0) {
+        pair_add(r, CM_CHAT_USER, (struct piece){NULL, 0}, r->before);
+        r->before.bytes = 0;
     }
 }
 
 /* The system's first turn: the request's, or the standing one if there is a text. */
-static void system_add(struct cm_chat *chat, struct piece text, bool given,
-                       struct cm_token_list *list)
+static void system_add(struct rendering *r, bool given)
 {
-    const struct family *family = &families[chat->manifest->chat];
-    struct piece dates = {NULL, 0};
-    if (family->dates != NULL) {
-        dates = (struct piece){(const uint8_t *)family->dates, strlen(family->dates)};
-    } else if (text.bytes == 0 && (!given || family->system_needs_text)) {
+    const struct family *family = r->family;
+    struct piece text = r->before;
+    r->before.bytes = 0;
+    if (family->dates == NULL && text.bytes == 0 && (!given || family->system_needs_text)) {
         return;
     }
-    turn_add(chat, CM_CHAT_SYSTEM, dates, trimmed(text, family->trim), list);
-    turn_close(chat, list);
+    pair_add(r, CM_CHAT_SYSTEM, piece_of(family->dates != NULL ? family->dates : ""),
+             trimmed(text, family->roles[CM_CHAT_SYSTEM].trim));
+}
+
+/* ------------------------------------------------------------------ Qwen 3's thoughts */
+
+static struct piece lines_stripped(struct piece piece, bool front, bool end)
+{
+    while (front && piece.bytes > 0 && piece.text[0] == '\n') {
+        piece.text++;
+        piece.bytes--;
+    }
+    while (end && piece.bytes > 0 && piece.text[piece.bytes - 1] == '\n') {
+        piece.bytes--;
+    }
+    return piece;
+}
+
+/* What stands behind the last `mark` of a text; the whole text where it has none. */
+static struct piece behind(struct piece piece, const char *mark)
+{
+    const uint8_t *end = piece.text + piece.bytes, *found;
+    while (piece.bytes > 0 &&
+           (found = memmem(piece.text, piece.bytes, mark, strlen(mark))) != NULL) {
+        piece.text = found + strlen(mark);
+        piece.bytes = (size_t)(end - piece.text);
+    }
+    return piece;
+}
+
+/* The last message of a user that is no answer of a tool; where there is none, the last message. */
+static uint32_t question_find(const struct rendering *r)
+{
+    static const char open[] = "<tool_response>", close[] = "</tool_response>";
+    const size_t open_bytes = sizeof(open) - 1, close_bytes = sizeof(close) - 1;
+    for (uint32_t i = r->count; i > 0; i--) {
+        const struct cm_chat_part *part = &r->parts[i - 1];
+        bool tool = part->bytes >= close_bytes && memcmp(part->text, open, open_bytes) == 0 &&
+                    memcmp(part->text + part->bytes - close_bytes, close, close_bytes) == 0;
+        if (part->role == CM_CHAT_USER && !tool) {
+            return i - 1;
+        }
+    }
+    return r->count - 1;
+}
+
+/* An answer of the model: thoughts are kept behind the last question alone. */
+static void answer_add(struct rendering *r, uint32_t index)
+{
+    const struct piece whole = {r->parts[index].text, r->parts[index].bytes};
+    struct piece thought = {whole.text, 0}, answer = whole;
+    const uint8_t *end =
+        whole.bytes > 0 ? memmem(whole.text, whole.bytes, THINK_END, strlen(THINK_END)) : NULL;
+    if (end != NULL) {
+        thought.bytes = (size_t)(end - whole.text);
+        thought = behind(lines_stripped(thought, false, true), THINK);
+        thought = lines_stripped(thought, true, false);
+        answer = lines_stripped(behind(whole, THINK_END), true, false);
+    }
+    bool kept = index > question_find(r) && (index + 1 == r->count || thought.bytes > 0);
+    const struct piece pieces[] = {piece_of(THINK "\n"), thought, piece_of("\n" THINK_END "\n\n"),
+                                   lines_stripped(answer, kept, false)};
+    turn_add(r, CM_CHAT_ASSISTANT, kept ? pieces : pieces + 3, kept ? 4 : 1);
+    turn_close(r, CM_CHAT_ASSISTANT);
+}
+
+/* ------------------------------------------------------------------ conversations */
+
+static void message_add(struct rendering *r, uint32_t index)
+{
+    const struct family *family = r->family;
+    const uint32_t role = r->parts[index].role;
+    const struct piece text = {r->parts[index].text, r->parts[index].bytes};
+    if (family->system_needs_text && role == CM_CHAT_SYSTEM && text.bytes == 0) {
+        return;
+    }
+    if (family->roles[role].name == NULL) { /* stands before a turn to come */
+        before_flush(r);
+        r->before = text;
+        return;
+    }
+    if (family->thoughts != NULL && role == CM_CHAT_ASSISTANT) {
+        answer_add(r, index);
+        return;
+    }
+    bool waits = family->system_last && (role != CM_CHAT_USER || index + 1 < r->count);
+    pair_add(r, role, waits ? (struct piece){NULL, 0} : r->before,
+             trimmed(text, family->roles[role].trim));
+    r->before.bytes = waits ? r->before.bytes : 0;
 }
 
 bool cm_chat_render(struct cm_chat *chat, const struct cm_chat_part *parts, uint32_t count,
                     struct cm_token_list *list)
 {
-    const struct family *family = &families[chat->manifest->chat];
     const struct cm_manifest_text *standing = &chat->manifest->default_system;
-    const struct piece nothing = {NULL, 0};
-    struct piece before = {(const uint8_t *)standing->bytes, standing->size};
-    uint32_t first = 0;
-    if (family->name == NULL || count == 0) {
+    struct rendering r = {chat,
+                          &families[chat->manifest->chat],
+                          parts,
+                          count,
+                          {(const uint8_t *)standing->bytes, standing->size},
+                          list};
+    if (r.family->name == NULL || count == 0) {
         return false;
     }
-    if (parts[0].role == CM_CHAT_SYSTEM) {
-        before = (struct piece){parts[0].text, parts[0].bytes};
-        first = 1;
-    }
-    if (before.bytes > chat->turn_bytes_max) {
-        return false;
-    }
-    if (family->roles[CM_CHAT_SYSTEM] != NULL) {
-        system_add(chat, before, first == 1, list);
-        before = nothing;
-    }
-    for (uint32_t i = first; i < count; i++) {
-        struct piece text = {parts[i].text, parts[i].bytes};
+    for (uint32_t i = 0; i < count; i++) {
         if (parts[i].role < CM_CHAT_SYSTEM || parts[i].role > CM_CHAT_ASSISTANT ||
             parts[i].bytes > chat->turn_bytes_max) {
             return false;
         }
-        if (family->system_needs_text && parts[i].role == CM_CHAT_SYSTEM && text.bytes == 0) {
-            continue;
-        }
-        if (family->roles[parts[i].role] == NULL) { /* stands before the next turn */
-            before_flush(chat, &before, list);
-            before = text;
-            continue;
-        }
-        turn_add(chat, parts[i].role, before, trimmed(text, family->trim), list);
-        turn_close(chat, list);
-        before = nothing;
     }
-    before_flush(chat, &before, list);
-    turn_add(chat, CM_CHAT_ASSISTANT, nothing, nothing, list);
+    const uint32_t first = parts[0].role == CM_CHAT_SYSTEM ? 1 : 0;
+    if (first == 1) {
+        r.before = (struct piece){parts[0].text, parts[0].bytes};
+    }
+    if (r.family->roles[CM_CHAT_SYSTEM].name != NULL) {
+        system_add(&r, first == 1);
+    }
+    for (uint32_t i = first; i < count; i++) {
+        message_add(&r, i);
+    }
+    before_flush(&r);
+    if (r.family->roles[CM_CHAT_ASSISTANT].open != NULL) {
+        const struct piece opening = piece_of(r.family->thoughts != NULL ? r.family->thoughts : "");
+        turn_add(&r, CM_CHAT_ASSISTANT, &opening, 1);
+    }
     return true;
 }

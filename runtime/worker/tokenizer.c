@@ -15,6 +15,7 @@
 
 #define PIECE_BYTES_MAX 65536u
 #define NONE            0xffffffffu
+#define SPACE           "\xe2\x96\x81" /* SentencePiece's, U+2581 */
 
 struct node {
     uint32_t previous, next; /* NONE at the ends */
@@ -55,6 +56,7 @@ struct cm_tokenizer {
     struct node *nodes;           /* [PIECE_BYTES_MAX] */
     struct pair *heap;            /* [3 * PIECE_BYTES_MAX] */
     uint32_t heap_size;
+    bool within; /* the text being encoded stands behind a control token */
 };
 
 static uint32_t pair_hash(uint32_t left, uint32_t right)
@@ -423,13 +425,22 @@ static void plain_encode(struct cm_tokenizer *t, const uint8_t *text, size_t siz
     }
 }
 
+/* Does the tokenizer put a space before this text? */
+static bool space_first(const struct cm_tokenizer *t, const uint8_t *text, size_t size)
+{
+    const bool one = t->manifest->split == CM_SPLIT_SPACE_ONE;
+    const bool begun = size > 0 && (text[0] == ' ' || (size >= 3 && memcmp(text, SPACE, 3) == 0));
+    return !t->within && size > 0 &&
+           (t->manifest->split == CM_SPLIT_SPACE_FIRST || (one && !begun));
+}
+
 /* SentencePiece: no pieces but what fits the buffer; U+2581 means a space, wherever it comes from.
  */
 static void spaced_encode(struct cm_tokenizer *t, const uint8_t *text, size_t size,
                           struct cm_token_list *list)
 {
     uint32_t used = 0;
-    if (t->manifest->split == CM_SPLIT_SPACE_FIRST && size > 0) {
+    if (space_first(t, text, size)) {
         t->spaced[used++] = ' ';
     }
     for (size_t at = 0; at < size;) {
@@ -439,7 +450,7 @@ static void spaced_encode(struct cm_tokenizer *t, const uint8_t *text, size_t si
             piece_encode(t, t->spaced, used, list);
             used = 0;
         }
-        if (step == 3 && memcmp(text + at, "\xe2\x96\x81", 3) == 0) {
+        if (step == 3 && memcmp(text + at, SPACE, 3) == 0) {
             t->spaced[used++] = ' ';
         } else {
             memcpy(t->spaced + used, text + at, step);
@@ -463,8 +474,9 @@ static uint32_t user_match(const struct cm_tokenizer *t, const uint8_t *text, si
     return NONE;
 }
 
-void cm_tokenizer_text(struct cm_tokenizer *tokenizer, const uint8_t *text, size_t size,
-                       struct cm_token_list *list)
+/* Tokens of the user kind, and what stands between them. */
+static void text_encode(struct cm_tokenizer *tokenizer, const uint8_t *text, size_t size,
+                        struct cm_token_list *list)
 {
     void (*encode)(struct cm_tokenizer *, const uint8_t *, size_t, struct cm_token_list *) =
         tokenizer->merges == NULL ? spaced_encode : plain_encode;
@@ -481,6 +493,20 @@ void cm_tokenizer_text(struct cm_tokenizer *tokenizer, const uint8_t *text, size
         plain = at;
     }
     encode(tokenizer, text + plain, size - plain, list);
+}
+
+void cm_tokenizer_text(struct cm_tokenizer *tokenizer, const uint8_t *text, size_t size,
+                       struct cm_token_list *list)
+{
+    tokenizer->within = false;
+    text_encode(tokenizer, text, size, list);
+}
+
+void cm_tokenizer_text_within(struct cm_tokenizer *tokenizer, const uint8_t *text, size_t size,
+                              struct cm_token_list *list)
+{
+    tokenizer->within = true;
+    text_encode(tokenizer, text, size, list);
 }
 
 int64_t cm_tokenizer_control(const struct cm_tokenizer *tokenizer, const char *spelling)

@@ -26,6 +26,9 @@ void cm_tokenizer_free(struct cm_tokenizer *tokenizer); /* NULL is fine */
  */
 void cm_tokenizer_text(struct cm_tokenizer *tokenizer, const uint8_t *text, size_t size,
                        struct cm_token_list *list);
+/* The same of a text that stands behind a control token: SentencePiece puts no space before it. */
+void cm_tokenizer_text_within(struct cm_tokenizer *tokenizer, const uint8_t *text, size_t size,
+                              struct cm_token_list *list);
 /* Append one id. */
 void cm_token_add(struct cm_token_list *list, uint32_t id);
 /* Id of the control token with this spelling; -1: none. */
