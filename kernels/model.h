@@ -84,7 +84,7 @@ struct cm_decoder {
     float attention_cap;    /* scores become cap * tanh(score / cap); 0: they do not */
     float logits_cap;       /* the same of the logits */
     float window_rope_base; /* of layers with a window; 0: rope_base */
-    float rope_scale;       /* positions are multiplied, where there is no window; 0: 1 */
+    float rope_scale;       /* positions are multiplied, where the base is rope_base; 0: 1 */
 };
 
 struct cm_model {

@@ -3,7 +3,9 @@
 
 `write_directory` makes what `transformers` reads (config.json, model.safetensors, tokenizer.json),
 `write_gguf` what llama.cpp's converter would make of it. All matrices are fp16 in both."""
+import contextlib
 import json
+import math
 import pathlib
 
 import gguf
@@ -44,7 +46,19 @@ FAMILIES = {
                      rope_local_base_freq=10000.0, sliding_window_pattern=6,
                      attn_logit_softcapping=None, final_logit_softcapping=None, **GEMMA),
 }
-PIECES = {"mistral": True, "phi3": True, "gemma2": False, "gemma3": False}  # a space before?
+# SentencePiece: is there a space before a text? "first": where a prompt begins, alone.
+PIECES = {"mistral": "first", "phi3": "always", "gemma2": "", "gemma3": ""}
+
+
+@contextlib.contextmanager
+def reshaped(family, **facts):
+    """The family with other numbers, for a while."""
+    kept = FAMILIES[family]
+    FAMILIES[family] = kept | facts
+    try:
+        yield
+    finally:
+        FAMILIES[family] = kept
 
 
 def head_width(family):
@@ -130,8 +144,11 @@ def tokenizer(family):
         made = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True,
                                     byte_fallback=True))
         replace = normalizers.Replace(" ", "\u2581")
-        made.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("\u2581"), replace]) if PIECES[family] else replace
+        if PIECES[family] == "first":
+            made.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", "first", split=False)
+        else:
+            made.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("\u2581"), replace]) if PIECES[family] else replace
     else:
         made = Tokenizer(models.BPE(ids, merges))
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family == "llama")
@@ -157,6 +174,10 @@ def safetensors(tensors):
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+# Each number that YaRN's authors leave open, said.
+YARN_SAID = YARN | {"factor": 8.0, "beta_fast": 10.0, "beta_slow": 0.5, "attention_factor": 1.5}
+YARN_GGUF = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
 
 
 def llama3_factors(width, base, scaling):
@@ -245,7 +266,7 @@ def write_gguf(path, family, bf16=False, scaling=None):
     if family in PIECES:
         rank = {token: i for i, token in enumerate(dict.fromkeys(a + b for a, b in merges))}
         out.add_token_scores([-float(rank.get(t, 10 ** 6)) for t in tokens])
-        out.add_add_space_prefix(PIECES[family])
+        out.add_add_space_prefix(bool(PIECES[family]))
     else:
         out.add_token_merges([f"{a} {b}" for a, b in merges])
     out.add_bos_token_id(1)
@@ -254,6 +275,16 @@ def write_gguf(path, family, bf16=False, scaling=None):
     if scaling and scaling["rope_type"] == "linear":
         out.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         out.add_rope_scaling_factor(scaling["factor"])
+    elif scaling and scaling["rope_type"] == "yarn":
+        out.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        out.add_rope_scaling_factor(scaling["factor"])
+        out.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        for key, name in YARN_GGUF.items():
+            if key in scaling:
+                out.add_float32(f"{arch}.rope.scaling.{name}", scaling[key])
+        if "attention_factor" in scaling:  # GGUF's stands beside what follows from the factor
+            out.add_rope_scaling_attn_factors(
+                scaling["attention_factor"] / (0.1 * math.log(scaling["factor"]) + 1))
     elif scaling:
         out.add_tensor("rope_freqs.weight",
                        llama3_factors(head_width(family), shape["rope_theta"], scaling))

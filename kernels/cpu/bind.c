@@ -253,12 +253,11 @@ static void positions_bind(struct cm_device *device)
     const struct cm_model *m = &device->model;
     const struct cm_decoder *d = &m->decoder;
     const bool two = device->window_cosine != NULL;
-    struct rope_table tables[2] = {
-        {device, (double)m->rope_base, d->rope_scale > 0.0f ? (double)d->rope_scale : 1.0,
-         m->rope_factors, device->cosine, device->sine},
-        {device, (double)(d->window_rope_base > 0.0f ? d->window_rope_base : m->rope_base), 1.0,
-         d->window_rope_base > 0.0f ? NULL : m->rope_factors, device->window_cosine,
-         device->window_sine}};
+    struct rope_table tables[2] = {{device, (double)m->rope_base,
+                                    d->rope_scale > 0.0f ? (double)d->rope_scale : 1.0,
+                                    m->rope_factors, device->cosine, device->sine},
+                                   {device, (double)d->window_rope_base, 1.0, NULL,
+                                    device->window_cosine, device->window_sine}};
     for (uint32_t i = 0; i < (two ? 2u : 1u); i++) {
         cm_pool_run(device->pool, rope_fill, &tables[i]);
     }

@@ -207,7 +207,7 @@ static void arena_lay(struct cm_device *device, struct layout *layout,
     const uint64_t turns = (uint64_t)r->context_max * m->rope_width / 2 + 16;
     device->cosine = piece(layout, turns, 4, 64);
     device->sine = piece(layout, turns, 4, 64);
-    if (m->decoder.window_rope_base > 0.0f || m->decoder.rope_scale > 0.0f) {
+    if (m->decoder.window_rope_base > 0.0f) {
         device->window_cosine = piece(layout, turns, 4, 64);
         device->window_sine = piece(layout, turns, 4, 64);
     }

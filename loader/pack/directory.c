@@ -286,9 +286,35 @@ static enum cm_status llama3_read(const json_t *scaling, struct cm_manifest *m,
     return status == CM_OK ? cm_rope_llama3(&numbers, m, err) : status;
 }
 
-/* rope_theta and rope_scaling, or the newer rope_parameters, which may differ by kind of layer. */
-static enum cm_status rope_read(const json_t *config, struct cm_manifest *m, struct cm_error *err)
+static enum cm_status yarn_read(const json_t *scaling, struct cm_plan *plan, struct cm_error *err)
 {
+    struct cm_rope_yarn numbers = {.between = json_is_false(json_object_get(scaling, "truncate"))};
+    float weight = 0.0f, weight_all = 0.0f;
+    const struct {
+        const char *key;
+        float *value;
+    } rows[] = {{"factor", &numbers.factor},
+                {"original_max_position_embeddings", &numbers.context},
+                {"beta_fast", &numbers.fast},
+                {"beta_slow", &numbers.slow},
+                {"attention_factor", &numbers.attention},
+                {"mscale", &weight},
+                {"mscale_all_dim", &weight_all}};
+    enum cm_status status = CM_OK;
+    for (size_t i = 0; status == CM_OK && i < sizeof(rows) / sizeof(rows[0]); i++) {
+        status = real_read(scaling, rows[i].key, rows[i].value, err);
+    }
+    if (numbers.attention == 0.0f && weight > 0.0f && weight_all > 0.0f) {
+        numbers.attention = cm_rope_yarn_attention(numbers.factor, weight) /
+                            cm_rope_yarn_attention(numbers.factor, weight_all);
+    }
+    return status == CM_OK ? cm_rope_yarn(&numbers, plan, err) : status;
+}
+
+/* rope_theta and rope_scaling, or the newer rope_parameters, which may differ by kind of layer. */
+static enum cm_status rope_read(const json_t *config, struct cm_plan *plan, struct cm_error *err)
+{
+    struct cm_manifest *m = &plan->manifest;
     const json_t *scaling = json_object_get(config, "rope_scaling");
     const json_t *all = json_object_get(config, "rope_parameters");
     const json_t *local = json_object_get(all, "sliding_attention");
@@ -314,6 +340,9 @@ static enum cm_status rope_read(const json_t *config, struct cm_manifest *m, str
     }
     if (strcmp(name, "llama3") == 0) {
         return llama3_read(scaling, m, err);
+    }
+    if (strcmp(name, "yarn") == 0) {
+        return yarn_read(scaling, plan, err);
     }
     status = real_read(scaling, "factor", &factor, err);
     if (status == CM_OK && (strcmp(name, "linear") != 0 || factor < 1.0f || factor > 1024.0f)) {
@@ -397,7 +426,7 @@ enum cm_status cm_directory_shape(const json_t *config, struct cm_plan *plan, st
         status = numbers_read(config, m, err);
     }
     if (status == CM_OK) {
-        status = rope_read(config, m, err);
+        status = rope_read(config, plan, err);
     }
     if (status == CM_OK) {
         status = window_read(config, m, err);

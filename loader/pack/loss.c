@@ -169,9 +169,10 @@ static bool windowed(const struct cm_manifest_decoder *d, uint32_t layer)
 static void rope(const struct cm_manifest *m, bool window, float *head)
 {
     const struct cm_manifest_decoder *d = &m->decoder;
-    float base = window && d->window_rope_base > 0.0f ? d->window_rope_base : m->rope_base;
-    float scale = !window && d->rope_scale > 0.0f ? d->rope_scale : 1.0f;
-    bool factors = m->rope_factor_count > 0 && !(window && d->window_rope_base > 0.0f);
+    const bool other = window && d->window_rope_base > 0.0f; /* and nothing scales it */
+    float base = other ? d->window_rope_base : m->rope_base;
+    float scale = !other && d->rope_scale > 0.0f ? d->rope_scale : 1.0f;
+    bool factors = !other && m->rope_factor_count > 0;
     for (uint32_t i = 0; i < m->rope_width / 2; i++) {
         for (uint32_t p = 0; p < POSITIONS; p++) {
             float *a = head + (size_t)2 * i * POSITIONS + p, *b = a + POSITIONS;

@@ -144,6 +144,11 @@ enum cm_status cm_plan_shape_check(struct cm_plan *plan, struct cm_error *err)
     if (d->window >= m->context_max && d->window_rope_base == 0.0f) { /* it hides nothing */
         d->window = d->window_period = 0;
     }
+    if (plan->rope_attention > 0.0f) { /* of queries and of keys */
+        float scale =
+            d->attention_scale > 0.0f ? d->attention_scale : 1.0f / sqrtf((float)m->head_width);
+        d->attention_scale = scale * plan->rope_attention * plan->rope_attention;
+    }
     if (d->attention_scale == 1.0f / sqrtf((float)m->head_width)) {
         d->attention_scale = 0.0f;
     }

@@ -8,7 +8,7 @@
 
 struct cm_plan_options {
     const char *name;           /* NULL: from general.name */
-    const char *chat_format;    /* NULL: from the template; "chatml", "gemma", "none" */
+    const char *chat_format;    /* NULL: from the template; a name of chat.c */
     const char *default_system; /* with chat_format */
     const char *origin;         /* recorded in the manifest */
     uint32_t floats_kind;       /* of matrices that the file has as floats; NONE: u8 */
@@ -35,6 +35,7 @@ struct cm_plan {
     bool pairs_apart;               /* RoPE pairs are (i, i + rope_width / 2) in the files */
     uint32_t floats_kind;           /* of the options */
     float norm_added;               /* 1 where norms are stored as weight - 1 */
+    float rope_attention;           /* turned queries and keys are multiplied; 0: by nothing */
     struct cm_plan_source *sources; /* [manifest.tensor_count] */
     uint64_t payload_bytes;
     /* owned by the plan, borrowed by the manifest */
@@ -109,11 +110,22 @@ CM_MUST_USE enum cm_status cm_plan_finish(enum cm_status status, struct cm_plan 
 void cm_plan_texts(const struct cm_plan_options *options, struct cm_source_text name,
                    struct cm_source_text license, struct cm_plan *plan);
 
-/* rope.c: what RoPE's turns are divided by: Llama 3.1's numbers of config.json, or GGUF's tensor of
- * them, if there is one. */
+/* rope.c: what RoPE's turns are divided by: Llama 3.1's numbers of config.json, YaRN's, or GGUF's
+ * tensor of them, if there is one. */
 struct cm_rope_scaling {
     float factor, low, high, context;
 };
+/* Numbers that are 0 are as YaRN's authors have them: context the model's, fast 32, slow 1,
+ * attention by the factor. */
+struct cm_rope_yarn {
+    float factor, context, fast, slow, attention;
+    bool between; /* the bounds of the ramp may lie between two pairs */
+};
+/* What YaRN multiplies attention by, of which the factor's logarithm has that weight. */
+float cm_rope_yarn_attention(float factor, float weight);
+/* RoPE's base, width and the context must be known. The context grows to what YaRN makes of it. */
+CM_MUST_USE enum cm_status cm_rope_yarn(const struct cm_rope_yarn *scaling, struct cm_plan *plan,
+                                        struct cm_error *err);
 CM_MUST_USE enum cm_status cm_rope_llama3(const struct cm_rope_scaling *scaling,
                                           struct cm_manifest *m, struct cm_error *err);
 CM_MUST_USE enum cm_status cm_rope_tensor(const struct cm_source *source, struct cm_manifest *m,

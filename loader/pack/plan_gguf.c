@@ -78,34 +78,74 @@ static enum cm_status numbers_read(struct keys *keys, struct cm_manifest *m, str
     return status;
 }
 
-/* Linear scaling divides positions; nothing else is supported. */
-static enum cm_status rope_scaling_read(struct keys *keys, struct cm_manifest *m,
-                                        struct cm_error *err)
+/* Linear scaling divides positions. */
+static enum cm_status linear_read(struct keys *keys, struct cm_plan *plan, struct cm_error *err)
 {
-    struct cm_source_text type;
     float factor = 1.0f;
-    if (!cm_gguf_has(keys->gguf, key(keys, "rope.scaling.type"))) {
-        return CM_OK;
-    }
-    enum cm_status status = cm_gguf_text(keys->gguf, keys->name, &type, err);
-    if (status == CM_OK && cm_source_text_is(type, "none")) {
-        return CM_OK;
-    }
-    if (status == CM_OK && !cm_source_text_is(type, "linear")) {
-        status = cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
-                              "GGUF: key '%s' is '%.*s'; RoPE scaled other than linear is not "
-                              "supported",
-                              keys->name, (int)(type.size < 32 ? type.size : 32), type.bytes);
-    }
-    if (status == CM_OK) {
-        status = real_read(keys, "rope.scaling.factor", &factor, err);
-    }
+    enum cm_status status = real_read(keys, "rope.scaling.factor", &factor, err);
     if (status == CM_OK && !(factor >= 1.0f && factor <= 1024.0f)) {
         status = cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
                               "GGUF: RoPE scaling factor %g is not in 1 … 1024", (double)factor);
     }
-    m->decoder.rope_scale = status == CM_OK && factor > 1.0f ? 1.0f / factor : 0.0f;
+    plan->manifest.decoder.rope_scale = status == CM_OK && factor > 1.0f ? 1.0f / factor : 0.0f;
     return status;
+}
+
+/* attn_factor stands beside what follows from the factor. */
+static enum cm_status yarn_read(struct keys *keys, struct cm_plan *plan, struct cm_error *err)
+{
+    static const char *const absent[] = {"rope.scaling.yarn_log_multiplier",
+                                         "rope.scaling.yarn_ext_factor",
+                                         "rope.scaling.yarn_attn_factor"};
+    struct cm_rope_yarn numbers = {.factor = 0.0f};
+    float attention = 1.0f;
+    uint32_t context = 0;
+    const struct {
+        const char *key;
+        float *value;
+    } rows[] = {{"rope.scaling.factor", &numbers.factor},
+                {"rope.scaling.attn_factor", &attention},
+                {"rope.scaling.yarn_beta_fast", &numbers.fast},
+                {"rope.scaling.yarn_beta_slow", &numbers.slow}};
+    for (size_t i = 0; i < sizeof(absent) / sizeof(absent[0]); i++) {
+        if (cm_gguf_has(keys->gguf, key(keys, absent[i]))) {
+            return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                                "GGUF: key '%s' is not supported", keys->name);
+        }
+    }
+    enum cm_status status =
+        number_read(keys, "rope.scaling.original_context_length", true, 1u << 22, &context, err);
+    for (size_t i = 0; status == CM_OK && i < sizeof(rows) / sizeof(rows[0]); i++) {
+        status = real_read(keys, rows[i].key, rows[i].value, err);
+    }
+    numbers.context = (float)context;
+    /* What is not positive is refused with the rest; 0 would mean that nothing was said. */
+    numbers.attention =
+        attention > 0.0f ? attention * cm_rope_yarn_attention(numbers.factor, 1.0f) : -1.0f;
+    return status == CM_OK ? cm_rope_yarn(&numbers, plan, err) : status;
+}
+
+static enum cm_status rope_scaling_read(struct keys *keys, struct cm_plan *plan,
+                                        struct cm_error *err)
+{
+    struct cm_source_text type;
+    if (!cm_gguf_has(keys->gguf, key(keys, "rope.scaling.type"))) {
+        return CM_OK;
+    }
+    enum cm_status status = cm_gguf_text(keys->gguf, keys->name, &type, err);
+    if (status != CM_OK || cm_source_text_is(type, "none")) {
+        return status;
+    }
+    if (cm_source_text_is(type, "linear")) {
+        return linear_read(keys, plan, err);
+    }
+    if (cm_source_text_is(type, "yarn")) {
+        return yarn_read(keys, plan, err);
+    }
+    return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                        "GGUF: key '%s' is '%.*s'; RoPE scaled other than linear or by yarn is not "
+                        "supported",
+                        keys->name, (int)(type.size < 32 ? type.size : 32), type.bytes);
 }
 
 static enum cm_status shape_read(struct keys *keys, struct cm_plan *plan, struct cm_error *err)
@@ -128,7 +168,7 @@ static enum cm_status shape_read(struct keys *keys, struct cm_plan *plan, struct
         status = real_read(keys, rows[i].key, rows[i].value, err);
     }
     if (status == CM_OK) {
-        status = rope_scaling_read(keys, m, err);
+        status = rope_scaling_read(keys, plan, err);
     }
     return status == CM_OK ? cm_plan_shape_check(plan, err) : status;
 }

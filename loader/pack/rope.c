@@ -1,6 +1,5 @@
-/* Factors that divide the turns of RoPE's pairs: from Llama 3.1's four numbers, or as GGUF has
- * them.
- */
+/* Factors that divide the turns of RoPE's pairs: from Llama 3.1's four numbers, from YaRN's, or as
+ * GGUF has them. */
 #include <math.h>
 #include <string.h>
 
@@ -49,6 +48,74 @@ enum cm_status cm_rope_llama3(const struct cm_rope_scaling *s, struct cm_manifes
                             factor, low, high, context);
     }
     factors_settle(m, count);
+    return CM_OK;
+}
+
+float cm_rope_yarn_attention(float factor, float weight)
+{
+    return factor > 1.0f ? 0.1f * weight * logf(factor) + 1.0f : 1.0f;
+}
+
+/* The pair, counted as a real number, that turns `turns` times in the context. */
+static double yarn_pair(const struct cm_manifest *m, double context, double turns)
+{
+    return m->rope_width * log(context / (turns * 2.0 * M_PI)) / (2.0 * log((double)m->rope_base));
+}
+
+static bool yarn_ok(const struct cm_rope_yarn *s, const struct cm_manifest *m)
+{
+    return s->factor >= 1.0f && s->factor <= 1024.0f && s->context >= 1.0f &&
+           s->factor * s->context <= 0x1p22f && s->slow > 0.0f && s->fast > s->slow &&
+           s->fast <= 1024.0f && s->attention >= 0x1p-4f && s->attention <= 16.0f &&
+           m->rope_base > 1.0f && m->rope_width / 2 <= CM_MANIFEST_ROPE_PAIRS_MAX;
+}
+
+/* Pairs that turn more than `fast` times in the context that the model was trained on stay, those
+ * that turn less than `slow` times are stretched by the factor, between them it goes over in a
+ * straight line (Peng et al. 2023; transformers, modeling_rope_utils.py,
+ * `_compute_yarn_parameters`). */
+static bool yarn_fill(const struct cm_rope_yarn *s, struct cm_manifest *m)
+{
+    double low = yarn_pair(m, (double)s->context, (double)s->fast);
+    double high = yarn_pair(m, (double)s->context, (double)s->slow);
+    low = fmax(s->between ? low : floor(low), 0.0);
+    high = fmin(s->between ? high : ceil(high), m->rope_width - 1.0);
+    const double wide = high - low == 0.0 ? 0.001 : high - low;
+    for (uint32_t i = 0; i < m->rope_width / 2; i++) {
+        double stretched = fmin(fmax((i - low) / wide, 0.0), 1.0);
+        m->rope_factors[i] = (float)(1.0 / (stretched / (double)s->factor + 1.0 - stretched));
+    }
+    return low <= high;
+}
+
+enum cm_status cm_rope_yarn(const struct cm_rope_yarn *scaling, struct cm_plan *plan,
+                            struct cm_error *err)
+{
+    struct cm_manifest *m = &plan->manifest;
+    struct cm_rope_yarn s = *scaling;
+    s.context = s.context != 0.0f ? s.context : (float)m->context_max;
+    s.fast = s.fast != 0.0f ? s.fast : 32.0f;
+    s.slow = s.slow != 0.0f ? s.slow : 1.0f;
+    s.attention = s.attention != 0.0f ? s.attention : cm_rope_yarn_attention(s.factor, 1.0f);
+    if (!yarn_ok(&s, m) || !yarn_fill(&s, m)) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                            "model: RoPE scaled by 'yarn' with factor %g, original context %g, "
+                            "beta_fast %g, beta_slow %g, attention factor %g: out of bounds",
+                            (double)s.factor, (double)s.context, (double)s.fast, (double)s.slow,
+                            (double)s.attention);
+    }
+    /* Attention's scale is one for all layers, and for what RoPE leaves alone too. */
+    if (m->rope_width != m->head_width || m->decoder.window_rope_base != 0.0f) {
+        return cm_error_set(
+            err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+            "model: RoPE scaled by 'yarn' and turning %u of %u values of a head, or "
+            "another RoPE of layers with a window: not supported",
+            m->rope_width, m->head_width);
+    }
+    factors_settle(m, m->rope_width / 2);
+    plan->rope_attention = s.attention;
+    const uint32_t context = (uint32_t)(s.factor * s.context);
+    m->context_max = m->context_max > context ? m->context_max : context;
     return CM_OK;
 }
 

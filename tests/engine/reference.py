@@ -1,7 +1,7 @@
 """A float64 pass of the dequantised weights, teacher-forced: what the engine is measured against.
 
 One decoder by parameters, read from a GGUF file through the gguf package; shares nothing with the
-packer or the engine. tests/golden/engine/transformers.json holds it to what `transformers` computes."""
+packer or the engine. tests/golden/engine holds it to what `transformers` computes."""
 import gguf
 import numpy
 
@@ -32,7 +32,11 @@ class Decoder:
         self.window = int(self.number("attention.sliding_window", 0))
         self.attention_cap = float(self.number("attn_logit_softcapping", 0))
         self.logits_cap = float(self.number("final_logit_softcapping", 0))
-        self.linear = float(self.number("rope.scaling.factor", 0))
+        kind = self.fields.get(f"{self.family}.rope.scaling.type")
+        kind = "none" if kind is None else bytes(kind.parts[-1]).decode()
+        factor = float(self.number("rope.scaling.factor", 1))
+        self.linear = factor if kind == "linear" else 0
+        self.yarn = factor if kind == "yarn" else 0
         gemma = self.family.startswith("gemma")
         self.period = {"gemma2": 2, "gemma3": 6}.get(self.family, 0)
         self.local_base = 10000.0 if self.family == "gemma3" else self.rope_base
@@ -55,14 +59,29 @@ class Decoder:
         scale = 1 / numpy.sqrt((x * x).mean(-1, keepdims=True) + self.epsilon)
         return x * scale * self.weight(name)
 
+    def stretched(self, turn, base):
+        """YaRN as llama.cpp has it (ggml, `rope_yarn`): turns, and what they are multiplied by."""
+        half = self.turned // 2
+        context = float(self.number("rope.scaling.original_context_length"))
+        ends = [self.turned * numpy.log(context / (2 * numpy.pi * float(self.number(
+            f"rope.scaling.yarn_beta_{end}", most)))) / (2 * numpy.log(base))
+            for end, most in (("fast", 32), ("slow", 1))]
+        low, high = max(0, numpy.floor(ends[0])), min(self.turned - 1, numpy.ceil(ends[1]))
+        kept = 1 - numpy.clip((numpy.arange(half) - low) / max(0.001, high - low), 0, 1)
+        size = float(self.number("rope.scaling.attn_factor", 1)) * (1 + 0.1 * numpy.log(self.yarn))
+        return turn / self.yarn * (1 - kept) + turn * kept, size
+
     def rope(self, x, base):
         count, half = x.shape[0], self.turned // 2
         turn = numpy.arange(count)[:, None] * base ** (-numpy.arange(half) / half)
         if self.has("rope_freqs.weight"):
             turn = turn / self.weight("rope_freqs.weight")
-        if self.linear:
+        if self.linear and base == self.rope_base:
             turn = turn / self.linear
-        cosine, sine = numpy.cos(turn)[:, None, :], numpy.sin(turn)[:, None, :]
+        size = 1.0
+        if self.yarn:
+            turn, size = self.stretched(turn, base)
+        cosine, sine = size * numpy.cos(turn)[:, None, :], size * numpy.sin(turn)[:, None, :]
         first, second = ((slice(0, self.turned, 2), slice(1, self.turned, 2)) if self.adjacent else
                          (slice(0, half), slice(half, self.turned)))
         out = x.copy()
