@@ -25,7 +25,7 @@ class Evidence:
 
     def __init__(self, blob: bytes):
         self.blob, self.at = blob, 0
-        assert self.take(8) == b"CMEVID\0\0" and self.number() == 2
+        assert self.take(8) == b"CMEVID\0\0" and self.number() == 3
         self.kind, self.mode = self.number(), self.number()
         self.made = struct.unpack("<Q", self.take(8))[0]
         self.nonce, self.tls_key, self.exporter, self.core = (self.take(32) for _ in range(4))
@@ -33,6 +33,9 @@ class Evidence:
         self.enrolment, self.log, self.attest = (self.take(self.number()) for _ in range(3))
         self.signature = self.take(64)
         self.pcrs = {self.number(): self.take(32) for _ in range(self.number())}
+        start = self.at
+        self.adapters = [self.adapter() for _ in range(self.number())]
+        self.adapters_part = blob[start:]
         assert self.at == len(blob)
         ecdsa_check(self.owner, self.owner_signature, self.core)
         self.enrolment_read()
@@ -44,6 +47,12 @@ class Evidence:
         assert len(part) == size
         self.at += size
         return part
+
+    def adapter(self) -> dict:
+        serial, name = struct.unpack("<Q", self.take(8))[0], self.take(64).rstrip(b"\0").decode()
+        core, owner, signature = self.take(32), self.take(65), self.take(64)
+        ecdsa_check(owner, signature, core)
+        return {"serial": serial, "name": name, "core": core, "owner": owner}
 
     def number(self) -> int:
         return struct.unpack("<I", self.take(4))[0]
@@ -82,8 +91,9 @@ class Evidence:
         assert [i for i in range(24) if bits >> i & 1] == sorted(self.pcrs)
         assert a[at + 10:at + 12] == b"\0\x20" and len(a) == at + 44
         assert a[at + 12:] == hashlib.sha256(b"".join(self.pcrs[i] for i in sorted(self.pcrs))).digest()
-        assert extra == hashlib.sha256(b"casemate-quote-v1" + bytes([self.kind]) + self.nonce +
-                                       self.tls_key + self.exporter + self.core).digest()
+        assert extra == hashlib.sha256(b"casemate-quote-v2" + bytes([self.kind]) + self.nonce +
+                                       self.tls_key + self.exporter + self.core +
+                                       hashlib.sha256(self.adapters_part).digest()).digest()
         ecdsa_check(self.ak, self.signature, hashlib.sha256(a).digest())
 
     def log_check(self) -> None:

@@ -8,6 +8,12 @@ import tiny_family
 MODULES = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn",
            "o_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
 
+# config.json of SmolLM2-135M
+SMOLLM = {"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9,
+          "num_key_value_heads": 3, "intermediate_size": 1536, "num_hidden_layers": 30,
+          "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000,
+          "hidden_act": "silu", "tie_word_embeddings": True}
+
 
 def shapes(config):
     """module → (rows, columns) of its W"""

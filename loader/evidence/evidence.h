@@ -12,6 +12,7 @@
 #include "loader/tpm/enrolment.h"
 #include "loader/tpm/measure.h"
 #include "runtime/base/error.h"
+#include "runtime/base/frame.h"
 
 #define CM_EVIDENCE_ATTEST_MAX  512u
 #define CM_EVIDENCE_PCRS_MAX    24u
@@ -19,6 +20,15 @@
 #define CM_EVIDENCE_AGE_MAX_S   600u
 
 enum cm_attest_mode { CM_ATTEST_STRICT = 1, CM_ATTEST_RESTARTABLE = 2 };
+
+/* An adapter whose key the keeper holds: it is loaded, or can be. */
+struct cm_evidence_adapter {
+    uint64_t serial;          /* of its adding on this node; none is given twice, nor is it 0 */
+    char name[CM_NAME_BYTES]; /* by which requests choose it; cm_name_valid, padded with zeros */
+    uint8_t core_digest[CM_DIGEST_BYTES];
+    uint8_t owner_key[CM_PUBLIC_KEY_BYTES];
+    uint8_t owner_signature[64];
+};
 
 struct cm_evidence {
     uint32_t kind; /* enum cm_quote_kind */
@@ -40,6 +50,8 @@ struct cm_evidence {
     uint32_t pcr_count;
     uint32_t pcrs[CM_EVIDENCE_PCRS_MAX];
     uint8_t pcr_values[CM_EVIDENCE_PCRS_MAX][CM_DIGEST_BYTES];
+    uint32_t adapter_count;
+    struct cm_evidence_adapter adapters[CM_ADAPTERS_MAX]; /* by serial */
 };
 
 CM_MUST_USE enum cm_status cm_evidence_encode(const struct cm_evidence *evidence,

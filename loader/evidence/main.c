@@ -22,7 +22,8 @@ static const char help[] =
     "usage: casemate-verify https://HOST:PORT | FILE --trust TRUST [options]\n\n"
     "Asks a host for evidence of what it runs, bound to this connection and a fresh nonce, or\n"
     "reads it from a file; believes only what the trust file says (`casemate-pack trust`).\n\n"
-    "  --trust FILE   nodes, owners, packages and PCR values to believe (required)\n"
+    "  --trust FILE   nodes, owners, packages, adapters and PCR values to believe\n"
+    "                 (required)\n"
     "  --nonce HEX    a file's evidence must answer this nonce\n"
     "  --last FILE    remember the TPM's clock there: evidence of an older one is refused\n"
     "  --at SECONDS   judge age as at this Unix time (for archived evidence)\n"
@@ -159,6 +160,21 @@ static void events_print(const struct cm_measurement *log)
     printf("],\n");
 }
 
+static void adapters_print(const struct cm_evidence *e)
+{
+    printf(" \"adapters\": [");
+    for (uint32_t i = 0; i < e->adapter_count; i++) {
+        const struct cm_evidence_adapter *adapter = &e->adapters[i];
+        printf("%s{\n \"name\": ", i > 0 ? ", " : "");
+        text_print(adapter->name, sizeof(adapter->name));
+        printf(",\n");
+        hex_print("core_digest", adapter->core_digest, sizeof(adapter->core_digest));
+        hex_print("owner", adapter->owner_key, sizeof(adapter->owner_key));
+        printf(" \"serial\": %llu}", (unsigned long long)adapter->serial);
+    }
+    printf("],\n");
+}
+
 static void json_print(const struct cm_evidence *e, const struct cm_evidence_facts *facts,
                        enum cm_status status, const struct cm_error *err)
 {
@@ -176,6 +192,7 @@ static void json_print(const struct cm_evidence *e, const struct cm_evidence_fac
         snprintf(name, sizeof(name), "pcr%u", e->pcrs[i]);
         hex_print(name, e->pcr_values[i], CM_DIGEST_BYTES);
     }
+    adapters_print(e);
     events_print(&facts->log);
     printf(" \"believed\": %s,\n \"id\": \"%s\",\n \"text\": ", status == CM_OK ? "true" : "false",
            status == CM_OK ? "" : err->id);
@@ -189,6 +206,13 @@ static void summary_print(const struct arguments *arguments, const struct cm_evi
     printf("believed: node %s runs package %02x%02x%02x%02x… in the signed state (%s)\n",
            facts->enrolment.node_name, e->core_digest[0], e->core_digest[1], e->core_digest[2],
            e->core_digest[3], e->mode == CM_ATTEST_STRICT ? "strict" : "restartable");
+    for (uint32_t i = 0; i < e->adapter_count; i++) {
+        const struct cm_evidence_adapter *adapter = &e->adapters[i];
+        const uint8_t *digest = adapter->core_digest, *owner = adapter->owner_key + 1;
+        printf("with adapter %s: package %02x%02x%02x%02x…, owner %02x%02x%02x%02x…\n",
+               adapter->name, digest[0], digest[1], digest[2], digest[3], owner[0], owner[1],
+               owner[2], owner[3]);
+    }
     if (e->kind == CM_QUOTE_BOOT) {
         printf("%s is evidence of the start: it proves no connection\n", arguments->subject);
     }

@@ -83,6 +83,31 @@ static const char *package_read(struct cm_trust *trust, const struct line *line)
     return NULL;
 }
 
+static const char *adapter_read(struct cm_trust *trust, const struct line *line)
+{
+    bool none = line->count == 2 && strcmp(line->words[1], "none") == 0;
+    if (!none &&
+        (trust->adapter_count == CM_TRUST_ADAPTERS_MAX || line->count != 2 ||
+         !hex_read(line->words[1], trust->adapters[trust->adapter_count], CM_DIGEST_BYTES))) {
+        return "adapter none, or adapter and a core digest of 64 hex digits, at most 64 lines";
+    }
+    trust->adapter_count += !none;
+    trust->adapters_judged = true;
+    return NULL;
+}
+
+static const char *adapter_owner_read(struct cm_trust *trust, const struct line *line)
+{
+    if (trust->adapter_owner_count == CM_TRUST_OWNERS_MAX || line->count != 2 ||
+        !hex_read(line->words[1], trust->adapter_owners[trust->adapter_owner_count],
+                  CM_PUBLIC_KEY_BYTES)) {
+        return "adapter-owner and a P-256 point of 130 hex digits, at most 8 lines";
+    }
+    trust->adapter_owner_count++;
+    trust->adapters_judged = true;
+    return NULL;
+}
+
 static const char *pcr_read(struct cm_trust *trust, const struct line *line)
 {
     char *end = NULL;
@@ -113,6 +138,8 @@ static const struct {
             {"ek-authority", ek_authority_read},
             {"owner", owner_read},
             {"package", package_read},
+            {"adapter", adapter_read},
+            {"adapter-owner", adapter_owner_read},
             {"pcr", pcr_read},
             {"development", development_read}};
 
@@ -133,8 +160,10 @@ static const char *line_read(struct cm_trust *trust, struct line *line)
             return keys[i].read(trust, line);
         }
     }
-    return line->count == 0 ? NULL
-                            : "one of node, ak, ek-authority, owner, package, pcr, development";
+    return line->count == 0
+               ? NULL
+               : "one of node, ak, ek-authority, owner, package, adapter, adapter-owner, "
+                 "pcr, development";
 }
 
 enum cm_status cm_trust_parse(const char *text, size_t size, const char *name,

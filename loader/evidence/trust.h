@@ -12,6 +12,7 @@
 #define CM_TRUST_NODES_MAX    64u
 #define CM_TRUST_OWNERS_MAX   8u
 #define CM_TRUST_PACKAGES_MAX 64u
+#define CM_TRUST_ADAPTERS_MAX 64u
 #define CM_TRUST_PCRS_MAX     128u
 #define CM_TRUST_BYTES_MAX    (64u << 10)
 
@@ -28,6 +29,10 @@ struct cm_trust {
     uint8_t owners[CM_TRUST_OWNERS_MAX][CM_PUBLIC_KEY_BYTES];
     uint32_t package_count; /* 0: any that an owner signed */
     uint8_t packages[CM_TRUST_PACKAGES_MAX][CM_DIGEST_BYTES];
+    bool adapters_judged; /* false: all are accepted, whosever they are */
+    uint32_t adapter_count, adapter_owner_count;
+    uint8_t adapters[CM_TRUST_ADAPTERS_MAX][CM_DIGEST_BYTES];
+    uint8_t adapter_owners[CM_TRUST_OWNERS_MAX][CM_PUBLIC_KEY_BYTES];
     uint32_t pcr_count;
     struct {
         uint32_t pcr;

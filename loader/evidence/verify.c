@@ -186,8 +186,8 @@ static enum cm_status check_quote_data(struct verification *v)
         attest->extra_bytes != sizeof(wanted) || !same(attest->extra, wanted)) {
         return refuse(
             v, "CM-EVD-QUOTE-DATA",
-            "the quote covers other data than the evidence says: nonce, TLS key, exporter "
-            "or package was changed");
+            "the quote covers other data than the evidence says: nonce, TLS key, exporter, "
+            "package or adapters were changed");
     }
     return CM_OK;
 }
@@ -358,6 +358,41 @@ static enum cm_status check_package_known(struct verification *v)
                           brief(v->e->core_digest).text);
 }
 
+static bool adapter_accepted(const struct cm_trust *trust,
+                             const struct cm_evidence_adapter *adapter)
+{
+    bool accepted = !trust->adapters_judged;
+    for (uint32_t i = 0; i < trust->adapter_count; i++) {
+        accepted = accepted || same(trust->adapters[i], adapter->core_digest);
+    }
+    for (uint32_t i = 0; i < trust->adapter_owner_count; i++) {
+        accepted = accepted ||
+                   memcmp(trust->adapter_owners[i], adapter->owner_key, CM_PUBLIC_KEY_BYTES) == 0;
+    }
+    return accepted;
+}
+
+static enum cm_status check_adapters(struct verification *v)
+{
+    for (uint32_t i = 0; i < v->e->adapter_count; i++) {
+        const struct cm_evidence_adapter *adapter = &v->e->adapters[i];
+        if (!cm_tpm_signature_good(adapter->owner_key, adapter->core_digest,
+                                   adapter->owner_signature)) {
+            return refuse(v, "CM-EVD-ADAPTER-SIGNATURE", "its owner has not signed the adapter %s",
+                          adapter->name);
+        }
+        if (!adapter_accepted(v->q->trust, adapter)) {
+            return refuse(
+                v, "CM-EVD-ADAPTER",
+                "the adapter %s (package %s, owner %s) can be loaded there, and the trust "
+                "file accepts neither: have it removed, or add an `adapter` line",
+                adapter->name, brief(adapter->core_digest).text,
+                brief(adapter->owner_key + 1).text);
+        }
+    }
+    return CM_OK;
+}
+
 static enum cm_status check_age(struct verification *v)
 {
     uint64_t now = v->q->now_unix_s, made = v->e->made_unix_s;
@@ -394,8 +429,8 @@ static enum cm_status (*const checks[])(struct verification *v) = {
     check_enrolment, check_node,       check_development, check_attest,        check_signature,
     check_kind,      check_nonce,      check_tls_key,     check_exporter,      check_quote_data,
     check_selection, check_pcr_digest, check_log,         check_replay,        check_package,
-    check_mode,      check_pcr_value,  check_owner,       check_package_known, check_age,
-    check_clock,
+    check_mode,      check_pcr_value,  check_owner,       check_package_known, check_adapters,
+    check_age,       check_clock,
 };
 
 enum cm_status cm_evidence_verify(const struct cm_evidence_question *question,

@@ -334,6 +334,7 @@ struct cm_adapter_open { /* its descriptor: [package head][policy list], read fr
     uint32_t head_bytes;
     uint32_t policy_bytes;
     uint32_t reserved;
+    char name[CM_NAME_BYTES]; /* for the evidence; the worker holds it against the manifest */
 };
 
 enum cm_adapter_close {

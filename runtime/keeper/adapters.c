@@ -3,6 +3,7 @@
 #include "runtime/keeper/keeper.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -21,7 +22,7 @@ static void adapter_forget(struct cm_keeper_adapter *adapter)
     if (adapter->key != NULL) {
         cm_wipe(cm_secret_bytes(adapter->key), CM_KEY_BYTES);
     }
-    adapter->serial = 0;
+    memset(&adapter->facts, 0, sizeof(adapter->facts));
 }
 
 void cm_keeper_adapters_wipe(struct cm_keeper *keeper)
@@ -77,10 +78,23 @@ static enum cm_status input_parse(const struct cm_keeper *keeper,
                            : status;
 }
 
-/* On failure the key is wiped. */
-static enum cm_status adapter_unseal(struct cm_keeper *keeper, const struct cm_adapter_open *open,
-                                     int fd, struct cm_secret *key, struct cm_error *err)
+/* What the key has just authenticated, and the name that the supervisor gave it. */
+static void facts_take(const struct cm_adapter_open *open, const struct cm_package_core *core,
+                       struct cm_evidence_adapter *ret_facts)
 {
+    *ret_facts = (struct cm_evidence_adapter){.serial = open->serial};
+    snprintf(ret_facts->name, sizeof(ret_facts->name), "%.63s", open->name);
+    memcpy(ret_facts->core_digest, core->core_digest, sizeof(ret_facts->core_digest));
+    memcpy(ret_facts->owner_key, core->owner_key, sizeof(ret_facts->owner_key));
+    memcpy(ret_facts->owner_signature, core->signature, sizeof(ret_facts->owner_signature));
+}
+
+/* On failure the key is wiped, and there are no facts. */
+static enum cm_status adapter_unseal(struct cm_keeper *keeper, const struct cm_adapter_open *open,
+                                     int fd, struct cm_keeper_adapter *adapter,
+                                     struct cm_error *err)
+{
+    struct cm_secret *key = adapter->key;
     static struct cm_package_head head;
     static struct cm_policy_list list;
     const struct cm_adapter_owner *owner = NULL;
@@ -103,9 +117,11 @@ static enum cm_status adapter_unseal(struct cm_keeper *keeper, const struct cm_a
         status = cm_package_head_authenticate(&head, cm_secret_view(key), owner->package, err);
     }
     if (status != CM_OK) {
-        cm_wipe(cm_secret_bytes(key), CM_KEY_BYTES);
+        adapter_forget(adapter);
+        return status;
     }
-    return status;
+    facts_take(open, &head.core, &adapter->facts);
+    return CM_OK;
 }
 
 static enum cm_status answer_send(struct cm_keeper *keeper, uint64_t serial, enum cm_status status,
@@ -128,16 +144,17 @@ enum cm_status cm_keeper_adapter_open(struct cm_keeper *keeper, struct cm_frame 
     struct cm_error why;
     memcpy(&open, frame->payload, sizeof(open));
     if (open.place >= CM_ADAPTERS_MAX || keeper->adapters[open.place].key == NULL ||
-        open.serial == 0) {
+        open.serial == 0 || memchr(open.name, '\0', sizeof(open.name)) == NULL ||
+        !cm_name_valid(open.name)) {
         cm_frame_close_fds(frame);
-        return cm_error_set(err, CM_E_BUG, "CM-KEEPER-FRAME", "an adapter without a place");
+        return cm_error_set(err, CM_E_BUG, "CM-KEEPER-FRAME",
+                            "an adapter without a place or a name");
     }
     struct cm_keeper_adapter *adapter = &keeper->adapters[open.place];
     adapter_forget(adapter);
-    enum cm_status status = adapter_unseal(keeper, &open, frame->fds[0], adapter->key, &why);
+    enum cm_status status = adapter_unseal(keeper, &open, frame->fds[0], adapter, &why);
     cm_frame_close_fds(frame);
     if (status == CM_OK) {
-        adapter->serial = open.serial;
         CM_LOG(&keeper->log, CM_LOG_INFO, "adapter_unsealed", CM_LOG_I("place", open.place),
                CM_LOG_I("serial", open.serial));
     }
@@ -153,7 +170,7 @@ enum cm_status cm_keeper_adapter_key(struct cm_keeper *keeper, const struct cm_f
     struct cm_error why;
     memcpy(&step, frame->payload, sizeof(step));
     if (step.place >= CM_ADAPTERS_MAX || step.serial == 0 ||
-        keeper->adapters[step.place].serial != step.serial) {
+        keeper->adapters[step.place].facts.serial != step.serial) {
         (void)cm_error_set(&why, CM_E_BUSY, "CM-KEEPER-ADAPTER", "its key is not here any more");
         return answer_send(keeper, step.serial, CM_E_BUSY, &why, err);
     }
@@ -181,7 +198,7 @@ void cm_keeper_adapter_close(struct cm_keeper *keeper, const struct cm_frame *fr
 {
     struct cm_adapter_step step;
     memcpy(&step, frame->payload, sizeof(step));
-    if (step.place < CM_ADAPTERS_MAX && keeper->adapters[step.place].serial == step.serial &&
+    if (step.place < CM_ADAPTERS_MAX && keeper->adapters[step.place].facts.serial == step.serial &&
         step.how == CM_ADAPTER_CLOSE_FORGET) {
         adapter_forget(&keeper->adapters[step.place]);
     }

@@ -39,6 +39,23 @@ enum cm_status cm_keeper_boot_check(struct cm_keeper *keeper, struct cm_error *e
     return status;
 }
 
+/* Those whose keys are held: each of them the worker has, or may get. By serial. */
+static void adapters_fill(const struct cm_keeper *keeper, struct cm_evidence *evidence)
+{
+    for (uint32_t i = 0; i < CM_ADAPTERS_MAX; i++) {
+        const struct cm_evidence_adapter *facts = &keeper->adapters[i].facts;
+        uint32_t at = evidence->adapter_count;
+        if (facts->serial == 0) {
+            continue;
+        }
+        for (; at > 0 && evidence->adapters[at - 1].serial > facts->serial; at--) {
+            evidence->adapters[at] = evidence->adapters[at - 1];
+        }
+        evidence->adapters[at] = *facts;
+        evidence->adapter_count++;
+    }
+}
+
 static enum cm_status evidence_fill(struct cm_keeper *keeper,
                                     const struct cm_quote_request *request,
                                     struct cm_evidence *evidence, struct cm_error *err)
@@ -59,6 +76,7 @@ static enum cm_status evidence_fill(struct cm_keeper *keeper,
            sizeof(evidence->owner_signature));
     memcpy(evidence->enrolment, keeper->config.enrolment, keeper->config.enrolment_bytes);
     evidence->enrolment_bytes = keeper->config.enrolment_bytes;
+    adapters_fill(keeper, evidence);
     enum cm_status status = cm_measurement_encode(&keeper->measurement, evidence->log,
                                                   sizeof(evidence->log), &used, err);
     evidence->log_bytes = (uint32_t)used;

@@ -2,6 +2,7 @@
 #ifndef CASEMATE_RUNTIME_KEEPER_KEEPER_H
 #define CASEMATE_RUNTIME_KEEPER_KEEPER_H
 
+#include "loader/evidence/evidence.h"
 #include "loader/package/package.h"
 #include "loader/tpm/measure.h"
 #include "loader/tpm/tpm.h"
@@ -40,9 +41,10 @@ struct cm_keeper_rate { /* times of the last hand-outs */
 };
 
 struct cm_keeper_adapter {
-    uint64_t serial; /* 0: there is no key here */
     struct cm_secret *key;
     struct cm_keeper_rate rate;
+    /* what evidence says of it; serial 0: there is no key here */
+    struct cm_evidence_adapter facts;
 };
 
 /* Memory that others read evidence from: made before the filter closes, written by us alone. One

@@ -7,9 +7,11 @@
  *   reads the file in chunks that we make -> LOADING -> SERVING
  *
  * and on its way out UNLOADING, until the worker has finished with it. A worker that is replaced
- * begins again at UNSEALED, a keeper at WAITING. What was REFUSED stays so, but for a reason that
- * may pass: then it begins again at WAITING after a while. One step at a time waits for an answer.
- * The file itself is parsed by nobody here, and its descriptor goes to nobody. */
+ * begins again at UNSEALED, a keeper at WAITING; of what the worker has meanwhile, a new keeper
+ * unseals the key too, because evidence is its word: until it can name all, no quote is made.
+ * What was REFUSED stays so, but for a reason that may pass: then it begins again at WAITING after
+ * a while. One step at a time waits for an answer. The file itself is parsed by nobody here, and
+ * its descriptor goes to nobody. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -155,6 +157,13 @@ static void state_set(struct service *service, struct adapter *adapter, enum cm_
     state_send(service, true);
 }
 
+/* It is there, or on its way in or out. */
+static bool in_worker(const struct adapter *adapter)
+{
+    return adapter->state == CM_ADAPTER_LOADING || adapter->state == CM_ADAPTER_SERVING ||
+           adapter->state == CM_ADAPTER_UNLOADING;
+}
+
 static void file_close(struct adapter *adapter)
 {
     if (adapter->fd >= 0) {
@@ -171,6 +180,8 @@ static void key_close(struct service *service, struct adapter *adapter, enum cm_
         frame_send(service, &service->children[CHILD_KEEPER], CM_FRAME_ADAPTER_CLOSE, &step,
                    sizeof(step), NULL, 0);
     }
+    service->evidence_due =
+        service->evidence_due || (adapter->key_held && how == CM_ADAPTER_CLOSE_FORGET);
     adapter->key_held = adapter->key_held && how != CM_ADAPTER_CLOSE_FORGET;
 }
 
@@ -195,6 +206,19 @@ static void refuse(struct service *service, struct adapter *adapter, const struc
     file_close(adapter);
     key_close(service, adapter, CM_ADAPTER_CLOSE_FORGET);
     state_set(service, adapter, CM_ADAPTER_REFUSED);
+}
+
+/* As refuse, but the worker may have it: then it is unloaded first. */
+static void give_up(struct service *service, struct adapter *adapter, const struct cm_error *why)
+{
+    if (!in_worker(adapter)) {
+        refuse(service, adapter, why);
+        return;
+    }
+    adapter->why = *why;
+    if (adapter->state != CM_ADAPTER_UNLOADING) {
+        state_set(service, adapter, CM_ADAPTER_UNLOADING);
+    }
 }
 
 static void asked(struct service *service, struct adapter *adapter, enum adapter_question question)
@@ -245,6 +269,7 @@ static void key_unseal(struct service *service, struct adapter *adapter)
     struct cm_error err;
     int memory = -1;
     snprintf(path, sizeof(path), "%s/adapters/%s.cmpkg", service->state_path, adapter->name);
+    memcpy(open_.name, adapter->name, sizeof(open_.name));
     enum cm_status status = file_open(service, adapter, &err);
     if (status == CM_OK) {
         status = head_memfd_make(adapter->fd, path, &memory, &open_.head_bytes, &open_.policy_bytes,
@@ -267,7 +292,7 @@ static void key_unseal(struct service *service, struct adapter *adapter)
         close(memory);
     }
     if (status != CM_OK) {
-        refuse(service, adapter, &err);
+        give_up(service, adapter, &err);
     }
 }
 
@@ -297,6 +322,9 @@ static void adapter_leave(struct service *service, struct adapter *adapter)
     switch (adapter->state) {
     case CM_ADAPTER_LOADING:
     case CM_ADAPTER_SERVING:
+        if (service->adapters.asked == adapter && service->adapters.question == ADAPTER_ASK_OPEN) {
+            break; /* a new keeper is about to hold its key, and must be told to forget it */
+        }
         (void)answered(service, adapter, ADAPTER_ASK_LOAD);
         file_close(adapter);
         state_set(service, adapter, CM_ADAPTER_UNLOADING);
@@ -353,7 +381,8 @@ void adapters_step(struct service *service)
     }
     for (uint32_t i = 0; i < places(service) && adapters->question == ADAPTER_ASK_NOTHING; i++) {
         struct adapter *adapter = &adapters->each[i];
-        if (adapter->state == CM_ADAPTER_WAITING && serving(service, CHILD_KEEPER)) {
+        bool unknown = adapter->state == CM_ADAPTER_SERVING && !adapter->key_held;
+        if ((adapter->state == CM_ADAPTER_WAITING || unknown) && serving(service, CHILD_KEEPER)) {
             key_unseal(service, adapter);
         } else if (adapter->state == CM_ADAPTER_UNSEALED && serving(service, CHILD_KEEPER) &&
                    serving(service, CHILD_WORKER)) {
@@ -366,6 +395,17 @@ bool adapters_unsealed(const struct service *service)
 {
     for (uint32_t i = 0; i < places(service); i++) {
         if (service->adapters.each[i].state == CM_ADAPTER_WAITING) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool adapters_told(const struct service *service)
+{
+    for (uint32_t i = 0; i < places(service); i++) {
+        const struct adapter *adapter = &service->adapters.each[i];
+        if (in_worker(adapter) && !adapter->key_held) {
             return false;
         }
     }
@@ -394,12 +434,15 @@ void on_adapter_answer(struct service *service)
     struct adapter *adapter = adapter_of(service, answer.serial);
     if (answered(service, adapter, ADAPTER_ASK_OPEN) && answer.error.status == CM_OK) {
         adapter->key_held = true;
-        state_set(service, adapter, CM_ADAPTER_UNSEALED);
+        service->evidence_due = true;
+        if (!in_worker(adapter)) {
+            state_set(service, adapter, CM_ADAPTER_UNSEALED);
+        }
     } else if (adapter != NULL && answer.error.status != CM_OK) {
         (void)answered(service, adapter, ADAPTER_ASK_KEY);
         cm_error_sanitise(&answer.error);
         (void)cm_error_wrap(&answer.error, "adapter %s", adapter->name);
-        refuse(service, adapter, &answer.error);
+        give_up(service, adapter, &answer.error);
     }
 }
 

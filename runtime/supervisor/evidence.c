@@ -17,19 +17,21 @@ static void evidence_request(struct service *service, uint64_t now)
     const struct cm_quote_request request = {.kind = CM_QUOTE_BOOT};
     service->quote_pending = true;
     service->quote_asked_ms = now;
+    service->evidence_due = false;
     frame_send(service, &service->children[CHILD_KEEPER], CM_FRAME_QUOTE, &request, sizeof(request),
                NULL, 0);
 }
 
-/* Due: nothing is on its way, and the last is older than the interval. */
+/* Due: nothing is on its way, and the last is older than the interval, or of other adapters. */
 void evidence_tick(struct service *service, uint64_t now)
 {
     bool loaded = service->loaded.bytes != 0 && service->phase == SERVICE_RUN;
-    bool old = service->evidence_ms == 0 ||
+    bool old = service->evidence_ms == 0 || service->evidence_due ||
                now - service->evidence_ms >= service->configuration->evidence_refresh_ms;
     /* A try that brings nothing is repeated after the same patience as any answer of the keeper. */
     bool waiting = service->quote_pending && now - service->quote_asked_ms < ANSWER_WAIT_MS;
-    if (loaded && old && !waiting && service->children[CHILD_KEEPER].state == CHILD_SERVING) {
+    if (loaded && old && !waiting && service->children[CHILD_KEEPER].state == CHILD_SERVING &&
+        adapters_told(service)) {
         evidence_request(service, now);
     }
     if (service->state.ready == 1 && !evidence_fresh(service, now)) {
@@ -73,6 +75,7 @@ void on_quote_failed(struct service *service)
     memcpy(&failed, service->frame.payload, sizeof(failed));
     cm_error_sanitise(&failed.error);
     cm_log_error(&service->log, "quote_failed", &failed.error);
+    service->evidence_due = service->evidence_due || failed.id == 0;
     if (failed.id != 0) {
         service->client_quote = 0;
         frame_send(service, &service->children[CHILD_GATEWAY], CM_FRAME_QUOTE_FAILED, &failed,
@@ -90,6 +93,7 @@ static void quote_refuse(struct service *service, uint64_t id, const char *why)
 
 void evidence_keeper_lost(struct service *service)
 {
+    service->evidence_due = service->evidence_due || service->quote_pending;
     service->quote_pending = false;
     if (service->client_quote != 0) {
         quote_refuse(service, service->client_quote, "the keeper was lost while it made the quote");
@@ -106,9 +110,12 @@ void on_quote(struct service *service)
     memcpy(&request, service->frame.payload, sizeof(request));
     request.kind = CM_QUOTE_SESSION; /* whatever the gateway says: it may be taken over */
     bool waiting = service->client_quote != 0 && now - service->client_quote_ms < ANSWER_WAIT_MS;
-    if (request.id == 0 || keeper->state != CHILD_SERVING || waiting) {
+    bool told = adapters_told(service);
+    if (request.id == 0 || keeper->state != CHILD_SERVING || waiting || !told) {
         quote_refuse(service, request.id,
-                     waiting ? "another quote is being made" : "there is no keeper now");
+                     waiting ? "another quote is being made"
+                     : told  ? "there is no keeper now"
+                             : "the keeper does not know all adapters yet");
         return;
     }
     service->client_quote = request.id;

@@ -179,6 +179,7 @@ struct service {
     uint64_t client_quote; /* id of the one that the keeper works on for a client; 0: none */
     bool quote_pending;
     uint64_t quote_asked_ms, evidence_ms; /* 0: none yet */
+    bool evidence_due;                    /* its adapters are others now */
     uint64_t client_quote_ms;             /* since when; one at a time, whatever the gateway asks */
     uint32_t tls_generation, key_generation; /* of the pages that were asked for last */
     uint32_t tls_gateway, key_worker;        /* generations of the roles that they are for */
@@ -301,6 +302,8 @@ void adapters_refresh(struct service *service);
 void adapters_step(struct service *service);
 /* Nothing waits for the keeper to unseal it. */
 bool adapters_unsealed(const struct service *service);
+/* The keeper holds the key of each that the worker may have: evidence names them all. */
+bool adapters_told(const struct service *service);
 /* The key page is on its way with an adapter's key: it is not free for the package's. */
 bool adapters_key_out(const struct service *service);
 /* This role owes an answer about an adapter for too long. */

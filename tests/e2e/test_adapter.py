@@ -18,12 +18,6 @@ import tiny_family  # noqa: E402
 from test_engine import available_paths, engine, seal  # noqa: E402
 
 FAMILIES = [f for f in tiny_family.FAMILIES if f != "phi3"]  # its projections are fused
-SMOLLM = {"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9,
-          "num_key_value_heads": 3, "intermediate_size": 1536, "num_hidden_layers": 30,
-          "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000,
-          "hidden_act": "silu", "tie_word_embeddings": True}
-
-
 def pack(build, *words):
     return subprocess.run([build / "bin" / "casemate-pack", *map(str, words)], capture_output=True,
                           text=True, timeout=120)
@@ -72,7 +66,7 @@ def family(build, tmp_path_factory):
 @pytest.fixture(scope="module")
 def real(build, smollm_gguf, tmp_path_factory):
     folder = seal(build, smollm_gguf, tmp_path_factory.mktemp("real"))
-    (folder / "config.json").write_text(json.dumps(SMOLLM))
+    (folder / "config.json").write_text(json.dumps(peft.SMOLLM))
     return folder
 
 
@@ -115,9 +109,9 @@ def test_each_target_by_itself(build, family, module, tmp_path):
 def test_a_real_model_beside_float64(build, real, smollm_gguf, tmp_path, capsys):
     """576 and 1536 columns: several work items of A."""
     tokens = corpus.passages(smollm_gguf)[0][:192]
-    weights = peft.tensors(SMOLLM, 16, dtype=numpy.float32, size=0.15)
+    weights = peft.tensors(peft.SMOLLM, 16, dtype=numpy.float32, size=0.15)
     adapter_made(build, real, tmp_path / "p", peft.adapter_config(16, 8, use_rslora=True), weights)
-    wanted = peft.adapted(reference.Decoder(smollm_gguf), weights, 2.0, SMOLLM).logits(tokens)
+    wanted = peft.adapted(reference.Decoder(smollm_gguf), weights, 2.0, peft.SMOLLM).logits(tokens)
     plain = reference.Decoder(smollm_gguf).logits(tokens)
     runs = {engine(build, real, "logits", tokens=tokens,
                    **with_adapter(tmp_path / "p", CASEMATE_CPU=path, CASEMATE_THREADS=count))

@@ -14,11 +14,12 @@ import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "e2e")]
+import evidence_reader  # noqa: E402
 import node as nodes  # noqa: E402
 import package_reader  # noqa: E402
+import peft  # noqa: E402
 import tiny_adapter  # noqa: E402
 import tiny_model  # noqa: E402
-from test_adapter import SMOLLM  # noqa: E402
 from test_memory_scan import memory_contains  # noqa: E402
 
 PROMPT = "the tale of an inn " * 6  # some pages of tokens
@@ -179,6 +180,95 @@ def test_a_key_uses_the_adapters_that_it_is_granted(node):
     node.stop()
 
 
+def trust_file(node, path, *lines):
+    path.write_text(node.run("casemate-pack", "trust", node.package, "--node", node.state / "enrolment.bin",
+                             "--measurement", node.state / "node.measure", "--allow-development").stdout +
+                    "".join(line + "\n" for line in lines))
+    return path
+
+
+def test_evidence_names_the_adapters_and_a_verifier_judges_them(node, tmp_path):
+    """Each of them by digest, owner and adding; asked for anew on this connection, and in the service's own."""
+    (tmp_path / "tenant").mkdir()
+    node.run("casemate-pack", "keygen", "--owner", tmp_path / "tenant")
+    tiny_adapter.allow(node, node.owner, tmp_path / "tenant")
+    node.sign()
+    files = {"red": node.seal("red", 1), "blue": node.seal("blue", 2, owner=tmp_path / "tenant")}
+    facts = {name: json.loads(node.run("casemate-pack", "inspect", path, "--json").stdout) for name, path in files.items()}
+    owners = {name: facts[name]["owner_key"] for name in facts}
+    digests = {name: facts[name]["core_digest"] for name in facts}
+    assert owners["red"] != owners["blue"]
+    node.start()
+
+    def verify(*lines):
+        trust = trust_file(node, tmp_path / "trust", *lines)
+        done = node.run("casemate-verify", f"https://{node.address}", "--trust", trust, "--json", check=False)
+        told = json.loads(done.stdout)
+        return told["id"], [(a["name"], a["core_digest"], a["owner"]) for a in told["adapters"]]
+
+    def own():
+        blob = (node.state / "run" / "evidence.bin").read_bytes()
+        return sorted(adapter["name"] for adapter in evidence_reader.Evidence(blob).adapters)
+
+    def own_until(*names):
+        end = time.monotonic() + 5
+        while own() != sorted(names):
+            assert time.monotonic() < end, own()
+            time.sleep(0.05)
+    assert verify() == ("", []) and verify("adapter none") == ("", []) and own() == []
+    for name, path in files.items():
+        node.add(path)
+        node.until(name, "serving")
+    shown = [(name, digests[name], owners[name]) for name in files]
+    assert verify() == ("", shown)
+    own_until("red", "blue")
+    text = node.run("casemate-verify", f"https://{node.address}", "--trust", tmp_path / "trust").stdout
+    assert f"with adapter blue: package {digests['blue'][:8]}…, owner {owners['blue'][2:10]}…" in text
+    both = ["adapter-owner " + owners["red"], "adapter " + digests["blue"]]
+    assert verify(*both) == ("", shown)
+    for lines in (["adapter none"], both[:1], both[1:], ["adapter " + "0" * 64], ["adapter-owner 04" + "0" * 128]):
+        assert verify(*lines)[0] == "CM-EVD-ADAPTER", lines
+    # A new keeper knows them before it answers anybody; then a new gateway has its TLS key.
+    pid = node.pid("keeper")
+    os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 20
+    while True:
+        done = node.run("casemate-verify", f"https://{node.address}", "--trust", tmp_path / "trust", "--json", check=False)
+        if done.stdout:  # evidence, whatever is thought of it
+            break
+        assert time.monotonic() < end, done.stderr
+    assert [a["name"] for a in json.loads(done.stdout)["adapters"]] == list(files)
+    assert node.pid("keeper") not in (0, pid)
+    pid = node.pid("gateway")
+    os.kill(pid, signal.SIGKILL)
+    while node.pid("gateway") in (0, pid) or not node.status()["ready"]:
+        assert time.monotonic() < end, node.tail()
+        time.sleep(0.02)
+    node.address = node.status()["listen"]
+    assert verify() == ("", shown)
+    node.remove("red")
+    end = time.monotonic() + 5
+    while (told := verify("adapter " + digests["blue"])) != ("", shown[1:]):
+        assert time.monotonic() < end, told
+    own_until("blue")
+    assert node.says("tiny") and not node.logged("key_page_not_wiped")
+
+
+def test_a_keeper_that_cannot_name_an_adapter_any_more_ends_it(node):
+    """Its file went away, the keeper too: nothing would say that it is there, so it goes."""
+    node.add(node.seal("red", 1))
+    node.start()
+    node.until("red", "serving")
+    node.says("red")
+    (node.state / "adapters" / "red.cmpkg").unlink()
+    pid = node.pid("keeper")
+    os.kill(pid, signal.SIGKILL)
+    assert node.until("red", "refused", seconds=20)["id"] == "CM-PKG-OPEN"
+    assert node.logged("adapter_wiped")
+    node.ready()
+    assert refused(lambda: node.says("red")).code == "model_refused" and node.says("tiny")
+
+
 def test_what_has_begun_is_finished_before_an_adapter_goes(node):
     """Thirty long requests, one at a time, and the adapter is taken back behind the first."""
     node.add(node.seal("red", 1))
@@ -314,8 +404,8 @@ def test_an_adapter_of_many_chunks(empty, tmp_path, smollm_gguf):
     """A real model's, while others are answered; the last byte counts as the first does."""
     node = empty
     node.begin(tmp_path, size=16 << 20, model=smollm_gguf)
-    large = node.seal("large", 1, rank=8, config=SMOLLM)
-    red = node.seal("red", 2, config=SMOLLM)
+    large = node.seal("large", 1, rank=8, config=peft.SMOLLM)
+    red = node.seal("red", 2, config=peft.SMOLLM)
     data = large.read_bytes()
     assert len(data) > 4 << 20 and len(data) % (1 << 18) != 0
     node.add(red)

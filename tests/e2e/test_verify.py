@@ -71,7 +71,7 @@ def test_what_the_trust_file_does_not_say_is_refused(node, tmp_path, change, cau
     assert done.returncode == 7 and cause in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["", "nodes 1\n", "pcr 24 " + "0" * 64, "development yes\n",
+@pytest.mark.parametrize("text", ["", "nodes 1\n", "adapter\n", "adapter all\n", "adapter-owner none\n", "pcr 24 " + "0" * 64, "development yes\n",
                                   "x" * 600, "owner 04\n"])
 def test_a_malformed_trust_file_names_its_line(node, tmp_path, text):
     (tmp_path / "trust").write_text(text)

@@ -11,7 +11,7 @@
 #define NOW 1800000000u
 
 struct scene {
-    EVP_PKEY *ak, *owner, *ek;
+    EVP_PKEY *ak, *owner, *ek, *tenant;
     struct cm_enrolment enrolment;
     struct cm_measurement log;
     struct cm_evidence evidence;
@@ -152,6 +152,7 @@ static void scene_make(void)
     s.ak = EVP_EC_gen("P-256");
     s.owner = EVP_EC_gen("P-256");
     s.ek = EVP_EC_gen("P-256");
+    s.tenant = EVP_EC_gen("P-256");
     s.magic = 0xff544347u;
     s.type = 0x8018u;
     s.hash = CM_TPM_ALG_SHA256;
@@ -233,6 +234,7 @@ static void scene_done(void)
     EVP_PKEY_free(s.ak);
     EVP_PKEY_free(s.owner);
     EVP_PKEY_free(s.ek);
+    EVP_PKEY_free(s.tenant);
 }
 
 static void expect(const char *id)
@@ -399,6 +401,58 @@ static void development_allowed(void)
     s.trust.development = true;
 }
 
+/* red is the package owner's, blue a tenant's */
+static void adapters_two(void)
+{
+    EVP_PKEY *const owners[] = {s.owner, s.tenant};
+    static const char *const names[] = {"red", "blue"};
+    for (uint32_t i = 0; i < 2; i++) {
+        struct cm_evidence_adapter *adapter = &s.evidence.adapters[i];
+        *adapter = (struct cm_evidence_adapter){.serial = 7 + i};
+        snprintf(adapter->name, sizeof(adapter->name), "%s", names[i]);
+        memset(adapter->core_digest, 0x60 + (int)i, sizeof(adapter->core_digest));
+        p256_point(owners[i], adapter->owner_key);
+        p256_sign(owners[i], adapter->core_digest, adapter->owner_signature);
+    }
+    s.evidence.adapter_count = 2;
+}
+static void adapters_none_asked(void)
+{
+    s.trust.adapters_judged = true;
+}
+static void adapters_refused(void)
+{
+    adapters_two();
+    adapters_none_asked();
+}
+static void adapter_unsigned(void)
+{
+    adapters_two();
+    s.evidence.adapters[1].owner_signature[40] ^= 1;
+}
+static void adapter_signed_by_another(void)
+{
+    adapters_two();
+    memcpy(s.evidence.adapters[1].owner_key, s.evidence.owner_key, CM_PUBLIC_KEY_BYTES);
+}
+static void adapter_owner_known(void)
+{
+    adapters_refused();
+    memcpy(s.trust.adapter_owners[0], s.evidence.adapters[1].owner_key, CM_PUBLIC_KEY_BYTES);
+    s.trust.adapter_owner_count = 1;
+}
+static void adapters_known(void) /* one by its digest, one by its owner */
+{
+    adapter_owner_known();
+    memcpy(s.trust.adapters[0], s.evidence.adapters[0].core_digest, CM_DIGEST_BYTES);
+    s.trust.adapter_count = 1;
+}
+static void adapter_other(void)
+{
+    adapters_known();
+    s.trust.adapters[0][31] ^= 1;
+}
+
 #define EK_USAGE "2.23.133.8.1"
 static void ek_good(void)
 {
@@ -472,6 +526,18 @@ static void attest_longer(void)
     EVP_Digest(s.evidence.attest, s.evidence.attest_bytes, digest, NULL, EVP_sha256(), NULL);
     p256_sign(s.ak, digest, s.evidence.attest_signature);
 }
+static void adapter_left_out(void)
+{
+    s.evidence.adapter_count = 1;
+}
+static void adapter_added(void)
+{
+    adapters_two();
+}
+static void adapter_renamed(void)
+{
+    s.evidence.adapters[0].name[0] = 't';
+}
 static void log_cut(void)
 {
     s.evidence.log_bytes--;
@@ -540,6 +606,17 @@ static const struct {
     {"CM-EK-FORM", ek_longer, nothing},
     {"CM-EVD-NODE", ek_other_ak, nothing},
     {"CM-EVD-ENROLMENT", ek_good, ek_certificate_changed},
+    {NULL, adapters_two, nothing},
+    {NULL, adapters_none_asked, nothing},
+    {NULL, adapters_known, nothing},
+    {"CM-EVD-ADAPTER", adapters_refused, nothing},
+    {"CM-EVD-ADAPTER", adapter_owner_known, nothing}, /* of one, not of the other */
+    {"CM-EVD-ADAPTER", adapter_other, nothing},
+    {"CM-EVD-ADAPTER-SIGNATURE", adapter_unsigned, nothing},
+    {"CM-EVD-ADAPTER-SIGNATURE", adapter_signed_by_another, nothing},
+    {"CM-EVD-QUOTE-DATA", adapters_two, adapter_left_out},
+    {"CM-EVD-QUOTE-DATA", nothing, adapter_added},
+    {"CM-EVD-QUOTE-DATA", adapters_two, adapter_renamed},
     {"CM-EVD-CLOCK", clock_back, nothing},
     {"CM-EVD-CLOCK", reset_back, nothing},
 };
@@ -565,6 +642,7 @@ Test(evidence_verify, every_flipped_byte_is_refused)
     size_t used;
     scene_make();
     ek_good();
+    adapters_two();
     scene_seal();
     cr_assert_eq(cm_evidence_encode(&s.evidence, bytes, sizeof(bytes), &used, &err), CM_OK);
     s.question.evidence = &parsed;
@@ -576,5 +654,57 @@ Test(evidence_verify, every_flipped_byte_is_refused)
                      cm_evidence_verify(&s.question, &facts, &err) == CM_OK;
         cr_assert(!taken || at == 20, "byte %zu of %zu", at, used);
     }
+    scene_done();
+}
+
+/* What evidence can say of adapters has one form. */
+Test(evidence_verify, adapters_of_another_form_are_refused)
+{
+    static uint8_t bytes[CM_EVIDENCE_BYTES_MAX];
+    static struct cm_evidence parsed;
+    for (int fault = 0; fault < 8; fault++) {
+        size_t used;
+        scene_make();
+        adapters_two();
+        struct cm_evidence_adapter *adapters = s.evidence.adapters;
+        switch (fault) {
+        case 1:
+            adapters[0].serial = 0;
+            break;
+        case 2: /* twice */
+            adapters[1].serial = adapters[0].serial;
+            break;
+        case 3:
+            adapters[0].serial = 9;
+            break;
+        case 4: /* something behind its end */
+            adapters[1].name[CM_NAME_BYTES - 1] = 'x';
+            break;
+        case 5:
+            memset(adapters[1].name, 'x', CM_NAME_BYTES);
+            break;
+        case 6:
+            adapters[0].name[0] = '.';
+            break;
+        case 7:
+            adapters[0].name[0] = '\0';
+            break;
+        default:
+            break;
+        }
+        scene_seal();
+        cr_assert_eq(cm_evidence_encode(&s.evidence, bytes, sizeof(bytes), &used, &err), CM_OK);
+        enum cm_status status = cm_evidence_parse(bytes, used, &parsed, &err);
+        cr_expect_eq(status, fault == 0 ? CM_OK : CM_E_EVIDENCE, "fault %d", fault);
+        scene_done();
+    }
+    size_t used;
+    scene_make();
+    scene_seal();
+    cr_assert_eq(cm_evidence_encode(&s.evidence, bytes, sizeof(bytes), &used, &err), CM_OK);
+    bytes[used - 4] = CM_ADAPTERS_MAX + 1; /* the count, and nothing behind it */
+    cr_expect_eq(cm_evidence_parse(bytes, used, &parsed, &err), CM_E_EVIDENCE);
+    bytes[used - 4] = 0;
+    cr_expect_eq(cm_evidence_parse(bytes, used, &parsed, &err), CM_OK);
     scene_done();
 }
