@@ -27,9 +27,8 @@ class Node:
             raise RuntimeError(f"{program} {words[0]}: exit {done.returncode}: {done.stderr.strip()}")
         return done
 
-    def make(self, model: pathlib.Path, name: str, *pack_options, tpm="development",
-             mode="restartable") -> None:
-        """Owner keys, node, package: whatever is not there yet."""
+    def enrol(self, tpm="development", mode="restartable") -> None:
+        """Owner keys and node: whatever is not there yet."""
         if not (self.owner / "owner.key").exists():
             self.run("casemate-pack", "keygen", "--owner", self.owner)
         if not (self.state / "enrolment.bin").exists():
@@ -37,6 +36,11 @@ class Node:
                      self.owner / "owner.pub", "--policy-key", self.owner / "policy.pub", "--package",
                      self.package, "--node-name", "node-1", "--tpm", tpm,
                      "--attest-mode", mode)
+
+    def make(self, model: pathlib.Path, name: str, *pack_options, tpm="development",
+             mode="restartable") -> None:
+        """Owner keys, node, package: whatever is not there yet."""
+        self.enrol(tpm, mode)
         self.pcrs = [] if tpm == "development" else [
             word for pcr, value in self.chain.items() for word in ("--pcr", f"{pcr}={value}")]
         measure = self.measure()

@@ -16,6 +16,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import node as nodes  # noqa: E402
+import peft  # noqa: E402
+import tiny_adapter  # noqa: E402
 
 QUESTION = "Explain in two sentences why the sky is blue."
 
@@ -41,8 +43,10 @@ def verification(node: nodes.Node) -> bool:
           f"{', '.join(others)}")
     print("casemate-verify, development TPMs allowed:",
           "believed" if facts["believed"] else facts["id"])
-    trust.write_text(trust.read_text().replace("development allowed", ""))
+    believing = trust.read_text()
+    trust.write_text(believing.replace("development allowed", ""))
     strict = node.run("casemate-verify", f"https://{node.address}", "--trust", trust, check=False)
+    trust.write_text(believing)
     print(f"the same, not allowed: exit {strict.returncode}: {strict.stderr.strip()}")
     return done.returncode == 0 and strict.returncode == 7
 
@@ -132,6 +136,49 @@ def redaction(node: nodes.Node, key: str, model: pathlib.Path) -> bool:
     return secret in said and not any(secret[:size] in reply for size in range(6, 21))
 
 
+def adaptation(node: nodes.Node, key: str) -> bool:
+    """A LoRA adapter of seeded numbers: sealed to this node, added while it serves, asked by the key that it is
+    granted to, shown to a verifier, removed."""
+    import openai
+    client = node.client(key)
+
+    def ask(model: str) -> str:
+        try:
+            return client.chat.completions.create(model=model, temperature=0, max_tokens=16, messages=[
+                {"role": "user", "content": QUESTION}]).choices[0].message.content
+        except openai.APIStatusError as error:
+            return error.code
+
+    def said(otherwise_than: str) -> str:
+        """The adapter's answer, or why there is none, once it is another than that."""
+        end = time.monotonic() + 10
+        while (answer := ask("fables")) == otherwise_than and time.monotonic() < end:
+            time.sleep(0.05)
+        return answer
+    with tempfile.TemporaryDirectory() as name:
+        sealed = tiny_adapter.pack(node, pathlib.Path(name), "fables", 1, config=peft.SMOLLM)
+        print(node.run("casemate", "adapter", "add", sealed, "--state", node.state).stdout, end="")
+        end = time.monotonic() + 10
+        while [a["state"] for a in node.status()["adapters"]] != ["serving"] and time.monotonic() < end:
+            time.sleep(0.05)
+    plain, refused = ask("smollm2-135m-instruct"), ask("fables")
+    print(f"without a grant: {refused}")
+    node.run("casemate", "keys", "grant", key.split("-")[1], "--adapters", "fables", "--state", node.state)
+    granted = said(refused)
+    print(f"the model says   {plain!r}\nwith the adapter {granted!r}")
+    trust = node.state / "node.trust"
+    shown = node.run("casemate-verify", f"https://{node.address}", "--trust", trust).stdout
+    print(shown, end="")
+    trust.write_text(trust.read_text() + "adapter none\n")
+    denied = node.run("casemate-verify", f"https://{node.address}", "--trust", trust, check=False)
+    print(f"a verifier who wants none: exit {denied.returncode}: {denied.stderr.strip()}")
+    print(node.run("casemate", "adapter", "remove", "fables", "--state", node.state).stdout, end="")
+    gone = said(granted)
+    print(f"afterwards: {gone}")
+    return (refused == "model_not_found" and plain != granted and "with adapter fables" in shown and
+            denied.returncode == 7 and gone in ("model_not_found", "model_unloading"))
+
+
 def verdict(held: dict[str, bool]) -> int:
     """The last line, and the exit code."""
     failed = [name for name, good in held.items() if not good]
@@ -147,6 +194,8 @@ def main() -> int:
     options = parser.parse_args()
     node = nodes.Node(options.build / "bin", ROOT / "node", ROOT / "owner")
     say("owner keys in owner/, node in node/, package sealed to the node's development TPM")
+    node.enrol()
+    tiny_adapter.allow(node, node.owner, most=1, size=8 << 20)
     node.make(options.model, "smollm2-135m-instruct")
     print(node.run("casemate-pack", "inspect", node.package).stdout)
     key = node.key("demo")
@@ -173,6 +222,8 @@ def main() -> int:
     say(f"what runs there, proved on this connection: casemate-verify https://{node.address}")
     held["verification"] = verification(node)
     print("The TPM here is a development TPM: it shows the plumbing and protects nothing.")
+    say("an adapter: sealed, added while the model serves, granted, asked, shown to a verifier, removed")
+    held["an adapter"] = adaptation(node, key)
     say("what each process may still do: casemate sandbox report")
     print(node.run("casemate", "sandbox", "report", "--state", node.state).stdout, end="")
     if options.keep:
