@@ -77,6 +77,14 @@ def engine_rows(parts: dict, intel: bool) -> list[Row]:
     return rows
 
 
+def adapter_rows(part: dict) -> list[Row]:
+    return [Row(f"{what} with an adapter at {name} ÷ without", found[f"{what}_with_by_without"],
+                0.9 if what == "decode" else None,
+                f"{found[f'{what}_with']:.1f} and {found[f'{what}_without']:.1f} tok/s; rank 16, "
+                f"{found['package_bytes'] / 1e6:.1f} MB")
+            for name, found in part.items() if isinstance(found, dict) for what in ("decode", "prefill")]
+
+
 def long_rows(part: dict) -> list[Row]:
     places = [at for at in (64, 1024, 2048, 4096) if figure(part, f"ours: decode at {at}", "step_median_ms")]
     steps = [figure(part, f"ours: decode at {at}", "step_median_ms")["median"] for at in places]
@@ -182,7 +190,8 @@ def guard_rows(part: dict) -> list[Row]:
 
 def rows(result: dict) -> list[Row]:
     parts, intel = result["parts"], "amx_int8" in result["machine"]["features"]
-    makers = {"engine": lambda: engine_rows(parts, intel), "long": lambda: long_rows(parts["long"]),
+    makers = {"engine": lambda: engine_rows(parts, intel),
+              "adapters": lambda: adapter_rows(parts["adapters"]), "long": lambda: long_rows(parts["long"]),
               "growth": lambda: growth_rows(parts),
               "gemma": lambda: pair_rows(parts["gemma"], "Gemma 3 270M", 1.8, 2),
               "stolen": lambda: stolen_rows(parts["stolen"]),

@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 import arms  # noqa: E402
 import node as nodes  # noqa: E402
 import package_reader  # noqa: E402
+import peft  # noqa: E402
 import report  # noqa: E402
 import seeded  # noqa: E402
 import start  # noqa: E402
@@ -124,6 +125,32 @@ class Bench:
                 rounds.add(name, answer)
         for arm in {arm for _, arm, _ in asked} | {probe}:
             arm.close()
+
+    def adapters(self) -> dict:
+        """Prefill and decode with a seeded LoRA adapter and without, in turns (harness/engine adapter)."""
+        package, key = self.seal(self.options.model, "smollm2")
+        found = {}
+        for name, modules in (("q and v", ("q_proj", "v_proj")), ("all seven", tuple(peft.MODULES))):
+            adapter, adapter_key = self.adapter(package, modules)
+            done = subprocess.run([self.harness / "engine", "adapter", package, key], check=True,
+                                  capture_output=True, text=True,
+                                  env={"CASEMATE_THREADS": str(self.threads), "CASEMATE_ADAPTER": str(adapter),
+                                       "CASEMATE_ADAPTER_KEY": str(adapter_key)})
+            found[name] = json.loads(done.stdout) | {"package_bytes": adapter.stat().st_size}
+        return found
+
+    def adapter(self, package: pathlib.Path, modules: tuple[str, ...]) -> tuple[pathlib.Path, pathlib.Path]:
+        """One of rank 16 to SmolLM2-135M, sealed for arms without roles, and its key."""
+        folder, owned = self.folder / f"adapter-{len(modules)}", package.parent
+        source = peft.write(folder, peft.adapter_config(16, 16, modules),
+                            peft.tensors(peft.SMOLLM, 16, modules, size=0.15))
+        (folder / "config.json").write_text(json.dumps(peft.SMOLLM))
+        subprocess.run([self.options.build / "bin" / "casemate-pack", "adapter", source, "--base", package,
+                        "--config", folder / "config.json", "--name", "bench", "--out", folder / "a.cmpkg",
+                        "--owner", owned / "owner", "--recovery", folder / "r", "--passphrase-file",
+                        owned / "pass"], check=True, capture_output=True)
+        (folder / "key").write_bytes(package_reader.recovery_key((folder / "r").read_bytes(), PASSPHRASE))
+        return folder / "a.cmpkg", folder / "key"
 
     def long(self) -> dict:
         """Decode behind 4,096 positions, and how a step grows with them."""
@@ -317,7 +344,7 @@ class Bench:
         return {"decode": json.loads(decode.stdout), "filter": [json.loads(line) for line in lines]}
 
 
-PARTS = ("engine", "long", "growth", "gemma", "stolen", "load", "start", "service", "sandbox", "tls", "guard")
+PARTS = ("engine", "adapters", "long", "growth", "gemma", "stolen", "load", "start", "service", "sandbox", "tls", "guard")
 
 
 def main() -> int:
