@@ -26,6 +26,8 @@
 #include "runtime/base/wire.h"
 
 #define CM_KV_PAGE_POSITIONS 32u
+/* What K and V are kept as. */
+enum cm_kv_kind { CM_KV_FP16, CM_KV_INT8, CM_KV_KIND_COUNT };
 #define CM_STEP_ENTRIES_MAX  64u
 #define CM_STEP_BYTES_MAX    6144u /* released bytes of one entry in one step */
 #define CM_STEP_VERDICTS_MAX 8u
@@ -62,6 +64,7 @@ struct cm_device_reserve {
     uint32_t segment_bytes;       /* of every segment but the last */
     uint32_t slots;               /* sequences at once, <= CM_STEP_ENTRIES_MAX */
     uint32_t kv_pages;
+    enum cm_kv_kind kv_kind;
     uint32_t context_max;      /* positions of one sequence */
     uint32_t step_tokens_max;  /* tokens of one mixed step */
     uint32_t adapters;         /* regions, <= CM_ADAPTERS_MAX; 0: none, and the two below are 0 */

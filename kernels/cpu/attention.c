@@ -2,8 +2,9 @@
  *
  * All rows (query heads of the group × tokens) share each load of K and V, as in flash-decoding
  * (Dao et al., 2023); a prompt's tokens go through in tiles. K lies transposed in its page
- * ([width][32 positions]), so that scores come 16 positions at a time without horizontal sums. The
- * order of every sum is that of kernels/NUMERICS.md and depends on the positions alone. */
+ * ([width][32 positions]), so that scores come 16 positions at a time without horizontal sums. K of
+ * int8 is multiplied as int8, four of the width at a time; V of int8 becomes floats in registers.
+ * The order of every sum is that of kernels/NUMERICS.md and depends on the positions alone. */
 #include "kernels/cpu/cpu_internal.h"
 #include "kernels/cpu/lanes.h"
 
@@ -17,6 +18,11 @@ struct work { /* of one call; all rows have `padded` floats of output */
     float *scores;       /* [rows][CHUNK] */
     float *part;         /* [rows][padded] */
     float *page;         /* [width][PAGE] or [PAGE][padded]: K or V as floats */
+    float *scales;       /* [blocks][PAGE] of int8 V */
+    int8_t *query;       /* [rows][blocks][32], where K is int8 */
+    float *query_scale;  /* [rows][blocks], of the turned query ÷ 32 */
+    int32_t *query_sum;  /* [rows][blocks] */
+    uint32_t blocks;     /* of 32, of the head's width */
     float *whole;        /* [rows][padded] merged so far */
     float *most, *total; /* [rows] merged so far */
     float *sums;         /* [rows] of this chunk */
@@ -53,30 +59,100 @@ static const float *query_of(const struct work *w, uint32_t row)
     return a->query + (row / a->group) * a->query_stride + (size_t)(row % a->group) * a->head_width;
 }
 
-static const uint16_t *page_of(const struct cm_attention *a, uint32_t position, size_t offset)
+static const uint8_t *page_of(const struct cm_attention *a, uint32_t position, size_t offset)
 {
-    const uint8_t *page = a->kv + (size_t)a->pages[position / PAGE] * a->page_bytes;
-    return (const uint16_t *)(const void *)(page + offset);
+    return a->kv + (size_t)a->pages[position / PAGE] * a->page_bytes + offset;
 }
 
-/* K or V of one page. Few rows read the halfs directly, and the page after it ahead: pages lie
- * anywhere, so no prefetcher of the CPU follows. Many rows read floats that were converted once. */
+/* K or V of one page. Few rows read it as it is kept, and the page after it ahead: pages lie
+ * anywhere, so no prefetcher of the CPU follows. Many rows read floats that were converted once;
+ * int8 K is never converted. */
 struct source {
-    bool direct;
-    const uint16_t *half, *next;
-    const float *whole;
+    enum { FLOATS, HALFS, BYTES } form;
+    const uint8_t *page, *next;
+    const float *whole;  /* FLOATS */
+    const float *scales; /* BYTES of V */
 };
 
-INLINE void page_floats(const uint16_t *from, float *to, uint32_t count)
+static void page_floats(const uint16_t *from, float *to, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i += LANES) {
         lanes_store(to + i, lanes_half_load(from + i));
     }
 }
 
+/* 16 floats of HALFS or FLOATS. */
 INLINE lanes page_lanes(struct source from, size_t at)
 {
-    return from.direct ? lanes_half_load(from.half + at) : lanes_load(from.whole + at);
+    return from.form == HALFS ? lanes_half_load((const uint16_t *)(const void *)from.page + at)
+                              : lanes_load(from.whole + at);
+}
+
+/* 16 columns of V at a position. */
+INLINE lanes value_lanes(struct source from, uint32_t stride, uint32_t t, uint32_t column)
+{
+    const size_t at = (size_t)t * stride + column;
+    if (from.form != BYTES) {
+        return page_lanes(from, at);
+    }
+    return lanes_mul(lanes_bytes_load((const int8_t *)from.page + at),
+                     lanes_set(from.scales[column / CM_TILE_COLUMNS * PAGE + t]));
+}
+
+/* Of V's rows in a page, in values. */
+INLINE uint32_t value_stride(const struct work *w, struct source from)
+{
+    return from.form == FLOATS
+               ? w->padded
+               : (from.form == HALFS ? w->a->head_width : w->blocks * CM_TILE_COLUMNS);
+}
+
+/* Scores of `count` rows for the 32 positions of a page of int8: exact sums over 32 of the width.
+ */
+INLINE void page_dots(const struct work *w, uint32_t row, uint32_t count, struct source from,
+                      float *to)
+{
+    lanes dots[LANES_SCORE_ROWS][2];
+    const uint16_t *scales =
+        (const uint16_t *)(const void *)(from.page + cm_kv_scales_offset(w->a->head_width));
+    for (uint32_t r = 0; r < count; r++) {
+        dots[r][0] = dots[r][1] = lanes_set(0.0f);
+    }
+    for (uint32_t b = 0; b < w->blocks; b++) {
+        lanes_sums sums[LANES_SCORE_ROWS][2];
+        const size_t place = (size_t)row * w->blocks + b;
+        _mm_prefetch((const char *)from.next + cm_kv_scales_offset(w->a->head_width) +
+                         (size_t)b * PAGE * sizeof(*scales),
+                     _MM_HINT_T0);
+        for (uint32_t r = 0; r < count; r++) {
+            sums[r][0] = sums[r][1] = lanes_sums_begin(w->query_sum[place + r * w->blocks]);
+        }
+        for (uint32_t i = 0; i < CM_TILE_COLUMNS; i += 4) {
+            const size_t at = (size_t)(b * CM_TILE_COLUMNS + i) * PAGE;
+            _mm_prefetch((const char *)from.next + at, _MM_HINT_T0);
+            _mm_prefetch((const char *)from.next + at + 64, _MM_HINT_T0);
+            const lanes_quads k0 = lanes_quads_load((const int8_t *)from.page + at),
+                              k1 = lanes_quads_load((const int8_t *)from.page + at + 64);
+            for (uint32_t r = 0; r < count; r++) {
+                int32_t four;
+                memcpy(&four, w->query + (place + r * w->blocks) * CM_TILE_COLUMNS + i, 4);
+                sums[r][0] = lanes_sums_add(sums[r][0], k0, four);
+                sums[r][1] = lanes_sums_add(sums[r][1], k1, four);
+            }
+        }
+        const lanes d0 = lanes_half_load(scales + b * PAGE),
+                    d1 = lanes_half_load(scales + b * PAGE + LANES);
+        for (uint32_t r = 0; r < count; r++) {
+            const lanes q = lanes_set(w->query_scale[place + r * w->blocks]);
+            dots[r][0] = lanes_fma(lanes_mul(d0, q), lanes_sums_float(sums[r][0]), dots[r][0]);
+            dots[r][1] = lanes_fma(lanes_mul(d1, q), lanes_sums_float(sums[r][1]), dots[r][1]);
+        }
+    }
+    const lanes scale = lanes_set(w->a->scale);
+    for (uint32_t r = 0; r < count; r++) {
+        lanes_store(to + (size_t)(row + r) * CHUNK, lanes_mul(dots[r][0], scale));
+        lanes_store(to + (size_t)(row + r) * CHUNK + LANES, lanes_mul(dots[r][1], scale));
+    }
 }
 
 /* Scores of `count` rows for the 32 positions of a page. */
@@ -85,13 +161,17 @@ INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, stru
 {
     lanes low[LANES_SCORE_ROWS], high[LANES_SCORE_ROWS];
     const float *query[LANES_SCORE_ROWS];
+    if (from.form == BYTES) {
+        page_dots(w, row, count, from, to);
+        return;
+    }
     for (uint32_t r = 0; r < count; r++) {
         low[r] = high[r] = lanes_set(0.0f);
         query[r] = query_of(w, row + r);
     }
     for (uint32_t i = 0; i < w->a->head_width; i++) {
-        if (from.direct) {
-            _mm_prefetch((const char *)(from.next + (size_t)i * PAGE), _MM_HINT_T0);
+        if (from.form == HALFS) {
+            _mm_prefetch((const char *)from.next + (size_t)i * PAGE * 2, _MM_HINT_T0);
         }
         lanes k0 = page_lanes(from, i * PAGE), k1 = page_lanes(from, i * PAGE + LANES);
         for (uint32_t r = 0; r < count; r++) {
@@ -113,7 +193,8 @@ INLINE void page_values(const struct work *w, uint32_t row, uint32_t count, uint
                         uint32_t last)
 {
     lanes out[LANES_VALUE_ROWS][4];
-    const uint32_t stride = from.direct ? w->a->head_width : w->padded;
+    const uint32_t stride = value_stride(w, from), line = from.form == BYTES ? 4 : 2;
+    const size_t bytes = from.form == BYTES ? 1 : 2;
     for (uint32_t r = 0; r < count; r++) {
         for (uint32_t v = 0; v < vectors; v++) {
             out[r][v] = lanes_load(w->part + (size_t)(row + r) * w->padded + column + v * LANES);
@@ -122,11 +203,12 @@ INLINE void page_values(const struct work *w, uint32_t row, uint32_t count, uint
     for (uint32_t t = first; t < last; t++) {
         lanes value[4];
         for (uint32_t v = 0; v < vectors; v++) {
-            size_t at = (size_t)t * stride + column + v * LANES;
-            if (from.direct && v % 2 == 0) {
-                _mm_prefetch((const char *)(from.next + at), _MM_HINT_T0);
+            const uint32_t at = column + v * LANES;
+            if (from.form != FLOATS && v % line == 0) {
+                _mm_prefetch((const char *)from.next + ((size_t)t * stride + at) * bytes,
+                             _MM_HINT_T0);
             }
-            value[v] = page_lanes(from, at);
+            value[v] = value_lanes(from, stride, t, at);
         }
         for (uint32_t r = 0; r < count; r++) {
             lanes e = lanes_set(weights[(size_t)(row + r) * CHUNK + t]);
@@ -197,8 +279,8 @@ INLINE void rows_values(const struct work *w, uint32_t row, uint32_t count, uint
 }
 
 /* What to read ahead behind the page of position t: the next of K, or of V. */
-static const uint16_t *next_of(const struct work *w, uint32_t t, uint32_t first, uint32_t last,
-                               bool values)
+static const uint8_t *next_of(const struct work *w, uint32_t t, uint32_t first, uint32_t last,
+                              bool values)
 {
     const struct cm_attention *a = w->a;
     if (t + PAGE < last) {
@@ -210,26 +292,35 @@ static const uint16_t *next_of(const struct work *w, uint32_t t, uint32_t first,
     return page_of(a, last < seen(w, w->rows - 1) ? last : t, a->k_offset);
 }
 
+/* Scores of all rows that see something of the page at position t. */
+INLINE void page_rows(const struct work *w, uint32_t t, struct source from, float *to)
+{
+    for (uint32_t row = 0; row < w->rows; row += LANES_SCORE_ROWS) {
+        uint32_t count = least(LANES_SCORE_ROWS, w->rows - row);
+        if (seen(w, row + count - 1) > t && begin(w, row) < t + PAGE) {
+            rows_scores(w, row, count, from, to);
+        }
+    }
+}
+
 static void chunk_scores(const struct work *w, uint32_t first, uint32_t last)
 {
     const struct cm_attention *a = w->a;
     for (uint32_t t = page_first(w, first); t < last; t += PAGE) {
-        const bool direct = w->rows <= LANES_SCORE_ROWS;
-        struct source from = {direct, page_of(a, t, a->k_offset), next_of(w, t, first, last, false),
-                              w->page};
+        struct source from = {.page = page_of(a, t, a->k_offset),
+                              .next = next_of(w, t, first, last, false),
+                              .whole = w->page};
         float *to = w->scores + (t - first);
-        if (direct) {
-            from.direct = true;
+        if (a->kv_kind == CM_KV_INT8) {
+            from.form = BYTES;
+            page_rows(w, t, from, to);
+        } else if (w->rows <= LANES_SCORE_ROWS) {
+            from.form = HALFS;
             rows_scores(w, 0, w->rows, from, to);
-            continue;
-        }
-        page_floats(from.half, w->page, a->head_width * PAGE);
-        from.direct = false;
-        for (uint32_t row = 0; row < w->rows; row += LANES_SCORE_ROWS) {
-            uint32_t count = least(LANES_SCORE_ROWS, w->rows - row);
-            if (seen(w, row + count - 1) > t && begin(w, row) < t + PAGE) {
-                rows_scores(w, row, count, from, to);
-            }
+        } else {
+            from.form = FLOATS;
+            page_floats((const uint16_t *)(const void *)from.page, w->page, a->head_width * PAGE);
+            page_rows(w, t, from, to);
         }
     }
 }
@@ -313,23 +404,44 @@ INLINE void page_values_all(const struct work *w, struct source from, const floa
     }
 }
 
+/* V of a page as floats. */
+static void values_convert(const struct work *w, struct source from)
+{
+    const uint32_t stride = value_stride(w, from);
+    for (uint32_t t = 0; t < PAGE; t++) {
+        for (uint32_t column = 0; column < w->padded; column += LANES) {
+            lanes_store(w->page + (size_t)t * w->padded + column,
+                        value_lanes(from, stride, t, column));
+        }
+    }
+}
+
 static void chunk_values(const struct work *w, uint32_t first, uint32_t last)
 {
     const struct cm_attention *a = w->a;
     memset(w->part, 0, (size_t)w->rows * w->padded * sizeof(float));
     for (uint32_t t = page_first(w, first); t < last; t += PAGE) {
-        struct source from = {false, page_of(a, t, a->v_offset), next_of(w, t, first, last, true),
-                              w->page};
-        if (w->rows <= LANES_VALUE_ROWS) {
-            from.direct = true;
-            page_values_all(w, from, w->scores + (t - first), t);
-            continue;
+        struct source from = {.form = a->kv_kind == CM_KV_INT8 ? BYTES : HALFS,
+                              .page = page_of(a, t, a->v_offset),
+                              .next = next_of(w, t, first, last, true),
+                              .whole = w->page,
+                              .scales = w->scales};
+        const float *weights = w->scores + (t - first);
+        if (a->kv_kind == CM_KV_INT8) {
+            const uint8_t *scales = from.page + cm_kv_scales_offset(a->head_width);
+            page_floats((const uint16_t *)(const void *)scales, w->scales, w->blocks * PAGE);
         }
-        for (uint32_t i = 0; i < PAGE; i++) {
-            page_floats(from.half + (size_t)i * a->head_width, w->page + (size_t)i * w->padded,
-                        a->head_width);
+        if (w->rows > LANES_VALUE_ROWS) {
+            values_convert(w, from);
+            from.form = FLOATS;
+            page_values_all(w, from, weights, t);
+        } else if (a->kv_kind == CM_KV_INT8) {
+            from.form = BYTES;
+            page_values_all(w, from, weights, t);
+        } else {
+            from.form = HALFS;
+            page_values_all(w, from, weights, t);
         }
-        page_values_all(w, from, w->scores + (t - first), t);
     }
 }
 
@@ -360,6 +472,20 @@ static void out_put(const float *whole, float total, uint32_t width, float *out)
     }
 }
 
+static void queries_quantise(struct work *w)
+{
+    for (uint32_t row = 0; row < w->rows; row++) {
+        for (uint32_t b = 0; b < w->blocks; b++) {
+            const uint32_t first = b * CM_TILE_COLUMNS, i = row * w->blocks + b;
+            float scale;
+            w->query_sum[i] =
+                lanes_quantise_head(query_of(w, row) + first, w->a->head_width - first, true,
+                                    w->query + (size_t)i * CM_TILE_COLUMNS, &scale);
+            w->query_scale[i] = scale / CM_TILE_COLUMNS;
+        }
+    }
+}
+
 static void work_lay(struct work *w, const struct cm_attention *a)
 {
     float *at = a->scratch;
@@ -374,6 +500,14 @@ static void work_lay(struct work *w, const struct cm_attention *a)
     w->total = w->most + w->rows;
     w->sums = w->total + w->rows;
     w->tops = w->sums + w->rows;
+    w->blocks = cm_kv_blocks(a->head_width);
+    w->scales = w->tops + w->rows;
+    w->query_scale = w->scales + (size_t)w->blocks * PAGE;
+    w->query_sum = (int32_t *)(void *)(w->query_scale + (size_t)w->rows * w->blocks);
+    w->query = (int8_t *)(w->query_sum + (size_t)w->rows * w->blocks);
+    if (a->kv_kind == CM_KV_INT8) {
+        queries_quantise(w);
+    }
 }
 
 static void chunk_run(const struct work *w, uint32_t first)

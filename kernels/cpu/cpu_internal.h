@@ -74,6 +74,24 @@ void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uin
 
 /* ---------------------------------------------------------------- vectors and attention */
 
+/* A KV head's K or V of one page. Kept as fp16: K [head_width][32 positions], V [32 positions]
+ * [head_width]. As int8, in blocks of 32 of the width: quants, K [blocks][8][32 positions][4], V
+ * [32 positions][blocks][32], and behind them fp16 scales [blocks][32 positions]. */
+static inline uint32_t cm_kv_blocks(uint32_t head_width)
+{
+    return (head_width + CM_TILE_COLUMNS - 1) / CM_TILE_COLUMNS;
+}
+static inline size_t cm_kv_scales_offset(uint32_t head_width)
+{
+    return (size_t)cm_kv_blocks(head_width) * CM_TILE_COLUMNS * CM_KV_PAGE_POSITIONS;
+}
+static inline size_t cm_kv_head_bytes(enum cm_kv_kind kind, uint32_t head_width)
+{
+    const size_t scales = sizeof(uint16_t) * cm_kv_blocks(head_width) * CM_KV_PAGE_POSITIONS;
+    return kind == CM_KV_INT8 ? cm_kv_scales_offset(head_width) + scales
+                              : sizeof(uint16_t) * CM_KV_PAGE_POSITIONS * head_width;
+}
+
 /* One KV head. Token i of `tokens` stands at position + i and sees positions 0 .. position + i, or
  * the last `window` of them. */
 struct cm_attention {
@@ -86,8 +104,9 @@ struct cm_attention {
     const uint32_t *pages;
     const uint8_t *kv; /* base of all pages */
     size_t page_bytes;
-    size_t k_offset; /* in a page: K of this layer and head, [head_width][32 positions] fp16 */
-    size_t v_offset; /* V, [32 positions][head_width] fp16 */
+    enum cm_kv_kind kv_kind;
+    size_t k_offset; /* in a page: K of this layer and head */
+    size_t v_offset; /* V */
     float scale;
     float cap;       /* of scores; 0: none */
     uint32_t window; /* 0: none */
@@ -99,7 +118,9 @@ struct cm_attention {
 static inline size_t cm_attention_floats(uint32_t rows, uint32_t head_width)
 {
     size_t padded = cm_padded(head_width, 16);
-    return rows * (CM_ATTENTION_CHUNK + 2 * padded + 4) + padded * CM_KV_PAGE_POSITIONS;
+    size_t blocks = cm_kv_blocks(head_width); /* int8: of a query 8 floats' space, scale and sum */
+    return rows * (CM_ATTENTION_CHUNK + 2 * padded + 4 + blocks * 10) +
+           (padded + blocks) * CM_KV_PAGE_POSITIONS;
 }
 
 /* One chunk's result for one token: [group][16 + padded head width]: greatest, sum, values. */
@@ -122,8 +143,10 @@ struct cm_path {
     void (*rope)(float *x, const float *cosine, const float *sine, uint32_t rope_width);
     void (*add)(float *x, const float *y, uint32_t size); /* a multiple of 16 */
     void (*cap)(float *x, uint32_t size, float cap);      /* a multiple of 16 */
-    void (*key_put)(const float *key, uint32_t head_width, uint16_t *page, uint32_t position);
-    void (*value_put)(const float *value, uint32_t head_width, uint16_t *page, uint32_t position);
+    void (*key_put)(enum cm_kv_kind kind, const float *key, uint32_t head_width, uint8_t *page,
+                    uint32_t position);
+    void (*value_put)(enum cm_kv_kind kind, const float *value, uint32_t head_width, uint8_t *page,
+                      uint32_t position);
     void (*attend)(const struct cm_attention *attention);
     /* One token in pieces: each chunk's partial, then all of them in order. */
     void (*attend_chunk)(const struct cm_attention *attention, uint32_t chunk, float *partial);
@@ -151,10 +174,10 @@ struct cm_path {
     void cm_##path##_rope(float *x, const float *cosine, const float *sine, uint32_t rope_width);  \
     void cm_##path##_add(float *x, const float *y, uint32_t size);                                 \
     void cm_##path##_cap(float *x, uint32_t size, float cap);                                      \
-    void cm_##path##_key_put(const float *key, uint32_t head_width, uint16_t *page,                \
-                             uint32_t position);                                                   \
-    void cm_##path##_value_put(const float *value, uint32_t head_width, uint16_t *page,            \
-                               uint32_t position);                                                 \
+    void cm_##path##_key_put(enum cm_kv_kind kind, const float *key, uint32_t head_width,          \
+                             uint8_t *page, uint32_t position);                                    \
+    void cm_##path##_value_put(enum cm_kv_kind kind, const float *value, uint32_t head_width,      \
+                               uint8_t *page, uint32_t position);                                  \
     void cm_##path##_attend(const struct cm_attention *attention);                                 \
     void cm_##path##_attend_chunk(const struct cm_attention *attention, uint32_t chunk,            \
                                   float *partial);                                                 \

@@ -96,9 +96,10 @@ static void *piece(struct layout *layout, uint64_t count, uint64_t size, uint64_
     return at;
 }
 
-static uint64_t page_bytes_of(const struct cm_model *m)
+static uint64_t page_bytes_of(const struct cm_device_reserve *r)
 {
-    return (uint64_t)m->layers * 2 * m->kv_heads * CM_KV_PAGE_POSITIONS * m->head_width * 2;
+    const struct cm_model *m = r->model;
+    return (uint64_t)m->layers * 2 * m->kv_heads * cm_kv_head_bytes(r->kv_kind, m->head_width);
 }
 
 static uint32_t greatest(uint32_t a, uint32_t b)
@@ -202,7 +203,7 @@ static void arena_lay(struct cm_device *device, struct layout *layout,
     device->payload = piece(layout, 1, r->payload_bytes, 4096);
     /* Weights are read ahead by up to 4 KiB. */
     (void)piece(layout, 1, 8192, 64);
-    device->kv = piece(layout, r->kv_pages, page_bytes_of(m), 4096);
+    device->kv = piece(layout, r->kv_pages, page_bytes_of(r), 4096);
     scratch_lay(device, layout, r, tokens);
     const uint64_t turns = (uint64_t)r->context_max * m->rope_width / 2 + 16;
     device->cosine = piece(layout, turns, 4, 64);
@@ -247,8 +248,8 @@ static enum cm_status reserve_check(const struct cm_device_reserve *r, struct cm
     }
     if (r->payload_bytes == 0 || r->payload_bytes > 1ull << 42 || r->segment_bytes == 0 ||
         r->slots == 0 || r->slots > CM_STEP_ENTRIES_MAX || r->kv_pages == 0 ||
-        r->kv_pages > 1u << 24 || r->context_max == 0 || r->context_max > 1u << 22 ||
-        r->step_tokens_max == 0 || r->step_tokens_max > 65536) {
+        r->kv_pages > 1u << 24 || r->kv_kind >= CM_KV_KIND_COUNT || r->context_max == 0 ||
+        r->context_max > 1u << 22 || r->step_tokens_max == 0 || r->step_tokens_max > 65536) {
         return cm_error_set(
             err, CM_E_CONFIG, "CM-DEV-RESERVE",
             "impossible reservation: %u slots, %u KV pages, %u positions, %u tokens "
@@ -278,7 +279,7 @@ enum cm_status cm_device_need(const struct cm_device *device,
         struct layout layout = {.base = NULL};
         arena_lay(&scratch, &layout, reserve);
         *ret_arena_bytes = (layout.used + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-        *ret_page_bytes = page_bytes_of(reserve->model);
+        *ret_page_bytes = page_bytes_of(reserve);
     }
     return status;
 }

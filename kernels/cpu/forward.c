@@ -120,15 +120,12 @@ static void multiply(struct run *run, enum cm_site site, const struct cm_matrix 
     cm_pool_barrier(run->worker);
 }
 
-static size_t kv_head_bytes(const struct cm_model *model)
+/* Of one KV head's K (0) or V (1) of this layer in a page: [layer][K, V][head]. */
+static size_t kv_offset(const struct run *run, uint32_t which, uint32_t head)
 {
-    return (size_t)CM_KV_PAGE_POSITIONS * model->head_width * sizeof(uint16_t);
-}
-
-/* Of one KV head's K (kind 0) or V (kind 1) in a page: [layer][K, V][head]. */
-static size_t kv_offset(const struct cm_model *model, uint32_t layer, uint32_t kind, uint32_t head)
-{
-    return (((size_t)layer * 2 + kind) * model->kv_heads + head) * kv_head_bytes(model);
+    const struct cm_model *model = run->model;
+    return (((size_t)run->index * 2 + which) * model->kv_heads + head) *
+           cm_kv_head_bytes(run->device->limits.kv_kind, model->head_width);
 }
 
 /* Bias, norm of a query or a key, RoPE: what this decoder has of them. */
@@ -163,13 +160,14 @@ static void head_put(struct run *run, uint32_t t, uint32_t head, float *x)
                model->head_width * sizeof(float));
         return;
     }
-    uint32_t kind = head < values ? 0 : 1;
+    uint32_t which = head < values ? 0 : 1;
     uint32_t page =
         run->device->entries[token->entry].pages[token->position / CM_KV_PAGE_POSITIONS];
     uint8_t *at = run->device->kv + page * run->device->page_bytes +
-                  kv_offset(model, run->index, kind, head - (kind == 0 ? keys : values));
-    (kind == 0 ? run->path->key_put : run->path->value_put)(
-        x, model->head_width, (uint16_t *)(void *)at, token->position % CM_KV_PAGE_POSITIONS);
+                  kv_offset(run, which, head - (which == 0 ? keys : values));
+    (which == 0 ? run->path->key_put
+                : run->path->value_put)(run->device->limits.kv_kind, x, model->head_width, at,
+                                        token->position % CM_KV_PAGE_POSITIONS);
 }
 
 static void heads_finish(struct run *run, struct cm_span span, float *y, size_t stride)
@@ -294,8 +292,9 @@ static struct cm_attention attention_of(struct run *run, const struct cm_attenti
                                  .pages = run->device->entries[item->entry].pages,
                                  .kv = run->device->kv,
                                  .page_bytes = run->device->page_bytes,
-                                 .k_offset = kv_offset(model, run->index, 0, head),
-                                 .v_offset = kv_offset(model, run->index, 1, head),
+                                 .kv_kind = run->device->limits.kv_kind,
+                                 .k_offset = kv_offset(run, 0, head),
+                                 .v_offset = kv_offset(run, 1, head),
                                  .scale = decoder->attention_scale > 0.0f
                                               ? decoder->attention_scale
                                               : 1.0f / sqrtf((float)model->head_width),

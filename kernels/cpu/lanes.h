@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -108,6 +109,32 @@ static inline lanes lanes_bytes_load(const int8_t *at)
 {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)at)));
+}
+/* Lane l of lane l ^ step. */
+static inline lanes lanes_partner(lanes a, int32_t step)
+{
+    const __m512i own = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_permutexvar_ps(_mm512_xor_si512(own, _mm512_set1_epi32(step)), a);
+}
+/* Exact products of int8: four of each lane, -127 .. 127, with the same four of another vector,
+ * whose sum over all that a lane adds up is known to lanes_sums_begin. */
+typedef __m512i lanes_sums;
+typedef __m512i lanes_quads;
+static inline lanes_quads lanes_quads_load(const int8_t *at)
+{
+    return _mm512_xor_si512(_mm512_loadu_si512(at), _mm512_set1_epi8(-128)); /* + 128, unsigned */
+}
+static inline lanes_sums lanes_sums_begin(int32_t total)
+{
+    return _mm512_set1_epi32(-128 * total);
+}
+static inline lanes_sums lanes_sums_add(lanes_sums sums, lanes_quads quads, int32_t four)
+{
+    return _mm512_dpbusd_epi32(sums, quads, _mm512_set1_epi32(four));
+}
+static inline lanes lanes_sums_float(lanes_sums sums)
+{
+    return _mm512_cvtepi32_ps(sums);
 }
 /* Lanes 2i and 2i+1 exchanged. */
 static inline lanes lanes_swap(lanes a)
@@ -254,6 +281,45 @@ static inline lanes lanes_bytes_load(const int8_t *at)
     return (lanes){_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
+static inline lanes lanes_partner(lanes a, int32_t step)
+{
+    if (step == 8) {
+        return (lanes){a.high, a.low};
+    }
+    const __m256i own = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    const __m256i other = _mm256_xor_si256(own, _mm256_set1_epi32(step));
+    return (lanes){_mm256_permutevar8x32_ps(a.low, other), _mm256_permutevar8x32_ps(a.high, other)};
+}
+typedef struct {
+    __m256i low, high;
+} lanes_sums;
+typedef lanes_sums lanes_quads;
+static inline lanes_quads lanes_quads_load(const int8_t *at)
+{
+    return (lanes_quads){_mm256_loadu_si256((const __m256i *)(const void *)at),
+                         _mm256_loadu_si256((const __m256i *)(const void *)(at + 32))};
+}
+static inline lanes_sums lanes_sums_begin(int32_t total)
+{
+    (void)total; /* signs move to the other vector here */
+    return (lanes_sums){_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+/* A pair's sum is at most 2 * 127 * 127 < 2^15, so nothing saturates. */
+static inline __m256i lanes_quads_dot(__m256i quads, __m256i four)
+{
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(quads), _mm256_sign_epi8(four, quads));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+static inline lanes_sums lanes_sums_add(lanes_sums sums, lanes_quads quads, int32_t four)
+{
+    const __m256i all = _mm256_set1_epi32(four);
+    return (lanes_sums){_mm256_add_epi32(sums.low, lanes_quads_dot(quads.low, all)),
+                        _mm256_add_epi32(sums.high, lanes_quads_dot(quads.high, all))};
+}
+static inline lanes lanes_sums_float(lanes_sums sums)
+{
+    return (lanes){_mm256_cvtepi32_ps(sums.low), _mm256_cvtepi32_ps(sums.high)};
+}
 static inline lanes lanes_swap(lanes a)
 {
     return (lanes){_mm256_permute_ps(a.low, 0xb1), _mm256_permute_ps(a.high, 0xb1)};
@@ -305,6 +371,51 @@ static inline float lanes_greatest(lanes a)
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+/* 32 floats as int8 times *ret_scale (kernels/NUMERICS.md, "Activations"). Returns their sum. */
+static inline int32_t lanes_quantise(lanes low, lanes high, int8_t *to, float *ret_scale)
+{
+    float greatest = lanes_greatest(lanes_max(lanes_abs(low), lanes_abs(high)));
+    lanes inverse = lanes_set(greatest > 0.0f ? 127.0f / greatest : 0.0f);
+    *ret_scale = greatest / 127.0f;
+    return lanes_bytes_store(to, lanes_round(lanes_mul(low, inverse)),
+                             lanes_round(lanes_mul(high, inverse)));
+}
+
+/* One step of the fast Walsh-Hadamard transform within 16 lanes: of each pair `step` apart, sum and
+ * difference. */
+static inline lanes lanes_turn_step(lanes a, int32_t step)
+{
+    float signs[LANES];
+    for (int32_t l = 0; l < (int32_t)LANES; l++) {
+        signs[l] = (l & step) != 0 ? -0.0f : 0.0f;
+    }
+    return lanes_add(lanes_partner(a, step), lanes_flip(a, lanes_load(signs)));
+}
+
+static inline lanes lanes_turn(lanes a)
+{
+    return lanes_turn_step(lanes_turn_step(lanes_turn_step(lanes_turn_step(a, 8), 4), 2), 1);
+}
+
+/* A block of a head as int8: up to 32 floats at `from`, what is missing is 0. turned: after the
+ * Walsh-Hadamard transform, as keys and queries are. */
+static inline int32_t lanes_quantise_head(const float *from, uint32_t count, bool turned,
+                                          int8_t *to, float *ret_scale)
+{
+    float whole[2 * LANES] = {0};
+    if (count < 2 * LANES) {
+        memcpy(whole, from, count * sizeof(float));
+        from = whole;
+    }
+    lanes low = lanes_load(from), high = lanes_load(from + LANES);
+    if (turned) {
+        const lanes sum = lanes_add(low, high);
+        high = lanes_turn(lanes_add(low, lanes_flip(high, lanes_set(-0.0f))));
+        low = lanes_turn(sum);
+    }
+    return lanes_quantise(low, high, to, ret_scale);
 }
 
 /* As cm_expf, lane by lane. */

@@ -200,19 +200,96 @@ static float tree_sum(float lane[16])
     return lane[0];
 }
 
-static const uint16_t *page_of(const struct cm_attention *a, uint32_t position, size_t offset)
+static const uint8_t *page_of(const struct cm_attention *a, uint32_t position, size_t offset)
 {
-    const uint8_t *page = a->kv + (size_t)a->pages[position / CM_KV_PAGE_POSITIONS] * a->page_bytes;
-    return (const uint16_t *)(const void *)(page + offset);
+    return a->kv + (size_t)a->pages[position / CM_KV_PAGE_POSITIONS] * a->page_bytes + offset;
+}
+
+static float half_at(const uint8_t *halfs, size_t index)
+{
+    uint16_t half;
+    memcpy(&half, halfs + index * sizeof(half), sizeof(half));
+    return cm_half_float(half);
+}
+
+/* int8: the scale of a block of K or V. */
+static float scale_at(const struct cm_attention *a, const uint8_t *page, uint32_t block, uint32_t t)
+{
+    return half_at(page + cm_kv_scales_offset(a->head_width), block * CM_KV_PAGE_POSITIONS + t);
+}
+
+/* The Walsh-Hadamard transform of 32 values, without a factor. */
+static void block_turn(float x[CM_TILE_COLUMNS])
+{
+    for (uint32_t step = CM_TILE_COLUMNS / 2; step > 0; step /= 2) {
+        for (uint32_t i = 0; i < CM_TILE_COLUMNS; i++) {
+            if ((i & step) == 0) {
+                float a = x[i], b = x[i + step];
+                x[i] = a + b;
+                x[i + step] = a - b;
+            }
+        }
+    }
+}
+
+/* A block of a query as int8, and its scale. */
+static float query_quantise(const float *from, uint32_t count, int32_t q[CM_TILE_COLUMNS])
+{
+    float x[CM_TILE_COLUMNS] = {0}, most = 0.0f;
+    memcpy(x, from, count * sizeof(*x));
+    block_turn(x);
+    for (uint32_t i = 0; i < CM_TILE_COLUMNS; i++) {
+        most = fmaxf(most, fabsf(x[i]));
+    }
+    for (uint32_t i = 0; i < CM_TILE_COLUMNS; i++) {
+        q[i] = (int32_t)rintf(x[i] * (most > 0.0f ? 127.0f / most : 0.0f));
+    }
+    return most / 127.0f / CM_TILE_COLUMNS;
+}
+
+static float bytes_dot(const struct cm_attention *a, const float *query, const uint8_t *page,
+                       uint32_t t)
+{
+    float dot = 0.0f;
+    for (uint32_t b = 0; b < cm_kv_blocks(a->head_width); b++) {
+        int32_t q[CM_TILE_COLUMNS], sum = 0;
+        uint32_t first = b * CM_TILE_COLUMNS, left = a->head_width - first;
+        left = left < CM_TILE_COLUMNS ? left : CM_TILE_COLUMNS;
+        float scale = query_quantise(query + first, left, q);
+        for (uint32_t i = 0; i < CM_TILE_COLUMNS; i++) {
+            uint32_t at = ((first + i) / 4 * CM_KV_PAGE_POSITIONS + t) * 4 + i % 4;
+            sum += q[i] * (int8_t)page[at];
+        }
+        dot = fmaf(scale_at(a, page, b, t) * scale, (float)sum, dot);
+    }
+    return dot;
+}
+
+static float halfs_dot(const struct cm_attention *a, const float *query, const uint8_t *page,
+                       uint32_t t)
+{
+    float dot = 0.0f;
+    for (uint32_t i = 0; i < a->head_width; i++) {
+        dot = fmaf(query[i], half_at(page, i * CM_KV_PAGE_POSITIONS + t), dot);
+    }
+    return dot;
+}
+
+static float value_of(const struct cm_attention *a, const uint8_t *page, uint32_t t, uint32_t i)
+{
+    if (a->kv_kind == CM_KV_FP16) {
+        return half_at(page, (size_t)t * a->head_width + i);
+    }
+    size_t row = (size_t)t * cm_kv_blocks(a->head_width) * CM_TILE_COLUMNS;
+    return (float)(int8_t)page[row + i] * scale_at(a, page, i / CM_TILE_COLUMNS, t);
 }
 
 static float score_of(const struct cm_attention *a, const float *query, uint32_t position)
 {
-    const uint16_t *key = page_of(a, position, a->k_offset) + position % CM_KV_PAGE_POSITIONS;
-    float dot = 0.0f;
-    for (uint32_t i = 0; i < a->head_width; i++) {
-        dot = fmaf(query[i], cm_half_float(key[(size_t)i * CM_KV_PAGE_POSITIONS]), dot);
-    }
+    const uint8_t *page = page_of(a, position, a->k_offset);
+    const uint32_t t = position % CM_KV_PAGE_POSITIONS;
+    float dot =
+        a->kv_kind == CM_KV_INT8 ? bytes_dot(a, query, page, t) : halfs_dot(a, query, page, t);
     float score = dot * a->scale;
     return a->cap > 0.0f ? cm_capf(score, a->cap) : score;
 }
@@ -230,11 +307,10 @@ static float chunk_of(const struct cm_attention *a, const float *query, uint32_t
     memset(out, 0, a->head_width * sizeof(*out));
     for (uint32_t t = begin; t < last; t++) {
         float e = cm_expf(scores[t - first] - greatest);
-        const uint16_t *value =
-            page_of(a, t, a->v_offset) + (size_t)(t % CM_KV_PAGE_POSITIONS) * a->head_width;
+        const uint8_t *values = page_of(a, t, a->v_offset);
         lane[(t - first) % 16] += e;
         for (uint32_t i = 0; i < a->head_width; i++) {
-            out[i] = fmaf(e, cm_half_float(value[i]), out[i]);
+            out[i] = fmaf(e, value_of(a, values, t % CM_KV_PAGE_POSITIONS, i), out[i]);
         }
     }
     *ret_sum = tree_sum(lane);

@@ -12,14 +12,9 @@ void LANES_NAME(quantise)(const float *x, const struct cm_activations *act, uint
                    CM_TILE_COLUMNS * sizeof(float));
             continue;
         }
-        lanes low = lanes_load(x + b * CM_TILE_COLUMNS);
-        lanes high = lanes_load(x + b * CM_TILE_COLUMNS + LANES);
-        float greatest = lanes_greatest(lanes_max(lanes_abs(low), lanes_abs(high)));
-        lanes inverse = lanes_set(greatest > 0.0f ? 127.0f / greatest : 0.0f);
-        int8_t *to = act->q + at * CM_TILE_COLUMNS;
-        int32_t n = lanes_bytes_store(to, lanes_round(lanes_mul(low, inverse)),
-                                      lanes_round(lanes_mul(high, inverse)));
-        act->scale[at] = greatest / 127.0f;
+        const float *from = x + b * CM_TILE_COLUMNS;
+        int32_t n = lanes_quantise(lanes_load(from), lanes_load(from + LANES),
+                                   act->q + at * CM_TILE_COLUMNS, &act->scale[at]);
         act->count[at] = n;
         act->sum[at] = act->scale[at] * (float)n;
     }
@@ -101,21 +96,67 @@ void LANES_NAME(cap)(float *x, uint32_t size, float cap)
     }
 }
 
-void LANES_NAME(key_put)(const float *key, uint32_t head_width, uint16_t *page, uint32_t position)
+/* One block of a head into its page of int8: quants here, the scale there. */
+static void block_put(const float *head, uint32_t head_width, uint32_t block, bool turned,
+                      uint8_t *page, uint32_t position, int8_t quants[CM_TILE_COLUMNS])
 {
     uint16_t half[LANES];
-    for (uint32_t i = 0; i < head_width; i += LANES) {
-        lanes_half_store(half, lanes_load(key + i));
-        for (uint32_t l = 0; l < LANES && i + l < head_width; l++) {
-            page[(size_t)(i + l) * CM_KV_PAGE_POSITIONS + position] = half[l];
+    float scale;
+    const uint32_t first = block * CM_TILE_COLUMNS, left = head_width - first;
+    (void)lanes_quantise_head(head + first, left, turned, quants, &scale);
+    lanes_half_store(half, lanes_set(scale));
+    memcpy(page + cm_kv_scales_offset(head_width) +
+               ((size_t)block * CM_KV_PAGE_POSITIONS + position) * sizeof(uint16_t),
+           half, sizeof(uint16_t));
+}
+
+static void key_put_bytes(const float *key, uint32_t head_width, uint8_t *page, uint32_t position)
+{
+    int8_t quants[CM_TILE_COLUMNS];
+    for (uint32_t b = 0; b < cm_kv_blocks(head_width); b++) {
+        block_put(key, head_width, b, true, page, position, quants);
+        uint8_t *to = page + ((size_t)b * CM_KV_PAGE_POSITIONS * 8 + position) * 4;
+        for (uint32_t i = 0; i < CM_TILE_COLUMNS; i += 4) {
+            memcpy(to + (size_t)i * CM_KV_PAGE_POSITIONS, quants + i, 4);
         }
     }
 }
 
-void LANES_NAME(value_put)(const float *value, uint32_t head_width, uint16_t *page,
-                           uint32_t position)
+static void value_put_bytes(const float *value, uint32_t head_width, uint8_t *page,
+                            uint32_t position)
 {
-    uint16_t half[LANES], *row = page + (size_t)position * head_width;
+    int8_t quants[CM_TILE_COLUMNS];
+    const uint32_t blocks = cm_kv_blocks(head_width);
+    for (uint32_t b = 0; b < blocks; b++) {
+        block_put(value, head_width, b, false, page, position, quants);
+        memcpy(page + ((size_t)position * blocks + b) * CM_TILE_COLUMNS, quants, sizeof(quants));
+    }
+}
+
+void LANES_NAME(key_put)(enum cm_kv_kind kind, const float *key, uint32_t head_width, uint8_t *page,
+                         uint32_t position)
+{
+    uint16_t half[LANES], *halfs = (uint16_t *)(void *)page;
+    if (kind == CM_KV_INT8) {
+        key_put_bytes(key, head_width, page, position);
+        return;
+    }
+    for (uint32_t i = 0; i < head_width; i += LANES) {
+        lanes_half_store(half, lanes_load(key + i));
+        for (uint32_t l = 0; l < LANES && i + l < head_width; l++) {
+            halfs[(size_t)(i + l) * CM_KV_PAGE_POSITIONS + position] = half[l];
+        }
+    }
+}
+
+void LANES_NAME(value_put)(enum cm_kv_kind kind, const float *value, uint32_t head_width,
+                           uint8_t *page, uint32_t position)
+{
+    uint16_t half[LANES], *row = (uint16_t *)(void *)page + (size_t)position * head_width;
+    if (kind == CM_KV_INT8) {
+        value_put_bytes(value, head_width, page, position);
+        return;
+    }
     for (uint32_t i = 0; i < head_width; i += LANES) {
         lanes_half_store(half, lanes_load(value + i));
         memcpy(row + i, half, (head_width - i < LANES ? head_width - i : LANES) * sizeof(uint16_t));

@@ -35,6 +35,7 @@ def seal(build, model, folder, *words):
     return folder
 TRANSFORMERS = numpy.load(TESTS / "golden" / "engine" / "families.npz")
 FAMILIES = list(tiny_family.FAMILIES)
+KV_KINDS = ["fp16", "int8"]
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +79,23 @@ def engine(build, folder, *words, tokens, **environment):
 
 def test_divergence_from_float64_is_below_the_peers(build, real, smollm_gguf, capsys):
     model = reference.Decoder(smollm_gguf)
-    divergence, agree, positions, digest = 0.0, 0, 0, hashlib.sha256()
+    divergence, agree, positions, digest = [0.0, 0.0], [0, 0], 0, hashlib.sha256()
     for tokens in corpus.passages(smollm_gguf):
         digest.update(numpy.array(tokens, "<u4").tobytes())
         wanted = model.logits(tokens)
-        found = numpy.frombuffer(engine(build, real, "logits", tokens=tokens), "<f4")
-        part, same = reference.compare(wanted, found.reshape(wanted.shape))
-        divergence, agree, positions = divergence + part, agree + same, positions + len(tokens)
+        positions += len(tokens)
+        for i, kv in enumerate(KV_KINDS):
+            found = numpy.frombuffer(engine(build, real, "logits", tokens=tokens, CASEMATE_KV=kv), "<f4")
+            part, same = reference.compare(wanted, found.reshape(wanted.shape))
+            divergence[i], agree[i] = divergence[i] + part, agree[i] + same
+    mean, top = [d / positions for d in divergence], [a / positions for a in agree]
     with capsys.disabled():
-        print(f"\nengine: mean KL {divergence / positions:.5f} (llama.cpp {PEER['mean_kl']:.5f}), "
-              f"top-1 {agree / positions:.2%} (llama.cpp {PEER['top1_agreement']:.2%}), "
-              f"{positions} positions")
+        for kv, kl, same in zip(KV_KINDS, mean, top):
+            print(f"\nengine, {kv} K and V: mean KL {kl:.5f} (llama.cpp, fp16, {PEER['mean_kl']:.5f}), top-1 "
+                  f"{same:.2%} (llama.cpp {PEER['top1_agreement']:.2%}), {positions} positions")
     assert positions >= 2000 and digest.hexdigest() == PEER["tokens_sha256"]
-    assert divergence / positions <= min(PEER["mean_kl"], 0.0044)
-    assert agree / positions >= PEER["top1_agreement"]
+    assert mean[0] <= min(PEER["mean_kl"], 0.0044) and top[0] >= PEER["top1_agreement"]
+    assert mean[0] != mean[1] <= 0.0047 and top[1] >= PEER["top1_agreement"]
 
 
 def test_a_model_of_other_shapes(build, tiny):
@@ -110,11 +114,12 @@ def test_the_reference_is_what_transformers_computes(build, family, name):
     assert numpy.abs(found - wanted).max() < 1e-4, name  # transformers' RoPE is float32
 
 
+@pytest.mark.parametrize("kv", KV_KINDS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_on_each_path(build, family, name):
+def test_each_family_on_each_path(build, family, name, kv):
     tokens = tiny_family.tokens(name) * 2
     wanted = reference.Decoder(family(name) / "tiny.gguf").logits(tokens)
-    runs = {engine(build, family(name), "logits", tokens=tokens, CASEMATE_CPU=path,
+    runs = {engine(build, family(name), "logits", tokens=tokens, CASEMATE_CPU=path, CASEMATE_KV=kv,
                    CASEMATE_THREADS=count) for path in available_paths() for count in "12"}
     assert len(runs) == 1
     found = numpy.frombuffer(runs.pop(), "<f4").reshape(wanted.shape)
@@ -159,10 +164,11 @@ def test_an_unknown_kind_of_matrices_is_refused(build, tmp_path):
     assert done.returncode == 2 and "u8, bf16" in done.stderr
 
 
+@pytest.mark.parametrize("kv", KV_KINDS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_familys_tokens_do_not_depend_on_chunks(build, family, name):
+def test_each_familys_tokens_do_not_depend_on_chunks(build, family, name, kv):
     tokens = tiny_family.tokens(name)
-    runs = {engine(build, family(name), "greedy", 300, chunk, tokens=tokens)
+    runs = {engine(build, family(name), "greedy", 300, chunk, tokens=tokens, CASEMATE_KV=kv)
             for chunk in (1, 7, 48)}
     assert len(runs) == 1 and len(runs.pop().split()) == 300
 
@@ -173,21 +179,24 @@ def test_gemma_beside_float64(build, gemma, gemma_gguf, capsys):
     tokens = corpus.gemma_passage(gemma_gguf)
     assert hashlib.sha256(numpy.array(tokens, "<u4").tobytes()).hexdigest() == peer["tokens_sha256"]
     wanted = reference.Decoder(gemma_gguf).logits(tokens)
-    found = engine(build, gemma, "logits", tokens=tokens)
-    part, same = reference.compare(wanted, numpy.frombuffer(found, "<f4").reshape(wanted.shape))
     count = len(wanted)
-    with capsys.disabled():
-        print(f"\ngemma: mean KL {part / count:.5f} (llama.cpp {peer['mean_kl']:.5f}), top-1 "
-              f"{same / count:.2%} (llama.cpp {peer['top1_agreement']:.2%}), {count} positions")
-    assert part / count <= min(peer["mean_kl"], 0.0044)
-    assert same / count >= peer["top1_agreement"]
+    for kv in KV_KINDS:
+        found = engine(build, gemma, "logits", tokens=tokens, CASEMATE_KV=kv)
+        part, same = reference.compare(wanted, numpy.frombuffer(found, "<f4").reshape(wanted.shape))
+        with capsys.disabled():
+            print(f"\ngemma, {kv} K and V: mean KL {part / count:.5f} (llama.cpp, fp16, {peer['mean_kl']:.5f}), "
+                  f"top-1 {same / count:.2%} (llama.cpp {peer['top1_agreement']:.2%}), {count} positions")
+        assert part / count <= min(peer["mean_kl"], 0.0044)
+        assert same / count >= peer["top1_agreement"]
 
 
+@pytest.mark.parametrize("kv", KV_KINDS)
 @pytest.mark.parametrize("which", ["real", "tiny", "gemma"])
-def test_paths_and_threads_are_bit_equal(build, request, which):
+def test_paths_and_threads_are_bit_equal(build, request, which, kv):
     folder = request.getfixturevalue(which)
     tokens = [int(t) for t in numpy.random.default_rng(4).integers(3, 270, 70)]
-    runs = {engine(build, folder, "logits", tokens=tokens, CASEMATE_CPU=path, CASEMATE_THREADS=count)
+    runs = {engine(build, folder, "logits", tokens=tokens, CASEMATE_CPU=path, CASEMATE_THREADS=count,
+                   CASEMATE_KV=kv)
             for path in available_paths() for count in "12"}
     assert len(runs) == 1
 
@@ -212,7 +221,9 @@ def available_paths():
                        if flag in flags]
 
 
-def test_chunking_of_the_prompt_changes_no_token(build, real):
+@pytest.mark.parametrize("kv", KV_KINDS)
+def test_chunking_of_the_prompt_changes_no_token(build, real, kv):
     tokens = [int(t) for t in numpy.random.default_rng(5).integers(3, 49000, 200)]
-    runs = {engine(build, real, "greedy", 24, chunk, tokens=tokens) for chunk in (1, 7, 32, 256)}
+    runs = {engine(build, real, "greedy", 24, chunk, tokens=tokens, CASEMATE_KV=kv)
+            for chunk in (1, 7, 32, 256)}
     assert len(runs) == 1 and len(runs.pop().split()) == 24

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 void engine_must(enum cm_status status, const struct cm_error *err)
@@ -131,13 +132,16 @@ void engine_open(struct engine *e, const char *path, const char *key_path,
     const char *adapter = getenv("CASEMATE_ADAPTER"), *its_key = getenv("CASEMATE_ADAPTER_KEY");
     const struct cm_package_core *core = &cm_package_head_of(e->package)->core;
     engine_must(cm_device_open("cpu", &options, &e->device, &err), &err);
-    struct cm_device_reserve reserve = {.model = &e->model.model,
-                                        .payload_bytes = core->payload_bytes,
-                                        .segment_bytes = core->segment_bytes,
-                                        .slots = limits->slots,
-                                        .kv_pages = limits->pages,
-                                        .context_max = limits->context,
-                                        .step_tokens_max = limits->step_tokens};
+    const char *kv = getenv("CASEMATE_KV");
+    struct cm_device_reserve reserve = {
+        .model = &e->model.model,
+        .payload_bytes = core->payload_bytes,
+        .segment_bytes = core->segment_bytes,
+        .slots = limits->slots,
+        .kv_pages = limits->pages,
+        .kv_kind = kv != NULL && strcmp(kv, "int8") == 0 ? CM_KV_INT8 : CM_KV_FP16,
+        .context_max = limits->context,
+        .step_tokens_max = limits->step_tokens};
     if (adapter != NULL) {
         reserve.adapters = 1;
         reserve.adapter_bytes = 64u << 20;

@@ -167,6 +167,12 @@ Test(kernels_adapter, each_gets_its_own_over_bf16_too)
     neighbours_run();
 }
 
+Test(kernels_adapter, each_gets_its_own_over_keys_and_values_of_int8_too)
+{
+    kv_kind = CM_KV_INT8;
+    neighbours_run();
+}
+
 /* B of zeros adds nothing: the bits are the plain model's. */
 Test(kernels_adapter, zeros_add_nothing)
 {

@@ -437,6 +437,24 @@ static struct cm_device *device_new(uint64_t payload, uint64_t prepared)
     return device;
 }
 
+/* A head of 32: 32 × 32 quants and 32 scales of fp16 in place of 32 × 32 fp16, for K and for V. */
+Test(kernels_cpu, pages_of_int8_are_half_as_large)
+{
+    struct cm_device *device = device_new(4096, 0);
+    struct cm_device_reserve reserve = device->limits;
+    uint64_t arena, page[2];
+    reserve.model = &shape;
+    for (uint32_t kind = 0; kind < 2; kind++) {
+        reserve.kv_kind = (enum cm_kv_kind)kind;
+        cr_assert_eq(cm_device_need(device, &reserve, &arena, &page[kind], &err), CM_OK);
+    }
+    cr_assert_eq(page[CM_KV_FP16], 2u * 32 * 32 * 2);
+    cr_assert_eq(page[CM_KV_INT8], 2u * (32 * 32 + 32 * 2));
+    reserve.kv_kind = CM_KV_KIND_COUNT;
+    cr_assert_eq(cm_device_need(device, &reserve, &arena, &page[0], &err), CM_E_CONFIG);
+    cm_device_close(device);
+}
+
 /* Too little, enough, too much, and so little that its range does not reach: the arena is the same.
  */
 Test(kernels_cpu, memory_that_was_prepared_becomes_the_arena)

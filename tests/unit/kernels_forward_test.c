@@ -132,6 +132,13 @@ Test(kernels_forward, nothing_changes_a_bit)
     ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S);
 }
 
+Test(kernels_forward, nothing_changes_a_bit_with_keys_and_values_of_int8)
+{
+    kv_kind = CM_KV_INT8;
+    ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S);
+    ways_compare(CM_TENSOR_BF16, CM_TENSOR_U8S);
+}
+
 /* Activations are floats for some matrices and quants for others. */
 Test(kernels_forward, nothing_changes_a_bit_with_bf16)
 {

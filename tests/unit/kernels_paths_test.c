@@ -353,11 +353,13 @@ struct scene {
     float *query, *out;
 };
 
-/* Keys and values of `positions` positions; what follows them in the last page is NaN. */
-static void scene_make(struct scene *s, uint32_t group, uint32_t head_width, uint32_t position,
-                       uint32_t tokens)
+/* Keys and values of all positions, put by path after path; what follows them in the last page is
+ * NaN, or all bits. */
+static void scene_make(struct scene *s, enum cm_kv_kind kind, uint32_t group, uint32_t head_width,
+                       uint32_t position, uint32_t tokens)
 {
-    size_t half_page = (size_t)head_width * 32 * 2, stride = (size_t)group * head_width;
+    static float key[1024 + 32], value[1024 + 32];
+    size_t half_page = cm_kv_head_bytes(kind, head_width), stride = (size_t)group * head_width;
     uint32_t positions = position + tokens, pages = (positions + 31) / 32;
     s->kv = memset(lines_new(pages * 2 * half_page + 64), 0xff, pages * 2 * half_page);
     s->query = lines_new(tokens * stride * 4);
@@ -367,11 +369,12 @@ static void scene_make(struct scene *s, uint32_t group, uint32_t head_width, uin
         s->pages[i] = pages - 1 - i;
     }
     for (uint32_t t = 0; t < positions; t++) {
-        uint16_t *page = (uint16_t *)(void *)(s->kv + s->pages[t / 32] * 2 * half_page);
-        for (uint32_t i = 0; i < head_width; i++) {
-            page[i * 32 + t % 32] = cm_half_of(uniform() * 3.0f);
-            page[half_page / 2 + t % 32 * head_width + i] = cm_half_of(uniform());
-        }
+        const struct cm_path *path = cm_path_choose(t % 2 == 0 ? NULL : "avx2");
+        uint8_t *page = s->kv + s->pages[t / 32] * 2 * half_page;
+        floats_fill(key, head_width, t % 5 == 4 ? 1e-3f : 3.0f);
+        floats_fill(value, head_width, 1.0f);
+        path->key_put(kind, key, head_width, page, t % 32);
+        path->value_put(kind, value, head_width, page + half_page, t % 32);
     }
     s->a = (struct cm_attention){.query = s->query,
                                  .query_stride = stride,
@@ -382,6 +385,7 @@ static void scene_make(struct scene *s, uint32_t group, uint32_t head_width, uin
                                  .pages = s->pages,
                                  .kv = s->kv,
                                  .page_bytes = 2 * half_page,
+                                 .kv_kind = kind,
                                  .v_offset = half_page,
                                  .scale = 0.125f,
                                  .out = s->out,
@@ -400,6 +404,60 @@ static void chunks_attend(const struct cm_path *path, const struct cm_attention 
     path->attend_merge(a, chunks, partials);
 }
 
+/* One quant and its scale, of a block of `count` floats. Keys are turned: the transform's matrix
+ * has -1 where the numbers of row and column have an odd count of ones in common. */
+static void kept_check(const struct cm_path *path, const float *block, uint32_t count, uint32_t k,
+                       bool turned, int8_t quant, const uint8_t *scale)
+{
+    double most = 0.0, value = 0.0;
+    uint16_t half;
+    for (uint32_t i = 0; i < 32; i++) {
+        double sum = turned || i >= count ? 0.0 : (double)block[i];
+        for (uint32_t j = 0; turned && j < count; j++) {
+            sum += (double)block[j] * (__builtin_popcount(i & j) % 2 == 0 ? 1.0 : -1.0);
+        }
+        most = fabs(sum) > most ? fabs(sum) : most;
+        value = i == k ? sum : value;
+    }
+    memcpy(&half, scale, sizeof(half));
+    const double d = (double)cm_half_float(half);
+    cr_assert(fabs(d - most / 127.0) <= d / 2000.0, "%s: scale %g of %g", path->name, d, most);
+    cr_assert(fabs(quant * most / 127.0 - value) <= 0.5002 * most / 127.0 + 1e-9,
+              "%s: %d of %g at %g", path->name, quant, value, most);
+}
+
+/* What is kept of a head, as the definition in kernels/NUMERICS.md reads it. */
+Test(kernels_paths, keys_and_values_are_kept_as_defined)
+{
+    enum { MOST = 256 };
+    static const uint32_t widths[] = {8, 24, 32, 64, 80, 256};
+    static float x[MOST + 32];
+    srand(8);
+    for (size_t i = 0; i < 6 * 32 * PATHS; i++) {
+        const struct cm_path *path = cm_path_choose(names[i % PATHS]);
+        const uint32_t width = widths[i / PATHS / 32], t = i / PATHS % 32;
+        const size_t bytes = cm_kv_head_bytes(CM_KV_INT8, width), blocks = (width + 31) / 32;
+        if (path == NULL) {
+            continue;
+        }
+        cr_assert_eq(bytes, blocks * (32 * 32 + 64));
+        uint8_t *key = memset(lines_new(bytes), 0, bytes), *value = lines_new(bytes);
+        memset(value, 0, bytes);
+        floats_fill(x, width, t == 7 ? 0.0f : 5.0f);
+        path->key_put(CM_KV_INT8, x, width, key, t);
+        path->value_put(CM_KV_INT8, x, width, value, t);
+        for (uint32_t k = 0; k < blocks * 32; k++) {
+            const float *block = x + k / 32 * 32;
+            const uint32_t count = width - k / 32 * 32 < 32 ? width - k / 32 * 32 : 32;
+            const size_t scale = blocks * 1024 + (k / 32 * 32 + t) * 2;
+            kept_check(path, block, count, k % 32, false, (int8_t)value[t * blocks * 32 + k],
+                       value + scale);
+            kept_check(path, block, count, k % 32, true, (int8_t)key[(k / 4 * 32 + t) * 4 + k % 4],
+                       key + scale);
+        }
+    }
+}
+
 Test(kernels_paths, attention_equals_the_definition)
 {
     /* group, head width, position, tokens */
@@ -410,11 +468,12 @@ Test(kernels_paths, attention_equals_the_definition)
     const uint32_t windows[] = {0, 1, 7, 32, 45, 256, 300, 700};
     const size_t count = sizeof(rows) / sizeof(rows[0]);
     srand(3);
-    for (size_t i = 0; i < count * 8; i++) {
+    for (size_t i = 0; i < count * 16; i++) {
         struct scene s;
         const uint32_t *row = rows[i % count];
-        scene_make(&s, row[0], row[1], row[2], row[3]);
-        s.a.window = windows[i / count];
+        const enum cm_kv_kind kind = i / count < 8 ? CM_KV_FP16 : CM_KV_INT8;
+        scene_make(&s, kind, row[0], row[1], row[2], row[3]);
+        s.a.window = windows[i / count % 8];
         s.a.cap = i % 3 == 2 ? 1.5f : 0.0f;
         size_t bytes = s.a.tokens * s.a.out_stride * 4;
         cm_plain_attend(&s.a);
@@ -426,13 +485,13 @@ Test(kernels_paths, attention_equals_the_definition)
             }
             memset(s.out, 0, bytes);
             path->attend(&s.a);
-            cr_assert_arr_eq(s.out, wanted, bytes, "%s, row %zu, window %u, cap %g", path->name,
-                             i % count, s.a.window, (double)s.a.cap);
+            cr_assert_arr_eq(s.out, wanted, bytes, "%s, kind %d, row %zu, window %u, cap %g",
+                             path->name, (int)kind, i % count, s.a.window, (double)s.a.cap);
             if (s.a.tokens == 1) {
                 memset(s.out, 0, bytes);
                 chunks_attend(path, &s.a);
-                cr_assert_arr_eq(s.out, wanted, bytes, "%s in chunks, row %zu, window %u",
-                                 path->name, i % count, s.a.window);
+                cr_assert_arr_eq(s.out, wanted, bytes, "%s in chunks, kind %d, row %zu, window %u",
+                                 path->name, (int)kind, i % count, s.a.window);
             }
         }
     }

@@ -38,6 +38,7 @@ static struct cm_model model = {.vocabulary = VOCABULARY,
                                 .end_token_count = 1};
 static uint8_t payload[32 * SEGMENT_BYTES];
 static uint64_t payload_bytes;
+static enum cm_kv_kind kv_kind; /* of the devices to come */
 static uint32_t attention_kind = CM_TENSOR_U8S, ffn_kind = CM_TENSOR_U8S; /* of the matrices */
 static struct cm_error err;
 
@@ -128,6 +129,7 @@ static inline struct cm_device_reserve reserve_of(uint32_t slots, uint32_t kv_pa
                                       .segment_bytes = SEGMENT_BYTES,
                                       .slots = slots,
                                       .kv_pages = kv_pages,
+                                      .kv_kind = kv_kind,
                                       .context_max = context_max,
                                       .step_tokens_max = step_tokens_max};
 }

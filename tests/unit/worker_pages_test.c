@@ -30,13 +30,18 @@ static void end(void)
 /* A page's content stands for what was computed: tenant and prefix. */
 static void page_write(uint32_t page, uint64_t mark)
 {
-    memcpy(device->kv + page * device->page_bytes, &mark, sizeof(mark));
+    uint8_t *at = device->kv + page * device->page_bytes;
+    memcpy(at, &mark, sizeof(mark));
+    memcpy(at + device->page_bytes - sizeof(mark), &mark, sizeof(mark));
 }
 
 static uint64_t page_read(uint32_t page)
 {
-    uint64_t mark;
-    memcpy(&mark, device->kv + page * device->page_bytes, sizeof(mark));
+    uint64_t mark, last;
+    const uint8_t *at = device->kv + page * device->page_bytes;
+    memcpy(&mark, at, sizeof(mark));
+    memcpy(&last, at + device->page_bytes - sizeof(last), sizeof(last));
+    cr_assert_eq(mark, last, "page %u is of two", page);
     return mark;
 }
 
@@ -69,9 +74,12 @@ Test(worker_pages, siphash_is_the_papers)
 
 Test(worker_pages, each_page_is_given_once_and_comes_back_wiped)
 {
-    begin(false);
     uint32_t taken[PAGES];
-    for (uint32_t round = 0; round < 3; round++) {
+    for (uint32_t round = 0; round < 6; round++) {
+        kv_kind = round < 3 ? CM_KV_FP16 : CM_KV_INT8;
+        if (round % 3 == 0) {
+            begin(false);
+        }
         for (uint32_t i = 0; i < PAGES; i++) {
             cr_assert_eq(cm_pages_available(pages), PAGES - i);
             taken[i] = cm_pages_take(pages);
@@ -82,8 +90,10 @@ Test(worker_pages, each_page_is_given_once_and_comes_back_wiped)
             page_write(taken[i], 7);
         }
         cm_pages_release(pages, taken, PAGES);
+        if (round % 3 == 2) {
+            end();
+        }
     }
-    end();
 }
 
 Test(worker_pages, the_exact_prefix_of_the_same_tenant_is_found_and_nothing_else)

@@ -199,6 +199,18 @@ static void setup(void)
 
 TestSuite(worker_scheduler, .init = setup);
 
+/* Pages of either kind are shared, kept, given up and filled again alike. */
+static void kinds_run(void (*work)(void))
+{
+    char halfs[CONTEXT + 1];
+    memcpy(halfs, alone[4], sizeof(halfs));
+    work();
+    kv_kind = CM_KV_INT8;
+    setup();
+    cr_assert_str_neq(halfs, alone[4], "what is kept makes no difference");
+    work();
+}
+
 /* Replies 1 .. ASKS are those of `asks`, whole and once. */
 static void replies_assert(const char *when)
 {
@@ -212,7 +224,7 @@ static void replies_assert(const char *when)
     }
 }
 
-Test(worker_scheduler, same_tokens_however_they_are_batched_chunked_preempted_or_held_back)
+static void same_tokens_however_they_are_batched_chunked_preempted_or_held_back(void)
 {
     static const uint32_t chunks[] = {1, 3, 16, 200}, slots[] = {1, 3, SLOTS},
                           pages[] = {PAGES_MANY, 12, 6};
@@ -241,6 +253,11 @@ Test(worker_scheduler, same_tokens_however_they_are_batched_chunked_preempted_or
     }
     printf("worker_scheduler: %u runs, %u with preemptions\n", runs, preempted);
     cr_assert_geq(preempted, 24u);
+}
+
+Test(worker_scheduler, same_tokens_however_they_are_batched_chunked_preempted_or_held_back)
+{
+    kinds_run(same_tokens_however_they_are_batched_chunked_preempted_or_held_back);
 }
 
 /* ------------------------------------------------------------------ limits */
@@ -557,7 +574,7 @@ static const struct reply *reply_of(const struct ask *ask)
     return &scene.replies[id];
 }
 
-Test(worker_scheduler, an_equal_prefix_is_computed_once_and_changes_no_token)
+static void an_equal_prefix_is_computed_once_and_changes_no_token(void)
 {
     const struct cm_scheduler_limits limits = {2, 2, PAGES_MANY, CONTEXT, 64, true, false};
     scene_begin(&limits);
@@ -572,6 +589,11 @@ Test(worker_scheduler, an_equal_prefix_is_computed_once_and_changes_no_token)
     }
     empty_assert();
     scene_end();
+}
+
+Test(worker_scheduler, an_equal_prefix_is_computed_once_and_changes_no_token)
+{
+    kinds_run(an_equal_prefix_is_computed_once_and_changes_no_token);
 }
 
 Test(worker_scheduler, without_the_cache_nothing_is_reused)
@@ -605,7 +627,7 @@ Test(worker_scheduler, no_tenant_finds_anothers_prefix)
 }
 
 /* Each logit of each computed position, bit by bit, with and without reuse. */
-Test(worker_scheduler, logits_are_bit_equal_with_and_without_the_cache)
+static void logits_are_bit_equal_with_and_without_the_cache(void)
 {
     static float probe[CONTEXT * VOCABULARY], first[CONTEXT * VOCABULARY];
     static bool computed[CONTEXT];
@@ -644,6 +666,11 @@ Test(worker_scheduler, logits_are_bit_equal_with_and_without_the_cache)
     }
 }
 
+Test(worker_scheduler, logits_are_bit_equal_with_and_without_the_cache)
+{
+    kinds_run(logits_are_bit_equal_with_and_without_the_cache);
+}
+
 /* What another one computes while it runs is found by who comes later. */
 Test(worker_scheduler, a_running_requests_prefix_is_shared)
 {
@@ -668,7 +695,7 @@ Test(worker_scheduler, a_running_requests_prefix_is_shared)
 }
 
 /* A neighbour that comes, is refused, cancelled, or ends changes nothing for the others. */
-Test(worker_scheduler, a_sequence_that_goes_away_disturbs_no_neighbour)
+static void a_sequence_that_goes_away_disturbs_no_neighbour(void)
 {
     for (uint32_t victim = 0; victim < ASKS; victim++) {
         const struct cm_scheduler_limits limits = {
@@ -693,6 +720,11 @@ Test(worker_scheduler, a_sequence_that_goes_away_disturbs_no_neighbour)
         empty_assert();
         scene_end();
     }
+}
+
+Test(worker_scheduler, a_sequence_that_goes_away_disturbs_no_neighbour)
+{
+    kinds_run(a_sequence_that_goes_away_disturbs_no_neighbour);
 }
 
 Test(worker_scheduler, prompts_share_a_step_with_decodes_in_bounds)
