@@ -54,7 +54,7 @@ struct cm_config_names {
     char names[CM_CONFIG_TLS_NAMES][CM_NAME_BYTES];
 };
 
-#define CM_CONFIG_ROW_COUNT 41
+#define CM_CONFIG_ROW_COUNT 42
 
 struct cm_configuration {
     /* sealed */
@@ -66,6 +66,7 @@ struct cm_configuration {
     char attest_mode[CM_CONFIG_TEXT_BYTES];
     char require_sandbox[CM_CONFIG_TEXT_BYTES];
     char guard[CM_CONFIG_TEXT_BYTES], guard_rules[CM_CONFIG_TEXT_BYTES];
+    char kv_kind[CM_CONFIG_TEXT_BYTES];
     uint64_t adapters_max, adapter_bytes_max, adapter_rank_max;
     char adapter_owners[CM_CONFIG_TEXT_BYTES];
     /* site */

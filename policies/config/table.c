@@ -26,6 +26,7 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     {"require_sandbox", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "full", "full|best", AT(require_sandbox), "full: refuse to start where nothing holds one of the sandbox's promises; best: take what the machine has"},
     {"guard", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "on", "on|off", AT(guard), "off: prompts and replies pass no rules"},
     {"guard_rules", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(guard_rules), "YAML file of more guard rules, or of other ones (policies/guard/README.md); empty: the built-in ones alone"},
+    {"kv_kind", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "fp16", "fp16|int8", AT(kv_kind), "what keys and values are kept as; int8: nearly twice the positions in kv_bytes, and other tokens (bench/README.md has the loss)"},
     {"adapters_max", SEALED, CM_CONFIG_NUMBER, 0, CM_ADAPTERS_MAX, "", "0", "", AT(adapters_max), "adapters (LoRA) that may be loaded at once; 0: none"},
     {"adapter_bytes_max", SEALED, CM_CONFIG_NUMBER, 65536, 4ull << 30, "bytes", "67108864", "", AT(adapter_bytes_max), "weights of one adapter; memory for adapters_max of them is taken at the start"},
     {"adapter_rank_max", SEALED, CM_CONFIG_NUMBER, 1, 64, "", "64", "", AT(adapter_rank_max), "rank of an adapter"},
@@ -143,12 +144,13 @@ enum cm_status cm_config_sealed_text(const struct cm_configuration *configuratio
     char owner_hex[2 * CM_PUBLIC_KEY_BYTES + 1], policy_hex[2 * CM_PUBLIC_KEY_BYTES + 1];
     cm_hex_write(owner, CM_PUBLIC_KEY_BYTES, owner_hex);
     cm_hex_write(policy, CM_PUBLIC_KEY_BYTES, policy_hex);
-    int bytes = snprintf(
-        ret_text, CM_CONFIG_SEALED_BYTES,
-        "package_owner %s\npolicy_authority %s\ndevice %s\ntpm %s\nattest_mode %s\n"
-        "require_sandbox %s\nguard %s\n",
-        owner_hex, policy_hex, configuration->device, configuration->tpm,
-        cm_config_attest_mode(configuration), configuration->require_sandbox, configuration->guard);
+    int bytes =
+        snprintf(ret_text, CM_CONFIG_SEALED_BYTES,
+                 "package_owner %s\npolicy_authority %s\ndevice %s\ntpm %s\nattest_mode %s\n"
+                 "require_sandbox %s\nguard %s\nkv_kind %s\n",
+                 owner_hex, policy_hex, configuration->device, configuration->tpm,
+                 cm_config_attest_mode(configuration), configuration->require_sandbox,
+                 configuration->guard, configuration->kv_kind);
     if (bytes > 0 && bytes < CM_CONFIG_SEALED_BYTES && configuration->adapters_max > 0) {
         bytes += adapters_put(configuration, owners, ret_text + bytes,
                               CM_CONFIG_SEALED_BYTES - (size_t)bytes);

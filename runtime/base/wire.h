@@ -78,6 +78,9 @@ struct cm_wire_hello {
     uint32_t queue_max;
     uint32_t kv_pages;
     uint32_t kv_page_positions;
+    uint32_t kv_int8; /* 1: keys and values are kept as int8; 0: fp16 */
+    uint32_t reserved;
+    uint64_t kv_page_bytes;
     uint64_t created_unix_s;
 };
 

@@ -265,6 +265,8 @@ static void worker_write(const struct cm_metrics_now *now, struct evbuffer *out)
             stats->completion_tokens_total);
     single(out, "casemate_kv_pages", "gauge", "Pages of the key-value cache.", stats->kv_pages);
     single(out, "casemate_kv_pages_used", "gauge", "Pages in use.", stats->kv_pages_used);
+    single(out, "casemate_kv_page_bytes", "gauge", "Of one page.",
+           (double)now->hello->kv_page_bytes);
     if (now->last_step_age_seconds >= 0) {
         single(out, "casemate_last_step_age_seconds", "gauge", "Since the last finished step.",
                now->last_step_age_seconds);
@@ -291,8 +293,11 @@ static void compatibility_write(const struct cm_metrics_now *now, struct evbuffe
     compatible(out, "vllm:kv_cache_usage_perc", "Key-value cache in use, 0 to 1.", now->model,
                used);
     head(out, "vllm:cache_config_info", "gauge", "Shape of the key-value cache.");
-    cm_text_format(out, "vllm:cache_config_info{block_size=\"%u\",num_gpu_blocks=\"%u\"} 1\n",
-                   now->hello->kv_page_positions, now->hello->kv_pages);
+    cm_text_format(
+        out,
+        "vllm:cache_config_info{block_size=\"%u\",cache_dtype=\"%s\",num_gpu_blocks=\"%u\"} 1\n",
+        now->hello->kv_page_positions, now->hello->kv_int8 == 1 ? "int8" : "fp16",
+        now->hello->kv_pages);
     if (now->adapters_max > 0) {
         head(out, "vllm:lora_requests_info", "gauge", "Adapters that requests use now.");
         cm_text_format(out, "vllm:lora_requests_info{max_lora=\"%u\",running_lora_adapters=",

@@ -120,13 +120,15 @@ static enum cm_status limits_make(struct cm_worker *worker, struct cm_device_res
     if (config->context_max != 0 && config->context_max < context) {
         context = config->context_max;
     }
-    *ret_reserve = (struct cm_device_reserve){.model = model,
-                                              .payload_bytes = core->payload_bytes,
-                                              .segment_bytes = core->segment_bytes,
-                                              .slots = config->sequences_max,
-                                              .kv_pages = 1,
-                                              .context_max = context,
-                                              .step_tokens_max = config->step_tokens_max};
+    *ret_reserve =
+        (struct cm_device_reserve){.model = model,
+                                   .payload_bytes = core->payload_bytes,
+                                   .segment_bytes = core->segment_bytes,
+                                   .slots = config->sequences_max,
+                                   .kv_pages = 1,
+                                   .kv_kind = config->kv_int8 == 1 ? CM_KV_INT8 : CM_KV_FP16,
+                                   .context_max = context,
+                                   .step_tokens_max = config->step_tokens_max};
     if (config->adapters_max > 0) {
         ret_reserve->adapters = config->adapters_max;
         ret_reserve->adapter_bytes = config->adapter_bytes_max;
@@ -174,6 +176,8 @@ static void hello_make(struct cm_worker *worker)
     hello->queue_max = worker->limits.queue_max;
     hello->kv_pages = worker->limits.kv_pages;
     hello->kv_page_positions = CM_KV_PAGE_POSITIONS;
+    hello->kv_page_bytes = facts.kv_page_bytes;
+    hello->kv_int8 = worker->config.kv_int8;
     hello->created_unix_s = (uint64_t)time(NULL);
 }
 
@@ -258,6 +262,8 @@ static void loaded_log(const struct cm_worker *worker, const struct reporter *re
            CM_LOG_I("bind_us", stage_us[CM_LOAD_BIND]), CM_LOG_I("read_us", loaded->read_us),
            CM_LOG_I("verify_us", loaded->verify_us), CM_LOG_I("decrypt_us", loaded->decrypt_us),
            CM_LOG_I("total_us", loaded->total_us), CM_LOG_I("kv_pages", worker->limits.kv_pages),
+           CM_LOG_S("kv_kind", worker->hello.kv_int8 == 1 ? "int8" : "fp16"),
+           CM_LOG_I("kv_page_bytes", worker->hello.kv_page_bytes),
            CM_LOG_I("context_max", worker->limits.context_max),
            CM_LOG_S("weights", loaded->arena_locked ? "locked" : "not locked"));
 }

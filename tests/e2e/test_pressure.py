@@ -111,6 +111,33 @@ def test_without_the_prefix_cache_the_tokens_are_the_same(started):
     assert len(set(replies)) == 1
 
 
+def test_keys_and_values_as_int8_are_measured_and_take_half_the_memory(build, folder, tmp_path):
+    node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.make(folder / "tiny.gguf", "soak")
+    found = {}
+    for kind in ("fp16", "int8"):
+        yaml = node.state / "casemate.yaml"
+        if kind == "int8":
+            yaml.write_text(yaml.read_text().replace("sealed:\n", "sealed:\n  kv_kind: int8\n"))
+            node.start("--kv_bytes", 8 << 20, wait=False)
+            assert node.service.wait(30) == 5 and "CM-SEAL-PCR" in node.tail()  # the owner did not sign this
+            node.sign()
+        node.start("--kv_bytes", 8 << 20)
+        node.api_key = node.key(kind)
+        time.sleep(1.1)
+        replies = [ask(node, "a beginning that comes again and again " * 5, max_tokens=60) for _ in range(2)]
+        assert replies[0].choices[0].message.content == replies[1].choices[0].message.content
+        assert replies[1].usage.prompt_tokens_details.cached_tokens > 0
+        metrics = node.get("/metrics", node.api_key)[1]
+        assert f'cache_dtype="{kind}"' in metrics and f'"kv_kind":"{kind}"' in node.log.read_text()
+        found[kind] = {line.split()[0]: int(line.split()[1]) for line in metrics.splitlines()
+                       if line.startswith(("casemate_kv_pages ", "casemate_kv_page_bytes "))}
+        assert node.stop() == 0
+    for kind, figures in found.items():
+        assert figures["casemate_kv_pages"] == (8 << 20) // figures["casemate_kv_page_bytes"], found
+    assert 1.6 < found["int8"]["casemate_kv_pages"] / found["fp16"]["casemate_kv_pages"] <= 1.9, found
+
+
 def test_more_memory_than_there_is_is_refused_with_both_numbers(build, folder):
     node = nodes.Node(build / "bin", folder / "node", folder / "owner")
     node.make(folder / "tiny.gguf", "soak")

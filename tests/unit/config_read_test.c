@@ -229,6 +229,7 @@ Test(config_point, what_may_be_loaded_is_measured)
                                        &bytes[0], &err),
                  CM_OK);
     cr_assert_null(strstr(without, "adapter"));
+    cr_assert_not_null(strstr(without, "\nkv_kind fp16\n"));
     configuration.adapters_max = 3;
     cr_assert_eq(
         cm_config_sealed_text(&configuration, expected, expected, &owners, with, &bytes[1], &err),
