@@ -95,6 +95,10 @@ def long_rows(part: dict) -> list[Row]:
                 ratio(part, "ours: decode at 4096", "llama.cpp: decode at 4096"), 2.5,
                 f"{show(figure(part, 'ours: decode at 4096'), 'tok/s')}; "
                 f"{show(figure(part, 'llama.cpp: decode at 4096'), 'tok/s')}"),
+            Row("decode at 4k: int8 K and V ÷ fp16",
+                ratio(part, "ours, int8 K and V: decode at 4096", "ours: decode at 4096"), None,
+                f"{show(figure(part, 'ours, int8 K and V: decode at 4096'), 'tok/s')}; "
+                f"{part['kv_bytes_per_position_int8']} and {part['kv_bytes_per_position']} bytes a position"),
             Row("step linear in context: greatest deviation", worst, 0.15,
                 f"{steps[0]:.2f} ms + {1e6 * slope:.0f} ns a position ({per_second:.1f} GB/s of K and V)",
                 at_most=True, unit="")]

@@ -52,8 +52,9 @@ class Bench:
             key.write_bytes(package_reader.recovery_key((folder / "r").read_bytes(), PASSPHRASE))
         return package, key
 
-    def ours(self, name: str, model: pathlib.Path, path: str = "") -> arms.Arm:
-        environment = {"CASEMATE_THREADS": str(self.threads), **({"CASEMATE_CPU": path} if path else {})}
+    def ours(self, name: str, model: pathlib.Path, path: str = "", kv: str = "fp16") -> arms.Arm:
+        environment = {"CASEMATE_THREADS": str(self.threads), "CASEMATE_KV": kv,
+                       **({"CASEMATE_CPU": path} if path else {})}
         return arms.Arm(self.harness / "bench_ours", *self.seal(model, name), **environment)
 
     def probe(self) -> arms.Arm:
@@ -156,10 +157,13 @@ class Bench:
         """Decode behind 4,096 positions, and how a step grows with them."""
         rounds, ours = arms.Rounds(), self.ours("smollm2", self.options.model)
         asked = [(f"ours: decode at {at}", ours, f"decode {at} 32") for at in (64, 1024, 2048, 4096)]
+        narrow = self.ours("smollm2", self.options.model, kv="int8")
+        asked += [("ours, int8 K and V: decode at 4096", narrow, "decode 4096 32")]
         peer = self.peer(self.options.model)
         asked += [("llama.cpp: decode at 4096", peer, "decode 4096 16")] if peer else []
         self.rounds(rounds, asked, ours.greeting["weight_bytes"])
         return {"device": ours.greeting["name"], "kv_bytes_per_position": ours.greeting["kv_bytes_per_position"],
+                "kv_bytes_per_position_int8": narrow.greeting["kv_bytes_per_position"],
                 "figures": rounds.figures(self.threads)}
 
     def growth(self) -> dict:
