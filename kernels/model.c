@@ -1,16 +1,6 @@
 /* Sizes of tensors in compute layout. */
 #include "kernels/model.h"
 
-static const struct {
-    uint32_t quant_bytes; /* per tile */
-    uint32_t scale_bytes;
-} tiles[CM_TENSOR_KIND_COUNT] = {
-    [CM_TENSOR_U4A] = {256, 64},
-    [CM_TENSOR_U4S] = {256, 32},
-    [CM_TENSOR_U8S] = {512, 32},
-    [CM_TENSOR_BF16] = {1024, 0},
-};
-
 bool cm_tensor_layout(uint32_t kind, uint64_t rows, uint64_t columns, uint64_t *ret_quant_bytes,
                       uint64_t *ret_scale_bytes)
 {
@@ -29,8 +19,9 @@ bool cm_tensor_layout(uint32_t kind, uint64_t rows, uint64_t columns, uint64_t *
         return true;
     }
     uint64_t row_tiles = (rows + CM_ROWS_PAD - 1) / CM_ROWS_PAD * (CM_ROWS_PAD / CM_TILE_ROWS);
+    const struct cm_tile_shape tile = cm_tile_shape(kind);
     uint64_t blocks = (columns + CM_COLUMNS_PAD - 1) / CM_COLUMNS_PAD;
-    *ret_quant_bytes = row_tiles * blocks * tiles[kind].quant_bytes;
-    *ret_scale_bytes = row_tiles * blocks * tiles[kind].scale_bytes;
+    *ret_quant_bytes = row_tiles * blocks * tile.quant_bytes;
+    *ret_scale_bytes = row_tiles * blocks * tile.scale_bytes;
     return true;
 }

@@ -33,8 +33,30 @@ enum cm_tensor_kind {
     CM_TENSOR_U8S = 4,  /* u8 symmetric: w = d*(q-128); fp16 d[16] per tile */
     CM_TENSOR_BF16 = 5, /* bf16: pairs of columns [16][16][2] per tile, no scale plane */
     CM_TENSOR_F16 = 6,  /* fp16 [row tile][columns][16 rows], no scale plane (adapters) */
+    CM_TENSOR_U5A = 7,  /* u5 affine: w = d*q + m, q 0..31; fp16 d[16], m[16] per tile */
+    CM_TENSOR_U5S = 8,  /* u5 symmetric: w = d*(q-16); fp16 d[16] per tile */
     CM_TENSOR_KIND_COUNT
 };
+
+/* A tile of a matrix kind: w = d * (q - zero), or d * q + m. */
+struct cm_tile_shape {
+    uint32_t quant_bytes, scale_bytes;
+    uint32_t bits; /* of a quant; 16: bf16 */
+    int32_t zero;
+    bool affine; /* has m */
+};
+
+/* quant_bytes 0: the kind's tensors are not made of tiles. Inline, so that a constant kind folds.
+ */
+static inline struct cm_tile_shape cm_tile_shape(uint32_t kind)
+{
+    static const struct cm_tile_shape shapes[CM_TENSOR_KIND_COUNT] = {
+        [CM_TENSOR_U4A] = {256, 64, 4, 0, true},    [CM_TENSOR_U4S] = {256, 32, 4, 8, false},
+        [CM_TENSOR_U8S] = {512, 32, 8, 128, false}, [CM_TENSOR_BF16] = {1024, 0, 16, 0, false},
+        [CM_TENSOR_U5A] = {320, 64, 5, 0, true},    [CM_TENSOR_U5S] = {320, 32, 5, 16, false},
+    };
+    return kind < CM_TENSOR_KIND_COUNT ? shapes[kind] : shapes[CM_TENSOR_NONE];
+}
 
 struct cm_tensor {
     char name[CM_TENSOR_NAME_BYTES]; /* terminated; for errors and `inspect` */

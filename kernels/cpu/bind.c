@@ -66,7 +66,7 @@ static enum cm_status matrix_bind(const struct cm_device *device, const struct c
     if (status != CM_OK) {
         return status;
     }
-    if (tensor->kind == CM_TENSOR_F32) {
+    if (cm_tile_shape(tensor->kind).quant_bytes == 0) {
         return refuse(tensor, "this device has no kernel for the kind", err);
     }
     const uint8_t *quants = device->payload + tensor->offset;

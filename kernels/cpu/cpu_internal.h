@@ -69,6 +69,10 @@ struct cm_span {
 typedef void (*cm_gemm)(const struct cm_matrix *matrix, const struct cm_activations *x,
                         struct cm_span span, float *y, size_t stride);
 
+/* The kinds of quants: a path has a product for each. */
+#define CM_QUANT_KINDS(X)                                                                          \
+    X(CM_TENSOR_U4A) X(CM_TENSOR_U4S) X(CM_TENSOR_U5A) X(CM_TENSOR_U5S) X(CM_TENSOR_U8S)
+
 /* Row `row` of a matrix as floats (embedding look-up). */
 void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uint32_t columns);
 

@@ -56,12 +56,12 @@ INLINE void sums_make(struct chunk *chunk, uint32_t step, uint32_t block, const 
     __asm__ volatile("" ::: "memory");
 }
 
-INLINE void chunk_unpack(struct block_shape shape, struct chunk *chunk, const uint8_t *quants,
+INLINE void chunk_unpack(struct cm_tile_shape shape, struct chunk *chunk, const uint8_t *quants,
                          const uint8_t *scales)
 {
     for (uint32_t b = 0; b < chunk->blocks; b++) {
         __m512i w[8];
-        unpack(shape.wide, quants + b * shape.quant_bytes, w);
+        unpack(shape, quants + b * shape.quant_bytes, w);
         for (uint32_t j = 0; j < 8; j++) {
             _mm512_store_si512(chunk->bytes[b] + 64 * j, w[j]);
         }
@@ -73,7 +73,7 @@ INLINE void chunk_unpack(struct block_shape shape, struct chunk *chunk, const ui
 }
 
 /* p of 16 tokens, one more block. at: of the panel's block in the activations' planes. */
-INLINE void scales_apply(struct block_shape shape, const struct chunk *chunk, uint32_t step,
+INLINE void scales_apply(struct cm_tile_shape shape, const struct chunk *chunk, uint32_t step,
                          uint32_t block, const struct cm_activations *x, size_t at, __m512 p[16])
 {
     const int32_t *sums = chunk->sums[step % (2 * AHEAD)];
@@ -118,7 +118,7 @@ INLINE void walk_sums(struct chunk *chunk, struct walk *walk)
 
 /* One chunk of one row tile for all panels: y += p. The tile unit runs AHEAD blocks before the
  * scales. */
-INLINE void chunk_run(struct block_shape shape, struct chunk *chunk, struct walk walk, bool first,
+INLINE void chunk_run(struct cm_tile_shape shape, struct chunk *chunk, struct walk walk, bool first,
                       float *y, size_t stride)
 {
     struct walk ahead = walk;
@@ -145,7 +145,7 @@ INLINE void chunk_run(struct block_shape shape, struct chunk *chunk, struct walk
 INLINE void kind_run(uint32_t kind, const struct cm_matrix *matrix, const struct cm_activations *x,
                      struct cm_span span, float *y, size_t stride)
 {
-    const struct block_shape shape = shape_of(kind);
+    const struct cm_tile_shape shape = cm_tile_shape(kind);
     const uint32_t blocks = matrix->blocks;
     struct chunk chunk;
     struct walk walk = {.x = x,
@@ -164,6 +164,11 @@ INLINE void kind_run(uint32_t kind, const struct cm_matrix *matrix, const struct
     }
 }
 
+#define KIND(kind)                                                                                 \
+    case kind:                                                                                     \
+        kind_run(kind, matrix, x, whole, y, stride);                                               \
+        break;
+
 void cm_amx_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                  struct cm_span span, float *y, size_t stride)
 {
@@ -176,12 +181,10 @@ void cm_amx_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
     rest.token_first = whole.token_last;
     if (whole.token_first < whole.token_last) {
         _tile_loadconfig(&config);
-        if (matrix->kind == CM_TENSOR_U4A) {
-            kind_run(CM_TENSOR_U4A, matrix, x, whole, y, stride);
-        } else if (matrix->kind == CM_TENSOR_U4S) {
-            kind_run(CM_TENSOR_U4S, matrix, x, whole, y, stride);
-        } else {
-            kind_run(CM_TENSOR_U8S, matrix, x, whole, y, stride);
+        switch (matrix->kind) {
+            CM_QUANT_KINDS(KIND)
+        default:
+            CM_ASSERT(false);
         }
         _tile_release();
     }

@@ -21,7 +21,7 @@ INLINE __m512i pairs_of(__m512 first, __m512 second)
 }
 
 /* One block as a tile: pair of columns k, k + 1 of all 16 rows in line k / 2. */
-INLINE void block_round(struct block_shape shape, const uint8_t *quants, const uint8_t *scales,
+INLINE void block_round(struct cm_tile_shape shape, const uint8_t *quants, const uint8_t *scales,
                         uint8_t *to)
 {
     const __m512i byte = _mm512_set1_epi32(255);
@@ -29,7 +29,7 @@ INLINE void block_round(struct block_shape shape, const uint8_t *quants, const u
     const __m512 m =
         shape.affine ? half16(scales + 32) : _mm512_mul_ps(d, _mm512_set1_ps(-(float)shape.zero));
     __m512i w[8];
-    unpack(shape.wide, quants, w);
+    unpack(shape, quants, w);
 #pragma GCC unroll 8
     for (uint32_t j = 0; j < 8; j++) {
         __m512 column[4];
@@ -52,7 +52,7 @@ struct weights { /* of up to two row tiles, CHUNK_BLOCKS blocks */
 INLINE void weights_take(uint32_t kind, const struct cm_matrix *matrix, uint32_t tile,
                          uint32_t tiles, uint32_t first, struct weights *w)
 {
-    const struct block_shape shape = shape_of(kind);
+    const struct cm_tile_shape shape = cm_tile_shape(kind);
     w->blocks = matrix->blocks - first < CHUNK_BLOCKS ? matrix->blocks - first : CHUNK_BLOCKS;
     for (uint32_t i = 0; i < tiles; i++) {
         const size_t at = (size_t)(tile + i) * matrix->blocks + first;
@@ -197,18 +197,20 @@ INLINE void kind_run(uint32_t kind, const struct cm_matrix *matrix, struct span_
     _tile_release();
 }
 
+#define KIND(kind)                                                                                 \
+    case kind:                                                                                     \
+        kind_run(kind, matrix, run);                                                               \
+        return;
+
 void cm_amx_bf16_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                       struct cm_span span, float *y, size_t stride)
 {
     const struct span_run run = {x, span, y, stride};
-    if (matrix->kind == CM_TENSOR_U4A) {
-        kind_run(CM_TENSOR_U4A, matrix, run);
-    } else if (matrix->kind == CM_TENSOR_U4S) {
-        kind_run(CM_TENSOR_U4S, matrix, run);
-    } else if (matrix->kind == CM_TENSOR_BF16) {
-        kind_run(CM_TENSOR_BF16, matrix, run);
-    } else {
-        kind_run(CM_TENSOR_U8S, matrix, run);
+    switch (matrix->kind) {
+        CM_QUANT_KINDS(KIND)
+        KIND(CM_TENSOR_BF16)
+    default:
+        CM_ASSERT(false);
     }
 }
 

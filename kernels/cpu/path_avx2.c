@@ -1,7 +1,7 @@
 /* Matrix product with AVX2: the same lanes as AVX-512 VNNI in two halves of 8 rows. Byte products
- * go through 16 bits; nibbles of 0..15 times int8 summed over 8 columns stay below 2^15 (15*127*16
- * = 30480), so nothing saturates; bytes are taken as two nibbles. A block's quants are unpacked
- * once for up to 4 tokens. */
+ * go through 16 bits, and nothing may saturate: u4 sums all 32 columns (15*127*16 = 30480 < 2^15),
+ * u5 each half of them for itself (31*127*8 = 31496), and bytes are taken as two nibbles. A block's
+ * quants are unpacked once for up to 4 tokens. */
 #include "kernels/cpu/cpu_internal.h"
 
 #include <immintrin.h>
@@ -28,35 +28,49 @@ INLINE __m256i widen(__m256i sixteen)
     return _mm256_madd_epi16(sixteen, _mm256_set1_epi16(1));
 }
 
+INLINE __m256i bytes32(const uint8_t *at)
+{
+    return _mm256_loadu_si256((const __m256i *)(const void *)at);
+}
+
 /* Sums of `count` tokens over one tile, 8 rows at `quants` (rows 8..15 lie 32 bytes further). Low
- * and high nibbles meet columns 4j and 16+4j (u4), or are two digits of column 4j (u8). */
-INLINE void block_sums(bool wide, const uint8_t *quants, const int8_t *x, uint32_t count,
+ * and high nibbles meet columns 4j and 16+4j (u4, u5), or are two digits of column 4j (u8). */
+INLINE void block_sums(uint32_t bits, const uint8_t *quants, const int8_t *x, uint32_t count,
                        __m256i *sums)
 {
-    const __m256i low = _mm256_set1_epi8(15);
-    __m256i digits[TOKENS];
-    for (uint32_t c = 0; c < count; c++) {
-        sums[c] = digits[c] = _mm256_setzero_si256();
+    const __m256i low = _mm256_set1_epi8(15), sixteen = _mm256_set1_epi8(16);
+    const __m256i plane = bits == 5 ? bytes32(quants + 256) : low;
+    __m256i others[TOKENS];
+    if (bits == 5) {
+        _mm_prefetch((const char *)quants + 256 + PREFETCH_BYTES, _MM_HINT_T0);
     }
-    for (uint32_t j = 0; j < (wide ? 8u : 4u); j++) {
+    for (uint32_t c = 0; c < count; c++) {
+        sums[c] = others[c] = _mm256_setzero_si256();
+    }
+    for (uint32_t j = 0; j < (bits == 8 ? 8u : 4u); j++) {
         _mm_prefetch((const char *)quants + 64 * j + PREFETCH_BYTES, _MM_HINT_T0);
-        __m256i w = _mm256_loadu_si256((const __m256i *)(const void *)(quants + 64 * j));
+        __m256i w = bytes32(quants + 64 * j);
         __m256i w0 = _mm256_and_si256(w, low);
         __m256i w1 = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
+        if (bits == 5) { /* bits j and 4+j of a byte of the plane are these columns' fifths */
+            w0 = _mm256_or_si256(
+                w0, _mm256_and_si256(_mm256_slli_epi16(plane, (uint8_t)(4 - j)), sixteen));
+            w1 = _mm256_or_si256(w1,
+                                 _mm256_and_si256(_mm256_srli_epi16(plane, (uint8_t)j), sixteen));
+        }
         for (uint32_t c = 0; c < count; c++) {
             const int8_t *from = x + c * CM_TILE_COLUMNS + 4 * j;
+            __m256i *second = bits == 4 ? &sums[c] : &others[c];
             sums[c] = _mm256_add_epi16(sums[c], _mm256_maddubs_epi16(w0, four(from)));
-            if (wide) {
-                digits[c] = _mm256_add_epi16(digits[c], _mm256_maddubs_epi16(w1, four(from)));
-            } else {
-                sums[c] = _mm256_add_epi16(sums[c], _mm256_maddubs_epi16(w1, four(from + 16)));
-            }
+            from += bits == 8 ? 0 : 16;
+            *second = _mm256_add_epi16(*second, _mm256_maddubs_epi16(w1, four(from)));
         }
     }
     for (uint32_t c = 0; c < count; c++) {
         sums[c] = widen(sums[c]);
-        if (wide) {
-            sums[c] = _mm256_add_epi32(sums[c], _mm256_slli_epi32(widen(digits[c]), 4));
+        if (bits != 4) {
+            sums[c] =
+                _mm256_add_epi32(sums[c], _mm256_slli_epi32(widen(others[c]), bits == 8 ? 4 : 0));
         }
     }
 }
@@ -67,28 +81,26 @@ INLINE void half_rows(uint32_t kind, const struct cm_matrix *matrix, const struc
                       size_t at, uint32_t width, uint32_t count, uint32_t tile, uint32_t half,
                       float *y, size_t stride)
 {
-    const bool affine = kind == CM_TENSOR_U4A, wide = kind == CM_TENSOR_U8S;
+    const struct cm_tile_shape shape = cm_tile_shape(kind);
     const uint32_t blocks = matrix->blocks;
-    const size_t quant_bytes = wide ? 512 : 256, scale_bytes = affine ? 64 : 32;
-    const int32_t zero = wide ? 128 : (affine ? 0 : 8);
-    const uint8_t *quants = matrix->quants + (size_t)tile * blocks * quant_bytes + half * 32;
-    const uint8_t *scales = matrix->scales + (size_t)tile * blocks * scale_bytes + half * 16;
+    const uint8_t *quants = matrix->quants + (size_t)tile * blocks * shape.quant_bytes + half * 32;
+    const uint8_t *scales = matrix->scales + (size_t)tile * blocks * shape.scale_bytes + half * 16;
     __m256 out[TOKENS], p[TOKENS];
     __m256i sums[TOKENS];
     for (uint32_t c = 0; c < count; c++) {
         out[c] = p[c] = _mm256_setzero_ps();
     }
     for (uint32_t b = 0; b < blocks; b++, at += width) {
-        block_sums(wide, quants, x->q + at * CM_TILE_COLUMNS, count, sums);
-        const __m256 d = half8(scales), m = affine ? half8(scales + 32) : d;
+        block_sums(shape.bits, quants, x->q + at * CM_TILE_COLUMNS, count, sums);
+        const __m256 d = half8(scales), m = shape.affine ? half8(scales + 32) : d;
         for (uint32_t c = 0; c < count; c++) {
             __m256i sum = sums[c];
-            if (zero != 0) {
-                sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(zero * x->count[at + c]));
+            if (shape.zero != 0) {
+                sum = _mm256_sub_epi32(sum, _mm256_set1_epi32(shape.zero * x->count[at + c]));
             }
             p[c] = _mm256_fmadd_ps(_mm256_mul_ps(d, _mm256_set1_ps(x->scale[at + c])),
                                    _mm256_cvtepi32_ps(sum), p[c]);
-            if (affine) {
+            if (shape.affine) {
                 p[c] = _mm256_fmadd_ps(m, _mm256_set1_ps(x->sum[at + c]), p[c]);
             }
             if (b % 8 == 7 || b + 1 == blocks) {
@@ -96,8 +108,8 @@ INLINE void half_rows(uint32_t kind, const struct cm_matrix *matrix, const struc
                 p[c] = _mm256_setzero_ps();
             }
         }
-        quants += quant_bytes;
-        scales += scale_bytes;
+        quants += shape.quant_bytes;
+        scales += shape.scale_bytes;
     }
     for (uint32_t c = 0; c < count; c++) {
         _mm256_storeu_ps(y + c * stride + half * 8, out[c]);
@@ -134,16 +146,18 @@ INLINE void kind_run(uint32_t kind, const struct cm_matrix *matrix, const struct
     }
 }
 
+#define KIND(kind)                                                                                 \
+    case kind:                                                                                     \
+        kind_run(kind, matrix, x, span, y, stride);                                                \
+        return;
+
 void cm_avx2_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                   struct cm_span span, float *y, size_t stride)
 {
-    if (matrix->kind == CM_TENSOR_U4A) {
-        kind_run(CM_TENSOR_U4A, matrix, x, span, y, stride);
-    } else if (matrix->kind == CM_TENSOR_U4S) {
-        kind_run(CM_TENSOR_U4S, matrix, x, span, y, stride);
-    } else if (matrix->kind == CM_TENSOR_BF16) {
+    switch (matrix->kind) {
+        CM_QUANT_KINDS(KIND)
+    default:
+        CM_ASSERT(matrix->kind == CM_TENSOR_BF16);
         cm_avx2_bfloat_gemm(matrix, x, span, y, stride);
-    } else {
-        kind_run(CM_TENSOR_U8S, matrix, x, span, y, stride);
     }
 }

@@ -1,7 +1,7 @@
 /* Matrix product with AVX-512 VNNI: 16 rows of a tile are the 16 lanes of a register, so no
  * horizontal sum is ever taken. A block's quants are unpacked once and serve a panel of up to 16
- * tokens, whose activations come as broadcasts from memory. Bytes read per block: 256 (u4) or 512
- * (u8) of quants and 32 or 64 of scales. */
+ * tokens, whose activations come as broadcasts from memory. Bytes read per block: 256 (u4), 320
+ * (u5) or 512 (u8) of quants and 32 or 64 of scales. */
 #include "kernels/cpu/avx512.h"
 
 /* Four activations, in every lane. */
@@ -17,7 +17,7 @@ INLINE void tile_panel(uint32_t kind, const struct cm_matrix *matrix,
                        const struct cm_activations *x, size_t at, uint32_t count, uint32_t tile,
                        float *y, size_t stride)
 {
-    const struct block_shape shape = shape_of(kind);
+    const struct cm_tile_shape shape = cm_tile_shape(kind);
     const uint32_t blocks = matrix->blocks;
     const uint8_t *quants = matrix->quants + (size_t)tile * blocks * shape.quant_bytes;
     const uint8_t *scales = matrix->scales + (size_t)tile * blocks * shape.scale_bytes;
@@ -28,7 +28,7 @@ INLINE void tile_panel(uint32_t kind, const struct cm_matrix *matrix,
     }
     for (uint32_t b = 0; b < blocks; b++, at += count) {
         __m512i w[8];
-        unpack(shape.wide, quants, w);
+        unpack(shape, quants, w);
         const __m512 d = half16(scales), m = shape.affine ? half16(scales + 32) : d;
         const int8_t *q = x->q + at * CM_TILE_COLUMNS;
 #pragma GCC unroll 16
@@ -101,16 +101,18 @@ INLINE void kind_run(uint32_t kind, const struct cm_matrix *matrix, const struct
     }
 }
 
+#define KIND(kind)                                                                                 \
+    case kind:                                                                                     \
+        kind_run(kind, matrix, x, span, y, stride);                                                \
+        return;
+
 void cm_avx512vnni_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                         struct cm_span span, float *y, size_t stride)
 {
-    if (matrix->kind == CM_TENSOR_U4A) {
-        kind_run(CM_TENSOR_U4A, matrix, x, span, y, stride);
-    } else if (matrix->kind == CM_TENSOR_U4S) {
-        kind_run(CM_TENSOR_U4S, matrix, x, span, y, stride);
-    } else if (matrix->kind == CM_TENSOR_BF16) {
+    switch (matrix->kind) {
+        CM_QUANT_KINDS(KIND)
+    default:
+        CM_ASSERT(matrix->kind == CM_TENSOR_BF16);
         cm_avx512vnni_bfloat_gemm(matrix, x, span, y, stride);
-    } else {
-        kind_run(CM_TENSOR_U8S, matrix, x, span, y, stride);
     }
 }

@@ -46,16 +46,15 @@ float cm_capf(float x, float cap)
 /* The stored quant of row r, column k of a tile. */
 static uint32_t quant_of(const struct cm_matrix *matrix, size_t tile, uint32_t r, uint32_t k)
 {
-    if (matrix->kind == CM_TENSOR_U8S) {
-        return matrix->quants[tile * 512 + 64 * (k / 4) + 4 * r + k % 4];
+    const struct cm_tile_shape shape = cm_tile_shape(matrix->kind);
+    const uint8_t *quants = matrix->quants + tile * shape.quant_bytes;
+    const uint32_t column = 4 * r + k % 4; /* of a line of 64 bytes */
+    if (shape.bits == 8) {
+        return quants[64 * (k / 4) + column];
     }
-    uint8_t pair = matrix->quants[tile * 256 + 64 * ((k % 16) / 4) + 4 * r + k % 4];
-    return k < 16 ? pair & 15u : (uint32_t)pair >> 4;
-}
-
-static int32_t zero_of(const struct cm_matrix *matrix)
-{
-    return matrix->kind == CM_TENSOR_U8S ? 128 : matrix->kind == CM_TENSOR_U4S ? 8 : 0;
+    const uint8_t pair = quants[64 * ((k % 16) / 4) + column];
+    const uint32_t low = k < 16 ? pair & 15u : (uint32_t)pair >> 4;
+    return shape.bits == 4 ? low : low | ((uint32_t)quants[256 + column] >> k / 4 & 1u) << 4;
 }
 
 /* d, and m (0 where the kind has none). */
@@ -63,10 +62,10 @@ static void scales_of(const struct cm_matrix *matrix, size_t tile, uint32_t r, f
                       float *ret_m)
 {
     const uint16_t *scales = (const uint16_t *)(const void *)matrix->scales;
-    const bool affine = matrix->kind == CM_TENSOR_U4A;
-    scales += tile * (affine ? 32 : 16);
+    const struct cm_tile_shape shape = cm_tile_shape(matrix->kind);
+    scales += tile * shape.scale_bytes / 2;
     *ret_d = cm_half_float(scales[r]);
-    *ret_m = affine ? cm_half_float(scales[16 + r]) : 0.0f;
+    *ret_m = shape.affine ? cm_half_float(scales[16 + r]) : 0.0f;
 }
 
 /* Of a bf16 matrix: row r, column k of a tile. */
@@ -90,7 +89,8 @@ void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uin
             continue;
         }
         scales_of(matrix, tile, r, &d, &m);
-        int32_t q = (int32_t)quant_of(matrix, tile, r, k % CM_TILE_COLUMNS) - zero_of(matrix);
+        int32_t q = (int32_t)quant_of(matrix, tile, r, k % CM_TILE_COLUMNS) -
+                    cm_tile_shape(matrix->kind).zero;
         ret[k] = fmaf(d, (float)q, m);
     }
 }
@@ -98,18 +98,19 @@ void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uin
 static float row_product(const struct cm_matrix *matrix, const struct cm_activations *x, uint32_t t,
                          uint32_t tile_row, uint32_t r)
 {
+    const struct cm_tile_shape shape = cm_tile_shape(matrix->kind);
     float y = 0.0f, p = 0.0f;
     for (uint32_t b = 0; b < matrix->blocks; b++) {
         size_t tile = (size_t)tile_row * matrix->blocks + b, at = cm_activation_at(x, t, b);
         const int8_t *q = x->q + at * CM_TILE_COLUMNS;
-        int32_t sum = -zero_of(matrix) * x->count[at];
+        int32_t sum = -shape.zero * x->count[at];
         float d, m;
         for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
             sum += (int32_t)quant_of(matrix, tile, r, k) * q[k];
         }
         scales_of(matrix, tile, r, &d, &m);
         p = fmaf(d * x->scale[at], (float)sum, p);
-        if (matrix->kind == CM_TENSOR_U4A) {
+        if (shape.affine) {
             p = fmaf(m, x->sum[at], p);
         }
         if (b % 8 == 7 || b + 1 == matrix->blocks) {

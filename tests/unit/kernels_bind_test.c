@@ -84,6 +84,36 @@ Test(kernels_bind, bf16_that_was_not_reserved_for_is_refused)
     cm_device_close(device);
 }
 
+Test(kernels_bind, each_kind_of_quants_is_taken_and_no_other_kind)
+{
+#define KIND(kind) kind,
+    static const uint32_t good[] = {CM_QUANT_KINDS(KIND)};
+    static const uint32_t bad[] = {CM_TENSOR_NONE, CM_TENSOR_F32, CM_TENSOR_F16,
+                                   CM_TENSOR_KIND_COUNT, UINT32_MAX};
+    for (size_t i = 0; i < sizeof(good) / sizeof(good[0]); i++) {
+        attention_kind = ffn_kind = good[i];
+        model_make();
+        cr_assert_eq(bind(), CM_OK, "%s", err.text);
+        /* Its planes are not those of another kind, but for U4 and U5 with as many scales. */
+        struct cm_tensor *tensor = &layer.tensors[CM_LAYER_DOWN];
+        for (size_t k = 0; k < sizeof(good) / sizeof(good[0]); k++) {
+            tensor->kind = good[k];
+            cr_assert_eq(bind(), k == i ? CM_OK : CM_E_PACKAGE, "%u as %u", good[i], good[k]);
+        }
+    }
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        struct cm_tensor *tensor = &layer.tensors[CM_LAYER_DOWN];
+        uint64_t quant = 0, scale = 0;
+        tensor->kind = bad[i];
+        if (cm_tensor_layout(bad[i], tensor->rows, tensor->columns, &quant, &scale)) {
+            tensor->bytes = quant; /* of a right size, where that kind has one */
+        }
+        cr_assert_eq(bind(), CM_E_PACKAGE, "kind %u", bad[i]);
+        cr_assert_str_eq(err.id, "CM-DEV-TENSOR");
+        cr_assert_not_null(strstr(err.text, "down"), "%s", err.text);
+    }
+}
+
 Test(kernels_bind, a_norm_that_is_nan_or_infinite_is_refused_by_name)
 {
     static const uint32_t bad[] = {0x7f800000, 0xff800000, 0x7fc00000, 0x7f800001};

@@ -130,6 +130,7 @@ static void ways_compare(uint32_t attention, uint32_t ffn)
 Test(kernels_forward, nothing_changes_a_bit)
 {
     ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S);
+    ways_compare(CM_TENSOR_U5A, CM_TENSOR_U5S);
 }
 
 Test(kernels_forward, nothing_changes_a_bit_with_keys_and_values_of_int8)

@@ -185,12 +185,14 @@ Test(kernels_paths, vectors_equal_the_definitions)
 
 /* ------------------------------------------------------------------ matrices */
 
+#define KIND(kind) kind,
+static const uint32_t kinds[] = {CM_QUANT_KINDS(KIND) CM_TENSOR_BF16};
+enum { KINDS = sizeof(kinds) / sizeof(kinds[0]) };
+
 Test(kernels_paths, products_equal_the_definition)
 {
     const uint32_t shapes[][3] = {{32, 32, 1},   {64, 256, 3},  {96, 288, 8}, {33, 576, 13},
                                   {960, 64, 16}, {64, 320, 35}, {32, 96, 130}};
-    const uint32_t kinds[] = {CM_TENSOR_U4A, CM_TENSOR_U4S, CM_TENSOR_U8S, CM_TENSOR_BF16};
-    enum { KINDS = sizeof(kinds) / sizeof(kinds[0]) };
     srand(1);
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]) * KINDS; i++) {
         const uint32_t *shape = shapes[i / KINDS], tokens = shape[2], columns = shape[1];
@@ -219,6 +221,41 @@ Test(kernels_paths, products_equal_the_definition)
             memset(fast, 0xff, bytes);
             path->gemm(&matrix, &act, part, fast, stride);
             cr_assert_arr_eq(plain + part.token_first * stride + 16, fast, (stride - 16) * 4);
+        }
+    }
+}
+
+/* The greatest quants times the greatest activations: no sum of any width is cut off. */
+Test(kernels_paths, greatest_products_are_not_cut_off)
+{
+    enum { COLUMNS = 64, TOKENS = 17, ROWS = 32 };
+    static float row[COLUMNS], found[TOKENS][ROWS];
+    for (uint32_t i = 0; i < 2 * PATHS * KINDS; i++) {
+        const struct cm_path *path = cm_path_choose(names[i / 2 % PATHS]);
+        const uint32_t kind = kinds[i / 2 / PATHS];
+        const struct cm_tile_shape shape = cm_tile_shape(kind);
+        const uint16_t one = cm_half_of(1.0f), none = 0;
+        if (path == NULL || shape.bits == 16) {
+            continue;
+        }
+        struct cm_matrix matrix = matrix_new(kind, ROWS, COLUMNS);
+        struct cm_activations act = activations_new(kind, COLUMNS, TOKENS);
+        memset((uint8_t *)(uintptr_t)matrix.quants, 0xff, 4ul * shape.quant_bytes);
+        for (uint32_t k = 0; k < 2 * shape.scale_bytes; k++) { /* d is 1, m is 0 */
+            const uint16_t *half = shape.affine && k / 16 % 2 == 1 ? &none : &one;
+            memcpy((uint8_t *)(uintptr_t)matrix.scales + 2ul * k, half, 2);
+        }
+        for (uint32_t k = 0; k < COLUMNS; k++) {
+            row[k] = i % 2 ? 127.0f : -127.0f;
+        }
+        for (uint32_t t = 0; t < TOKENS; t++) {
+            path->quantise(row, &act, t, 0, COLUMNS / 32);
+        }
+        path->gemm(&matrix, &act, (struct cm_span){0, TOKENS, 0, 2}, found[0], ROWS);
+        const float quant = (float)((1 << shape.bits) - 1 - shape.zero);
+        for (uint32_t at = 0; at < TOKENS * ROWS; at++) {
+            cr_assert_float_eq(found[at / ROWS][at % ROWS], quant * row[0] * COLUMNS, 0,
+                               "%s, kind %u: %g", path->name, kind, (double)found[0][at]);
         }
     }
 }
@@ -280,14 +317,13 @@ Test(kernels_paths, products_of_prompts_equal_the_definition)
 {
     const uint32_t shapes[][3] = {{32, 32, 1},   {64, 256, 3},   {96, 288, 16}, {33, 576, 33},
                                   {96, 800, 48}, {64, 1600, 35}, {32, 96, 130}};
-    const uint32_t kinds[] = {CM_TENSOR_U4A, CM_TENSOR_U4S, CM_TENSOR_U8S, CM_TENSOR_BF16};
     const struct cm_prompt_path *path = cm_prompt_path_choose();
     if (path == NULL) {
         cr_skip_test("this machine lacks AMX-bf16");
     }
     srand(8);
     for (size_t i = 0; i < sizeof(shapes) / sizeof(shapes[0]); i++) {
-        for (size_t k = 0; k < sizeof(kinds) / sizeof(kinds[0]); k++) {
+        for (size_t k = 0; k < KINDS; k++) {
             prompts_compare(path, kinds[k], shapes[i][0], shapes[i][1], shapes[i][2]);
         }
     }
