@@ -90,23 +90,27 @@ class Package:
             high = numpy.frombuffer(self.payload, "<u2", tiles * blocks * 512, at).astype("<u4")
             values = (high << 16).view("<f4").reshape(tiles, blocks, 16, 16, 2)
             return values.transpose(0, 3, 1, 2, 4).reshape(tiles * 16, -1)[:rows, :columns]
-        quant_bytes = 512 if kind == 4 else 256
-        quants = numpy.frombuffer(self.payload, numpy.uint8, tiles * blocks * quant_bytes, at)
-        scales = numpy.frombuffer(self.payload, "<f2", tiles * blocks * (32 if kind == 2 else 16),
+        bits, zero = {2: (4, None), 3: (4, 8), 4: (8, 128), 7: (5, None), 8: (5, 16)}[kind]
+        quants = numpy.frombuffer(self.payload, numpy.uint8, tiles * blocks * 64 * bits, at)
+        scales = numpy.frombuffer(self.payload, "<f2", tiles * blocks * (16 if zero else 32),
                                   tensor["scale_offset"]).astype(numpy.float32)
-        if kind == 4:
+        lines = quants.reshape(tiles, blocks, bits, 16, 4)
+        if bits == 8:
             # byte 64*(k/4) + 4*r + k%4  ->  [tile, block, k/4, r, k%4]
-            q = quants.reshape(tiles, blocks, 8, 16, 4).transpose(0, 3, 1, 2, 4)
+            q = lines
         else:
-            half = quants.reshape(tiles, blocks, 4, 16, 4)
-            q = numpy.concatenate([half & 15, half >> 4], 2).transpose(0, 3, 1, 2, 4)
-        q = q.reshape(tiles * 16, blocks, 32).astype(numpy.float32)
+            q = numpy.concatenate([lines[:, :, :4] & 15, lines[:, :, :4] >> 4], 2)
+        if bits == 5:
+            # byte 256 + 4*r + k%4, bit k/4
+            fifth = numpy.unpackbits(lines[:, :, 4], axis=-1, bitorder="little")
+            q = q + 16 * fifth.reshape(tiles, blocks, 16, 4, 8).transpose(0, 1, 4, 2, 3)
+        q = q.transpose(0, 3, 1, 2, 4).reshape(tiles * 16, blocks, 32).astype(numpy.float32)
         scales = scales.reshape(tiles, blocks, -1, 16).transpose(2, 0, 3, 1)
         d = scales[0].reshape(tiles * 16, blocks, 1)
-        if kind == 2:
+        if zero is None:
             values = d * q + scales[1].reshape(tiles * 16, blocks, 1)
         else:
-            values = d * (q - (128 if kind == 4 else 8))
+            values = d * (q - zero)
         return values.reshape(tiles * 16, blocks * 32)[:rows, :columns]
 
 

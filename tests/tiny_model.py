@@ -33,6 +33,19 @@ def vocabulary() -> tuple[list[str], list[int], list[str]]:
     return tokens, [3, 3, 3] + [1] * (len(tokens) - 3), merges
 
 
+# Formats that gguf reads but does not write: bytes of a block of 256, and where its halves are.
+K_BLOCKS = {Q.Q4_K: (144, (0, 2)), Q.Q5_K: (176, (0, 2)), Q.Q6_K: (210, (208,))}
+
+
+def k_blocks(random, rows: int, columns: int, kind: Q) -> numpy.ndarray:
+    size, halves = K_BLOCKS[kind]
+    blocks = random.integers(0, 256, (rows * columns // 256, size), numpy.uint8)
+    for at in halves:
+        scales = 2e-4 * random.standard_normal(len(blocks)).astype("<f2")
+        blocks[:, at:at + 2] = scales.view(numpy.uint8).reshape(-1, 2)
+    return blocks.reshape(rows, -1)
+
+
 def write(path: str, quants: dict | None = None, template: str = TEMPLATE) -> None:
     tokens, types, merges = vocabulary()
     random = numpy.random.default_rng(7)
@@ -59,7 +72,8 @@ def write(path: str, quants: dict | None = None, template: str = TEMPLATE) -> No
     def matrix(name: str, rows: int, columns: int, kind: Q) -> None:
         values = (random.standard_normal((rows, columns)) / columns ** 0.5).astype(numpy.float32)
         kind = (quants or {}).get(name, kind)
-        out.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        out.add_tensor(name, k_blocks(random, rows, columns, kind) if kind in K_BLOCKS else
+                       gguf.quants.quantize(values, kind), raw_dtype=kind)
 
     def vector(name: str) -> None:
         out.add_tensor(name, (1 + 0.1 * random.standard_normal(WIDTH)).astype(numpy.float32))

@@ -12,24 +12,34 @@
 /* A row's last block may be read beyond its columns. */
 #define ROW_SPARE_BYTES (CM_TILE_COLUMNS * sizeof(float))
 
+static void bits_add(uint8_t *at, uint32_t bits, uint32_t shift)
+{
+    *at = (uint8_t)(*at | bits << shift);
+}
+
 /* Put one row's block into its tile (FORMAT.md, "Compute layout"). */
 static void tile_put(uint32_t kind, uint32_t r, const struct cm_quant_block *block, uint8_t *quants,
                      uint8_t *scales)
 {
+    const struct cm_tile_shape shape = cm_tile_shape(kind);
     for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        if (kind == CM_TENSOR_BF16) {
+        const uint32_t column = 4 * r + k % 4; /* of a line of 64 bytes */
+        if (shape.bits == 16) {
             memcpy(&quants[64 * (k / 2) + 4 * r + 2 * (k % 2)], &block->w[k], 2);
-        } else if (kind == CM_TENSOR_U8S) {
-            quants[64 * (k / 4) + 4 * r + k % 4] = block->q[k];
+        } else if (shape.bits == 8) {
+            quants[64 * (k / 4) + column] = block->q[k];
         } else {
-            uint8_t *at = &quants[64 * ((k % 16) / 4) + 4 * r + k % 4];
-            *at = (uint8_t)(*at | (k < 16 ? block->q[k] : block->q[k] << 4));
+            const uint8_t low = block->q[k] & 15u;
+            bits_add(&quants[64 * ((k % 16) / 4) + column], low, k < 16 ? 0 : 4);
+        }
+        if (shape.bits == 5) {
+            bits_add(&quants[256 + column], block->q[k] >> 4, k / 4);
         }
     }
-    if (kind != CM_TENSOR_BF16) {
+    if (shape.scale_bytes > 0) {
         memcpy(scales + 2 * r, &block->d, 2);
     }
-    if (kind == CM_TENSOR_U4A) {
+    if (shape.affine) {
         memcpy(scales + 32 + 2 * r, &block->m, 2);
     }
 }
@@ -153,13 +163,8 @@ static bool block_convert(const struct cm_quant *quant, uint32_t kind, const uin
     if (!all_finite(values)) {
         return false;
     }
-    bool fits = true;
-    if (quant->carry != NULL && quant->kind == kind) {
-        quant->carry(row, b, ret);
-        fits = cm_half_finite(ret->d) && cm_half_finite(ret->m);
-    } else {
-        fits = cm_quant_round(kind, values, ret);
-    }
+    bool fits = cm_quant_fits(quant, kind) ? cm_quant_carry(quant, kind, row, b, ret)
+                                           : cm_quant_round(kind, values, ret);
     cm_quant_values(kind, ret, stored);
     for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
         double error = (double)stored[k] - (double)values[k];
@@ -175,13 +180,7 @@ static enum cm_status row_convert(const struct cm_manifest_tensor *stored,
                                   struct cm_convert_loss *loss, struct cm_error *err)
 {
     uint64_t blocks = (stored->columns + CM_TILE_COLUMNS - 1) / CM_TILE_COLUMNS;
-    uint64_t quant_tile, scale_tile;
-    /* A single tile's sizes: half of the least padded tensor of 32 rows. */
-    bool known =
-        cm_tensor_layout(stored->kind, CM_ROWS_PAD, CM_COLUMNS_PAD, &quant_tile, &scale_tile);
-    CM_ASSERT(known);
-    quant_tile /= 2;
-    scale_tile /= 2;
+    const struct cm_tile_shape shape = cm_tile_shape(stored->kind);
     for (uint64_t b = 0; b < blocks; b++) {
         uint64_t tile = row / CM_TILE_ROWS * blocks + b;
         struct cm_quant_block block;
@@ -190,9 +189,9 @@ static enum cm_status row_convert(const struct cm_manifest_tensor *stored,
             return refuse_value(tensor, source_row, b, err);
         }
         uint8_t *scales =
-            scale_tile > 0 ? ret_bytes + (stored->scale_offset - stored->offset) : ret_bytes;
+            shape.scale_bytes > 0 ? ret_bytes + (stored->scale_offset - stored->offset) : ret_bytes;
         tile_put(stored->kind, (uint32_t)(row % CM_TILE_ROWS), &block,
-                 ret_bytes + tile * quant_tile, scales + tile * scale_tile);
+                 ret_bytes + tile * shape.quant_bytes, scales + tile * shape.scale_bytes);
     }
     return CM_OK;
 }
@@ -281,8 +280,7 @@ bool cm_plan_exact(const struct cm_plan *plan)
         uint32_t kind = plan->manifest.tensors[i].kind;
         for (uint32_t p = 0; kind != CM_TENSOR_F32 && p < plan->sources[i].count; p++) {
             const struct cm_quant *quant = cm_quant_find(plan->sources[i].parts[p].tensor->type);
-            bool carried =
-                quant->carry != NULL && quant->kind == kind && quant->type != CM_QUANT_Q4_K;
+            bool carried = quant->exact && cm_quant_fits(quant, kind);
             bool same = quant->type == CM_QUANT_BF16 && kind == CM_TENSOR_BF16;
             exact = exact && (carried || same);
         }

@@ -164,6 +164,16 @@ enum cm_status cm_plan_shape_check(struct cm_plan *plan, struct cm_error *err)
     return CM_OK;
 }
 
+/* A kind that quants of both fit into, or eight bits. */
+static uint32_t kind_join(uint32_t a, uint32_t b)
+{
+    const struct cm_tile_shape first = cm_tile_shape(a), second = cm_tile_shape(b);
+    if (first.affine != second.affine) {
+        return CM_TENSOR_U8S;
+    }
+    return first.bits >= second.bits ? a : b;
+}
+
 /* A kind that all parts' quants fit into, else the one for floats, or eight bits. */
 static uint32_t kind_choose(const struct cm_plan *plan, const struct cm_plan_source *source)
 {
@@ -171,7 +181,7 @@ static uint32_t kind_choose(const struct cm_plan *plan, const struct cm_plan_sou
     bool floats = true;
     for (uint32_t i = 0; i < source->count; i++) {
         const struct cm_quant *quant = cm_quant_find(source->parts[i].tensor->type);
-        kind = i > 0 && quant->kind != kind ? (uint32_t)CM_TENSOR_U8S : quant->kind;
+        kind = i > 0 ? kind_join(kind, quant->kind) : quant->kind;
         floats = floats && quant->block == 1;
     }
     return floats && plan->floats_kind != CM_TENSOR_NONE ? plan->floats_kind : kind;

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "loader/pack/half.h"
+#include "runtime/base/error.h"
 
 #define SUPER 256u /* weights of a K block */
 
@@ -71,16 +72,20 @@ static void q4_1_carry(const uint8_t *row, uint64_t index, struct cm_quant_block
     nibbles(block + 4, ret->q);
 }
 
-/* d * (q - 16) is d * ((q + 112) - 128): exact in eight bits. */
 static void q5_0_carry(const uint8_t *row, uint64_t index, struct cm_quant_block *ret)
 {
     const uint8_t *block = row + index * 22;
     *ret = (struct cm_quant_block){.d = u16_at(block)};
     nibbles(block + 6, ret->q);
     fifth_bits(block + 2, ret->q);
-    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        ret->q[k] = (uint8_t)(ret->q[k] + 112);
-    }
+}
+
+static void q5_1_carry(const uint8_t *row, uint64_t index, struct cm_quant_block *ret)
+{
+    const uint8_t *block = row + index * 24;
+    *ret = (struct cm_quant_block){.d = u16_at(block), .m = u16_at(block + 2)};
+    nibbles(block + 8, ret->q);
+    fifth_bits(block + 4, ret->q);
 }
 
 static void q8_0_carry(const uint8_t *row, uint64_t index, struct cm_quant_block *ret)
@@ -117,63 +122,62 @@ static void k_nibbles(const uint8_t *quants, uint32_t j, uint8_t ret[CM_TILE_COL
     }
 }
 
-static void q4_k_parts(const uint8_t *row, uint64_t index, uint8_t q[CM_TILE_COLUMNS], float *ret_d,
-                       float *ret_m)
+/* 32 weights of a K format: value = d * q + m. */
+struct k_parts {
+    uint8_t q[CM_TILE_COLUMNS];
+    float d, m;
+};
+
+/* A K block begins with its two halves and the scales. */
+static void k_scaled(const uint8_t *block, uint32_t j, struct k_parts *ret)
 {
-    const uint8_t *block = row + index / 8 * 144;
-    uint32_t j = (uint32_t)(index % 8);
     float scale, least;
     k_scales(block + 4, j, &scale, &least);
-    k_nibbles(block + 16, j, q);
-    *ret_d = half_at(block) * scale;
-    *ret_m = -half_at(block + 2) * least;
+    ret->d = half_at(block) * scale;
+    ret->m = -half_at(block + 2) * least;
+}
+
+static void q4_k_parts(const uint8_t *row, uint64_t index, struct k_parts *ret)
+{
+    const uint8_t *block = row + index / 8 * 144;
+    const uint32_t j = (uint32_t)(index % 8);
+    k_scaled(block, j, ret);
+    k_nibbles(block + 16, j, ret->q);
+}
+
+static void q5_k_parts(const uint8_t *row, uint64_t index, struct k_parts *ret)
+{
+    const uint8_t *block = row + index / 8 * 176;
+    const uint32_t j = (uint32_t)(index % 8);
+    k_scaled(block, j, ret);
+    k_nibbles(block + 48, j, ret->q);
+    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
+        ret->q[k] = (uint8_t)(ret->q[k] | (block[16 + k] >> j & 1) << 4);
+    }
 }
 
 /* The quants are exact; a product of a half and six bits is rounded to a half. */
-static void q4_k_carry(const uint8_t *row, uint64_t index, struct cm_quant_block *ret)
-{
-    float d, m;
-    q4_k_parts(row, index, ret->q, &d, &m);
-    ret->d = cm_half_from_float(d);
-    ret->m = cm_half_from_float(m);
-}
-
-static void q4_k_values(const uint8_t *row, uint64_t index, float ret[CM_TILE_COLUMNS])
-{
-    uint8_t q[CM_TILE_COLUMNS];
-    float d, m;
-    q4_k_parts(row, index, q, &d, &m);
-    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        ret[k] = d * (float)q[k] + m;
+#define K_FORMAT(type)                                                                             \
+    static void type##_carry(const uint8_t *row, uint64_t index, struct cm_quant_block *ret)       \
+    {                                                                                              \
+        struct k_parts parts;                                                                      \
+        type##_parts(row, index, &parts);                                                          \
+        memcpy(ret->q, parts.q, sizeof(ret->q));                                                   \
+        ret->d = cm_half_from_float(parts.d);                                                      \
+        ret->m = cm_half_from_float(parts.m);                                                      \
+    }                                                                                              \
+    static void type##_values(const uint8_t *row, uint64_t index, float ret[CM_TILE_COLUMNS])      \
+    {                                                                                              \
+        struct k_parts parts;                                                                      \
+        type##_parts(row, index, &parts);                                                          \
+        for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {                                           \
+            ret[k] = parts.d * (float)parts.q[k] + parts.m;                                        \
+        }                                                                                          \
     }
-}
+K_FORMAT(q4_k)
+K_FORMAT(q5_k)
 
 /* ---------------------------------------------------------------- quants that must be rounded */
-
-static void q5_1_values(const uint8_t *row, uint64_t index, float ret[CM_TILE_COLUMNS])
-{
-    const uint8_t *block = row + index * 24;
-    uint8_t q[CM_TILE_COLUMNS];
-    nibbles(block + 8, q);
-    fifth_bits(block + 4, q);
-    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        ret[k] = half_at(block) * (float)q[k] + half_at(block + 2);
-    }
-}
-
-static void q5_k_values(const uint8_t *row, uint64_t index, float ret[CM_TILE_COLUMNS])
-{
-    const uint8_t *block = row + index / 8 * 176;
-    uint32_t j = (uint32_t)(index % 8);
-    uint8_t q[CM_TILE_COLUMNS];
-    float scale, least, d = half_at(block), m = half_at(block + 2);
-    k_scales(block + 4, j, &scale, &least);
-    k_nibbles(block + 48, j, q);
-    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
-        uint32_t fifth = (block[16 + k] >> j) & 1u;
-        ret[k] = d * scale * (float)(q[k] + 16 * fifth) - m * least;
-    }
-}
 
 /* 256 weights in two halves of 128; in a half, weight 32 * g + l has its low four bits in byte
  * l + 32 * (g % 2) (low nibble for g < 2) and its high two at bits 2 * g of byte l. One signed
@@ -201,21 +205,22 @@ static void q6_k_values(const uint8_t *row, uint64_t index, float ret[CM_TILE_CO
     }
 CARRIED(q4_0, CM_TENSOR_U4S)
 CARRIED(q4_1, CM_TENSOR_U4A)
-CARRIED(q5_0, CM_TENSOR_U8S)
+CARRIED(q5_0, CM_TENSOR_U5S)
+CARRIED(q5_1, CM_TENSOR_U5A)
 CARRIED(q8_0, CM_TENSOR_U8S)
 
 static const struct cm_quant quants[] = {
-    {CM_QUANT_F32, "F32", 1, 4, CM_TENSOR_U8S, f32_values, NULL},
-    {CM_QUANT_F16, "F16", 1, 2, CM_TENSOR_U8S, f16_values, NULL},
-    {CM_QUANT_BF16, "BF16", 1, 2, CM_TENSOR_U8S, bf16_values, NULL},
-    {CM_QUANT_Q4_0, "Q4_0", 32, 18, CM_TENSOR_U4S, q4_0_values, q4_0_carry},
-    {CM_QUANT_Q4_1, "Q4_1", 32, 20, CM_TENSOR_U4A, q4_1_values, q4_1_carry},
-    {CM_QUANT_Q5_0, "Q5_0", 32, 22, CM_TENSOR_U8S, q5_0_values, q5_0_carry},
-    {CM_QUANT_Q5_1, "Q5_1", 32, 24, CM_TENSOR_U8S, q5_1_values, NULL},
-    {CM_QUANT_Q8_0, "Q8_0", 32, 34, CM_TENSOR_U8S, q8_0_values, q8_0_carry},
-    {CM_QUANT_Q4_K, "Q4_K", SUPER, 144, CM_TENSOR_U4A, q4_k_values, q4_k_carry},
-    {CM_QUANT_Q5_K, "Q5_K", SUPER, 176, CM_TENSOR_U8S, q5_k_values, NULL},
-    {CM_QUANT_Q6_K, "Q6_K", SUPER, 210, CM_TENSOR_U8S, q6_k_values, NULL},
+    {CM_QUANT_F32, "F32", 1, 4, CM_TENSOR_U8S, false, f32_values, NULL},
+    {CM_QUANT_F16, "F16", 1, 2, CM_TENSOR_U8S, false, f16_values, NULL},
+    {CM_QUANT_BF16, "BF16", 1, 2, CM_TENSOR_U8S, false, bf16_values, NULL},
+    {CM_QUANT_Q4_0, "Q4_0", 32, 18, CM_TENSOR_U4S, true, q4_0_values, q4_0_carry},
+    {CM_QUANT_Q4_1, "Q4_1", 32, 20, CM_TENSOR_U4A, true, q4_1_values, q4_1_carry},
+    {CM_QUANT_Q5_0, "Q5_0", 32, 22, CM_TENSOR_U5S, true, q5_0_values, q5_0_carry},
+    {CM_QUANT_Q5_1, "Q5_1", 32, 24, CM_TENSOR_U5A, true, q5_1_values, q5_1_carry},
+    {CM_QUANT_Q8_0, "Q8_0", 32, 34, CM_TENSOR_U8S, true, q8_0_values, q8_0_carry},
+    {CM_QUANT_Q4_K, "Q4_K", SUPER, 144, CM_TENSOR_U4A, false, q4_k_values, q4_k_carry},
+    {CM_QUANT_Q5_K, "Q5_K", SUPER, 176, CM_TENSOR_U5A, false, q5_k_values, q5_k_carry},
+    {CM_QUANT_Q6_K, "Q6_K", SUPER, 210, CM_TENSOR_U8S, false, q6_k_values, NULL},
 };
 
 const struct cm_quant *cm_quant_find(uint32_t type)
@@ -226,6 +231,26 @@ const struct cm_quant *cm_quant_find(uint32_t type)
         }
     }
     return NULL;
+}
+
+bool cm_quant_fits(const struct cm_quant *quant, uint32_t kind)
+{
+    const struct cm_tile_shape own = cm_tile_shape(quant->kind), other = cm_tile_shape(kind);
+    return quant->carry != NULL && other.affine == own.affine && other.bits >= own.bits &&
+           other.bits <= 8;
+}
+
+bool cm_quant_carry(const struct cm_quant *quant, uint32_t kind, const uint8_t *row, uint64_t index,
+                    struct cm_quant_block *ret)
+{
+    CM_ASSERT(cm_quant_fits(quant, kind));
+    /* d * (q - 16) is d * ((q + 112) - 128). */
+    const int32_t more = cm_tile_shape(kind).zero - cm_tile_shape(quant->kind).zero;
+    quant->carry(row, index, ret);
+    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
+        ret->q[k] = (uint8_t)(ret->q[k] + more);
+    }
+    return cm_half_finite(ret->d) && cm_half_finite(ret->m);
 }
 
 /* To nearest, ties to even; what lies beyond the greatest becomes infinite. */
@@ -264,7 +289,7 @@ bool cm_quant_round(uint32_t kind, const float values[CM_TILE_COLUMNS], struct c
 
 void cm_quant_values(uint32_t kind, const struct cm_quant_block *block, float ret[CM_TILE_COLUMNS])
 {
-    float zero = kind == CM_TENSOR_U8S ? 128.0f : (kind == CM_TENSOR_U4S ? 8.0f : 0.0f);
+    float zero = (float)cm_tile_shape(kind).zero;
     float d = cm_half_to_float(block->d), m = cm_half_to_float(block->m);
     if (kind == CM_TENSOR_BF16) {
         bf16_values((const uint8_t *)block->w, 0, ret);

@@ -75,7 +75,22 @@ def text_tokens(package):
     ("llama", "bf16", None), ("llama", "u8", tiny_family.LLAMA3 | {"original_max_position_embeddings": 16})])
 def test_the_loss_is_the_one_of_a_float64_pass(build, tmp_path, family, matrices, scaling):
     path = tiny_family.write_gguf(tmp_path / "tiny.gguf", family, scaling=scaling)
-    seal(build, path, tmp_path, "--matrices", matrices)
+    compare(build, tmp_path, path, f"tiny-{family}", "--matrices", matrices)
+
+
+def test_the_loss_of_k_formats_and_of_types_that_share_a_tensor(build, tmp_path, monkeypatch):
+    kinds, path = gguf.GGMLQuantizationType, tmp_path / "tiny.gguf"
+    monkeypatch.setattr(tiny_model, "WIDTH", 256)
+    monkeypatch.setattr(tiny_model, "FFN", 512)
+    tiny_model.write(str(path), {
+        "token_embd.weight": kinds.Q5_0, "blk.0.ffn_down.weight": kinds.Q5_K,
+        "blk.1.ffn_down.weight": kinds.Q6_K, "blk.2.ffn_down.weight": kinds.Q4_K,
+        "blk.1.attn_v.weight": kinds.Q5_0, "blk.2.attn_v.weight": kinds.Q5_1})
+    compare(build, tmp_path, path, "tiny")
+
+
+def compare(build, tmp_path, path, name, *words):
+    seal(build, path, tmp_path, *words)
     done = subprocess.run([build / "bin" / "casemate-pack", "inspect", tmp_path / "m.cmpkg",
                            "--recovery", tmp_path / "r", "--passphrase-file", tmp_path / "pass",
                            "--json"], capture_output=True, text=True, check=True, timeout=60)
@@ -85,7 +100,7 @@ def test_the_loss_is_the_one_of_a_float64_pass(build, tmp_path, family, matrices
     tokens = text_tokens(package)
     total, _ = reference.compare(reference.Decoder(path).logits(tokens),
                                  Stored(path, package).logits(tokens))
-    assert model["name"] == f"tiny-{family}" and model["kl_positions"] == 32
+    assert model["name"] == name and model["kl_positions"] == 32
     assert package.manifest.loss == (32, numpy.float32(model["kl_divergence"]))
     assert total / 32 > 1e-7
     assert abs(model["kl_divergence"] - total / 32) < 0.02 * total / 32 + 1e-7, total / 32
@@ -94,8 +109,8 @@ def test_the_loss_is_the_one_of_a_float64_pass(build, tmp_path, family, matrices
 def test_an_exact_model_has_no_loss(build, tmp_path):
     kinds = gguf.GGMLQuantizationType
     tiny_model.write(str(tmp_path / "tiny.gguf"), {
-        name: kinds.Q8_0 for name in ["token_embd.weight", "output.weight"] +
-        [f"blk.{i}.attn_{p}.weight" for i in range(3) for p in "qkv"]})
+        "token_embd.weight": kinds.Q5_1, "output.weight": kinds.Q8_0,
+        "blk.0.ffn_gate.weight": kinds.Q5_0, "blk.2.attn_v.weight": kinds.Q5_1})
     seal(build, tmp_path / "tiny.gguf", tmp_path)
     inspect = [build / "bin" / "casemate-pack", "inspect", tmp_path / "m.cmpkg"]
     opened = inspect + ["--recovery", tmp_path / "r", "--passphrase-file", tmp_path / "pass"]

@@ -1,4 +1,5 @@
 """casemate-pack as its user runs it; the result is read by the independent reader."""
+import collections
 import json
 import pathlib
 import subprocess
@@ -96,7 +97,11 @@ def test_gemma_is_carried_over_but_for_rounded_scales(build, owner, gemma_gguf, 
     facts, package = pack(build, owner, gemma_gguf, tmp_path / "m.cmpkg", "--name", "gemma")
     assert not facts["exact"] and facts["relative_rms_error"] < 0.0006
     # Q4_K: scales become halves; Q6_K: one scale for 32 in place of 16. The rest is exact.
-    assert compare_all(package, gemma_gguf, {"Q4_K": 1e-3, "Q6_K": 0.004, "": 1e-6}, True) == 182
+    assert compare_all(package, gemma_gguf, {"Q4_K": 1e-3, "Q6_K": 0.004, "": 0}, True) == 182
+    kinds = collections.Counter((t["role"], t["kind"]) for t in package.manifest.tensors
+                                if t["kind"] != 1 and t["layer"] != 0xFFFFFFFF)
+    # V of Q8_0 takes Q and K of Q5_0 with it into eight bits; all gates are u5
+    assert kinds == {(1, 8): 9, (1, 4): 9, (2, 2): 18, (4, 8): 18, (5, 2): 9, (5, 4): 9}
     manifest = package.manifest
     assert manifest.shape["head_width"] == 256 and manifest.shape["kv_heads"] == 1
     activation, qk_norm, post_norms, bias, window, period = manifest.decoder[:6]
@@ -105,21 +110,47 @@ def test_gemma_is_carried_over_but_for_rounded_scales(build, owner, gemma_gguf, 
     assert manifest.chat == 0 and len(manifest.tokens) == 262144 and manifest.tokens[108] == b"\n\n"
 
 
-EXACT = {"Q4_0", "Q4_1", "Q5_0", "Q8_0"}
+U4A, U4S, U8S, U5A, U5S = 2, 3, 4, 7, 8
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_each_type_reaches_its_nearest_kind(build, owner, tmp_path, kind):
-    path = tmp_path / "tiny.gguf"
-    type_ = gguf.GGMLQuantizationType[kind]
-    tiny_model.write(str(path), {"output.weight": type_, "blk.1.attn_output.weight": type_})
+# the kind, and the greatest error by the greatest weight
+@pytest.mark.parametrize("type_,kind,allowed", [
+    ("F32", U8S, 0.004), ("F16", U8S, 0.004), ("BF16", U8S, 0.004), ("Q4_0", U4S, 0),
+    ("Q4_1", U4A, 0), ("Q5_0", U5S, 0), ("Q5_1", U5A, 0), ("Q8_0", U8S, 0), ("Q4_K", U4A, 1e-3),
+    ("Q5_K", U5A, 1e-3), ("Q6_K", U8S, 0.004)])
+def test_each_type_reaches_its_nearest_kind(build, owner, tmp_path, monkeypatch, type_, kind,
+                                            allowed):
+    path, names = tmp_path / "tiny.gguf", ["output.weight", "blk.1.ffn_down.weight"]
+    monkeypatch.setattr(tiny_model, "WIDTH", 256)
+    monkeypatch.setattr(tiny_model, "FFN", 512)
+    tiny_model.write(str(path), dict.fromkeys(names, gguf.GGMLQuantizationType[type_]))
     _, package = pack(build, owner, path, tmp_path / "t.cmpkg")
-    for tensor in package.manifest.tensors:
-        if tensor["name"] in ("output.weight", "blk.1.attn_output.weight"):
-            wanted = source_rows(gguf.GGUFReader(path), [tensor["name"]], False)
-            error = numpy.abs(package.weights(tensor) - wanted).max() / numpy.abs(wanted).max()
-            assert error <= (1e-7 if kind in EXACT else 0.004), (kind, error)
-            assert tensor["kind"] == {"Q4_1": 2, "Q4_0": 3}.get(kind, 4)
+    reader = gguf.GGUFReader(path)
+    tensors = [t for t in package.manifest.tensors if t["name"] in names]
+    assert [t["kind"] for t in tensors] == [kind, kind]
+    for tensor in tensors:
+        wanted = source_rows(reader, [tensor["name"]], False)
+        found = package.weights(tensor)
+        assert len(numpy.unique(wanted)) > 16 and not numpy.isnan(wanted).any()
+        error = numpy.abs(found - wanted).max() / numpy.abs(wanted).max()
+        assert error <= allowed, error
+
+
+# Q and K of one type, V of another, in one tensor
+@pytest.mark.parametrize("type_,value,kind,exact", [
+    ("Q4_0", "Q5_0", U5S, True), ("Q5_0", "Q4_0", U5S, True), ("Q5_0", "Q8_0", U8S, True),
+    ("Q4_0", "Q8_0", U8S, True), ("Q5_1", "Q4_1", U5A, True), ("Q4_1", "Q5_1", U5A, True),
+    ("Q4_1", "Q5_0", U8S, False), ("Q5_1", "Q8_0", U8S, False), ("F16", "Q5_1", U8S, False)])
+def test_types_that_share_a_tensor_meet_in_a_kind_that_holds_both(build, owner, tmp_path, type_,
+                                                                  value, kind, exact):
+    path, Q = tmp_path / "tiny.gguf", gguf.GGMLQuantizationType
+    names = [f"blk.1.attn_{part}.weight" for part in "qkv"]
+    tiny_model.write(str(path), dict(zip(names, [Q[type_], Q[type_], Q[value]])))
+    _, package = pack(build, owner, path, tmp_path / "t.cmpkg")
+    tensor, = [t for t in package.manifest.tensors if t["name"] == names[0]]
+    wanted = source_rows(gguf.GGUFReader(path), names, False)
+    error = numpy.abs(package.weights(tensor) - wanted).max() / numpy.abs(wanted).max()
+    assert tensor["kind"] == kind and (error == 0 if exact else 0 < error < 0.006)
 
 
 @pytest.mark.parametrize("suite", ["aes-256-gcm", "chacha20-poly1305"])
