@@ -1,5 +1,5 @@
 /* Our engine as an arm of the bench: ours PACKAGE KEYFILE. The device alone, as the worker drives
- * it; CASEMATE_CPU and CASEMATE_THREADS force path and threads. */
+ * it; CASEMATE_CPU and CASEMATE_THREADS force path and threads, CASEMATE_PROMPTS=bf16 class P. */
 #include "bench/arm.h"
 
 #include <stdio.h>
@@ -40,6 +40,7 @@ void arm_prompt(uint32_t sequence, uint32_t position, const uint32_t *tokens, ui
     for (uint32_t at = 0; at < count; at += CHUNK) {
         uint32_t take = count - at < CHUNK ? count - at : CHUNK;
         struct cm_step_entry entry = entry_of(sequence, position + at, tokens + at, take);
+        entry.prompt = true;
         entry.sample = at + take == count;
         run(&entry, 1);
     }

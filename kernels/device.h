@@ -35,22 +35,30 @@ enum cm_kv_kind { CM_KV_FP16, CM_KV_INT8, CM_KV_KIND_COUNT };
 
 struct cm_device;
 
+/* How tokens of prompts are computed (kernels/NUMERICS.md); those of replies are exact always. */
+enum cm_prompts {
+    CM_PROMPTS_EXACT = 0, /* class D, as replies */
+    CM_PROMPTS_BF16,      /* class P */
+};
+
 struct cm_device_options {
     uint32_t threads; /* 0: from cpu.max and affinity */
     const char *path; /* NULL: best there is; else "avx2", "avx512vnni", "amx" (tests) */
+    enum cm_prompts prompts;
 };
 
 struct cm_device_facts {
     char name[64]; /* "cpu: …" */
     char path[32]; /* instruction path in use */
+    enum cm_prompts prompts;
     uint32_t threads;
     uint32_t arena_locked; /* 1: arena is mlocked */
     uint64_t arena_bytes;
     uint64_t kv_page_bytes;
 };
 
-/* backend "cpu" or NULL (best there is). Fails: CONFIG unknown backend, DEVICE missing
- * instructions. */
+/* backend "cpu" or NULL (best there is). Fails: CONFIG unknown backend, or prompts wanted in a way
+ * that this machine cannot; DEVICE missing instructions. */
 CM_MUST_USE enum cm_status cm_device_open(const char *backend,
                                           const struct cm_device_options *options,
                                           struct cm_device **ret_device, struct cm_error *err);
@@ -193,6 +201,7 @@ struct cm_step_entry {
     const uint32_t *tokens; /* [token_count] */
     const uint32_t *pages;  /* [page_count] KV pages of positions 0 .. position+token_count-1 */
     uint32_t page_count;
+    bool prompt; /* all of them are a prompt's; false: all are a reply's */
     bool replay; /* after preemption: these tokens were counted before */
     bool sample; /* draw a token after the last one */
 };

@@ -14,6 +14,7 @@
 #define CM_GELU_SCALE       0x1.988454p+0f /* 2 sqrt(2 / pi) */
 #define CM_PANEL            16u            /* tokens whose activations lie together */
 #define CM_BLOCK_TOKENS     128u           /* tokens of one work item of a matrix product */
+#define CM_PROMPT_TOKENS    512u           /* the same in class P, where unpacking weighs more */
 #define CM_LOW_RANK_COLUMNS 256u           /* of an adapter's A that one work item takes */
 #define CM_LOW_RANK_TOKENS  16u            /* the most of them that it serves */
 #define CM_TAKES            4u /* pieces in which a thread takes its own share of a phase */
@@ -58,6 +59,12 @@ static inline size_t cm_activation_at(const struct cm_activations *x, uint32_t t
     uint32_t width = x->tokens - first < CM_PANEL ? x->tokens - first : CM_PANEL;
     return (size_t)first * (x->columns / CM_TILE_COLUMNS) + (size_t)block * width + token - first;
 }
+
+/* What a matrix multiplies in a step: tokens of class D first, then those of class P. */
+enum cm_class { CM_CLASS_D, CM_CLASS_P, CM_CLASSES };
+struct cm_inputs {
+    struct cm_activations of[CM_CLASSES]; /* of the same columns */
+};
 
 /* Part of a product: tokens [token_first, token_last), the first a multiple of 16, the last one too
  * or the end; row tiles [tile_first, tile_last). */
@@ -384,6 +391,7 @@ struct cm_step_token { /* one token of the mixed batch */
 
 struct cm_device {
     const struct cm_path *path;
+    const struct cm_prompt_path *prompts; /* class P; NULL: prompts are of class D too */
     struct cm_pool *pool;
     struct cm_device_reserve limits;
     struct cm_model model; /* shapes; pointers are our own copies after bind */
@@ -415,8 +423,10 @@ struct cm_device {
     struct cm_step_entry entries[CM_STEP_ENTRIES_MAX];
     struct cm_step_result *results; /* [CM_STEP_ENTRIES_MAX] */
     uint32_t entry_count;
-    struct cm_step_token *tokens; /* [step_tokens_max] */
+    uint32_t entry_token[CM_STEP_ENTRIES_MAX]; /* the first one's place in tokens */
+    struct cm_step_token *tokens;              /* [step_tokens_max] class D, then class P */
     uint32_t token_count;
+    uint32_t exact_count;            /* of class D */
     struct cm_attention_item *items; /* [step_tokens_max + chunks that are split] */
     uint32_t item_count;
     uint32_t run_count;                         /* of tokens with an adapter */
@@ -453,9 +463,16 @@ static inline uint32_t cm_low_rank_chunks(uint32_t columns)
 enum cm_site { CM_SITE_QKV, CM_SITE_OUT, CM_SITE_GATE_UP, CM_SITE_DOWN };
 void cm_low_rank_plan(struct cm_device *device);
 void cm_low_rank_shrink(struct cm_device *device, struct cm_worker *worker, uint32_t layer,
-                        enum cm_site site, const struct cm_activations *x);
+                        enum cm_site site, const struct cm_inputs *inputs);
 void cm_low_rank_expand(const struct cm_device *device, uint32_t layer, enum cm_site site,
                         struct cm_span span, float *y, size_t stride);
+
+/* The class in which an entry's tokens are computed. */
+static inline enum cm_class cm_entry_class(const struct cm_device *device,
+                                           const struct cm_step_entry *entry)
+{
+    return device->prompts != NULL && entry->prompt ? CM_CLASS_P : CM_CLASS_D;
+}
 
 /* forward.c: run the step that device->entries and device->tokens describe. */
 void cm_forward(struct cm_device *device);

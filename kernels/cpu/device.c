@@ -28,6 +28,12 @@ enum cm_status cm_device_open(const char *backend, const struct cm_device_option
                             "this CPU lacks %s: the CPU device needs AVX2 and FMA at least",
                             options->path != NULL ? options->path : "AVX2 or FMA");
     }
+    const struct cm_prompt_path *prompts = NULL;
+    if (options->prompts == CM_PROMPTS_BF16 && (prompts = cm_prompt_path_choose()) == NULL) {
+        return cm_error_set(err, CM_E_CONFIG, "CM-DEV-PROMPTS",
+                            "prompts in bf16 need AMX-bf16 and AVX512-BF16, which this CPU or its "
+                            "kernel does not give: say `prompts: exact`");
+    }
     struct cm_device *device = calloc(1, sizeof(*device));
     uint32_t threads = options->threads != 0 ? options->threads : cm_threads_available();
     threads = threads > CM_THREADS_MAX ? CM_THREADS_MAX : threads;
@@ -40,6 +46,7 @@ enum cm_status cm_device_open(const char *backend, const struct cm_device_option
         return status;
     }
     device->path = path;
+    device->prompts = prompts;
     *ret_device = device;
     return CM_OK;
 }
@@ -72,11 +79,14 @@ void cm_device_close(struct cm_device *device)
 void cm_device_describe(const struct cm_device *device, struct cm_device_facts *ret_facts)
 {
     *ret_facts = (struct cm_device_facts){.threads = cm_pool_threads(device->pool),
+                                          .prompts = device->prompts != NULL ? CM_PROMPTS_BF16
+                                                                             : CM_PROMPTS_EXACT,
                                           .arena_locked = device->arena_locked,
                                           .arena_bytes = device->arena_bytes,
                                           .kv_page_bytes = device->page_bytes};
-    snprintf(ret_facts->name, sizeof(ret_facts->name), "cpu: %s, %u threads", device->path->name,
-             ret_facts->threads);
+    snprintf(ret_facts->name, sizeof(ret_facts->name), "cpu: %s, %s%s%u threads",
+             device->path->name, device->prompts != NULL ? device->prompts->name : "",
+             device->prompts != NULL ? " prompts, " : "", ret_facts->threads);
     snprintf(ret_facts->path, sizeof(ret_facts->path), "%s", device->path->name);
 }
 
@@ -119,13 +129,17 @@ static bool bfloats_any(const struct cm_model *m)
     return any;
 }
 
-/* Room for both forms, if a model has both kinds of matrices. */
-static struct cm_activations activations_lay(struct layout *layout, bool bfloats, uint64_t tokens,
-                                             uint32_t columns)
+/* Room for every form that the model's matrices and the classes of tokens want. */
+static struct cm_activations activations_lay(const struct cm_device *device, struct layout *layout,
+                                             uint64_t tokens, uint32_t columns)
 {
     uint64_t blocks = tokens * (columns / CM_TILE_COLUMNS);
-    float *x = bfloats ? piece(layout, blocks, CM_TILE_COLUMNS * sizeof(float), 64) : NULL;
-    return (struct cm_activations){.x = x,
+    uint16_t *rounded = device->prompts != NULL
+                            ? piece(layout, blocks, CM_TILE_COLUMNS * sizeof(uint16_t), 64)
+                            : NULL;
+    float *x = device->bfloats ? piece(layout, blocks, CM_TILE_COLUMNS * sizeof(float), 64) : NULL;
+    return (struct cm_activations){.rounded = rounded,
+                                   .x = x,
                                    .q = piece(layout, blocks, CM_TILE_COLUMNS, 64),
                                    .scale = piece(layout, blocks, 4, 64),
                                    .sum = piece(layout, blocks, 4, 64),
@@ -142,13 +156,14 @@ static void scratch_lay(struct cm_device *device, struct layout *layout,
     uint32_t threads = cm_pool_threads(device->pool);
     uint32_t inputs = greatest(m->width, attention), widest = greatest(inputs, m->ffn_width);
     uint32_t unit = greatest(cm_heads_per_unit(m->head_width) * m->head_width, 4 * CM_TILE_ROWS);
+    uint32_t block = device->prompts != NULL ? CM_PROMPT_TOKENS : CM_BLOCK_TOKENS;
     s->x = piece(layout, (uint64_t)tokens * m->width, 4, 64);
     s->query = piece(layout, (uint64_t)tokens * attention, 4, 64);
     s->attention = piece(layout, (uint64_t)tokens * attention, 4, 64);
     s->partials = piece(layout, (uint64_t)CM_SPLITS * threads * device->chunks_max,
                         cm_partial_floats(group, m->head_width) * 4, 64);
-    s->act = activations_lay(layout, device->bfloats, tokens, inputs);
-    s->hidden = activations_lay(layout, device->bfloats, tokens, m->ffn_width);
+    s->act = activations_lay(device, layout, tokens, inputs);
+    s->hidden = activations_lay(device, layout, tokens, m->ffn_width);
     if (m->decoder.post_norms) {
         s->result = piece(layout, (uint64_t)tokens * m->width, 4, 64);
     }
@@ -157,11 +172,11 @@ static void scratch_lay(struct cm_device *device, struct layout *layout,
     for (uint32_t i = 0; i < threads; i++) {
         struct cm_thread_scratch own = {
             .row = piece(layout, widest + CM_TILE_ROWS, 4, 64),
-            .y = piece(layout, (uint64_t)CM_BLOCK_TOKENS * unit, 4, 64),
+            .y = piece(layout, (uint64_t)block * unit, 4, 64),
             .attention = piece(
                 layout, cm_attention_floats(greatest(CM_ATTENTION_ROWS, group), m->head_width), 4,
                 64),
-            .act = activations_lay(layout, device->bfloats, 1, inputs),
+            .act = activations_lay(device, layout, 1, inputs),
             .candidates = piece(layout, m->vocabulary, sizeof(struct cm_candidate), 64)};
         if (layout->base != NULL) {
             s->threads[i] = own;
@@ -275,7 +290,7 @@ enum cm_status cm_device_need(const struct cm_device *device,
 {
     enum cm_status status = reserve_check(reserve, err);
     if (status == CM_OK) {
-        struct cm_device scratch = {.pool = device->pool};
+        struct cm_device scratch = {.pool = device->pool, .prompts = device->prompts};
         struct layout layout = {.base = NULL};
         arena_lay(&scratch, &layout, reserve);
         *ret_arena_bytes = (layout.used + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
@@ -702,33 +717,50 @@ static const char *entry_refusal(const struct cm_device *device, const struct cm
     return NULL;
 }
 
+/* Tokens of class D come first, so that no panel holds both classes. */
+static void tokens_lay(struct cm_device *device, const struct cm_step_entry *entries,
+                       uint32_t count)
+{
+    device->token_count = 0;
+    for (enum cm_class class = CM_CLASS_D; class < CM_CLASSES; class ++) {
+        for (uint32_t e = 0; e < count; e++) {
+            if (cm_entry_class(device, &entries[e]) != class) {
+                continue;
+            }
+            const struct cm_adapter_region *adapter =
+                cm_adapter_region_of(device, device->slots[entries[e].slot].adapter);
+            device->entry_token[e] = device->token_count;
+            for (uint32_t i = 0; i < entries[e].token_count; i++) {
+                device->tokens[device->token_count++] = (struct cm_step_token){
+                    e, entries[e].tokens[i], entries[e].position + i, adapter};
+            }
+        }
+        device->exact_count = class == CM_CLASS_D ? device->token_count : device->exact_count;
+    }
+}
+
 static enum cm_status step_take(struct cm_device *device, const struct cm_step_entry *entries,
                                 uint32_t count, struct cm_error *err)
 {
-    device->token_count = 0;
+    uint32_t tokens = 0;
     for (uint32_t e = 0; e < count; e++) {
         const char *refusal = entry_refusal(device, &entries[e]);
         for (uint32_t k = 0; refusal == NULL && k < e; k++) {
             refusal = entries[k].slot == entries[e].slot ? "slot appears twice" : NULL;
         }
-        if (refusal == NULL &&
-            entries[e].token_count > device->limits.step_tokens_max - device->token_count) {
+        if (refusal == NULL && entries[e].token_count > device->limits.step_tokens_max - tokens) {
             refusal = "more tokens than a step takes";
         }
         if (refusal != NULL) {
             return cm_error_set(err, CM_E_BUG, "CM-DEV-STEP", "step entry %u: %s", e, refusal);
         }
-        const struct cm_adapter_region *adapter =
-            cm_adapter_region_of(device, device->slots[entries[e].slot].adapter);
-        for (uint32_t i = 0; i < entries[e].token_count; i++) {
-            device->tokens[device->token_count++] =
-                (struct cm_step_token){e, entries[e].tokens[i], entries[e].position + i, adapter};
-        }
+        tokens += entries[e].token_count;
         device->entries[e] = entries[e];
         memset(&device->results[e], 0, offsetof(struct cm_step_result, text));
         device->results[e].slot = entries[e].slot;
     }
     device->entry_count = count;
+    tokens_lay(device, entries, count);
     return CM_OK;
 }
 

@@ -49,48 +49,68 @@ struct rows {
     size_t stride;
     const uint32_t *pick; /* rows to take, NULL: 0 .. count-1 */
     uint32_t count;
+    uint32_t exact; /* the first ones, of class D */
     uint32_t columns;
     const float *weight;
 };
 
-static void row_quantise(struct run *run, const struct rows *rows, uint32_t row,
-                         const struct cm_activations *act)
+/* Blocks of a row, in the form of its class. */
+static void blocks_put(const struct run *run, const float *x, const struct cm_inputs *inputs,
+                       uint32_t row, uint32_t block, uint32_t count)
+{
+    const uint32_t exact = inputs->of[CM_CLASS_D].tokens;
+    if (row < exact) {
+        run->path->quantise(x, &inputs->of[CM_CLASS_D], row, block, count);
+    } else {
+        run->device->prompts->round(x, &inputs->of[CM_CLASS_P], row - exact, block, count);
+    }
+}
+
+static void row_put(struct run *run, const struct rows *rows, uint32_t row,
+                    const struct cm_inputs *inputs)
 {
     const float *x = rows->from + (rows->pick ? rows->pick[row] : row) * rows->stride;
     if (rows->weight != NULL) {
         run->path->norm(x, rows->weight, rows->columns, run->model->norm_epsilon, run->own->row);
         x = run->own->row;
     }
-    run->path->quantise(x, act, row, 0, rows->columns / CM_TILE_COLUMNS);
+    blocks_put(run, x, inputs, row, 0, rows->columns / CM_TILE_COLUMNS);
 }
 
-/* The form that a matrix multiplies. */
-static void form_choose(const struct cm_matrix *matrix, struct cm_activations *act)
+/* `count` rows, the first `exact` of class D, in the forms that a matrix multiplies. */
+static struct cm_inputs inputs_of(const struct cm_activations *room, const struct cm_matrix *matrix,
+                                  uint32_t exact, uint32_t count)
 {
-    act->x = matrix->kind == CM_TENSOR_BF16 ? act->x : NULL;
+    struct cm_inputs inputs = {{*room, *room}};
+    struct cm_activations *d = &inputs.of[CM_CLASS_D], *p = &inputs.of[CM_CLASS_P];
+    d->columns = p->columns = matrix->blocks * CM_TILE_COLUMNS;
+    d->tokens = exact;
+    d->x = matrix->kind == CM_TENSOR_BF16 ? d->x : NULL;
+    d->rounded = NULL;
+    p->tokens = count - exact;
+    return inputs;
 }
 
-/* A single row is computed by each thread for itself: cheaper than to wait for another's. */
-static struct cm_activations activate(struct run *run, const struct rows *rows,
-                                      const struct cm_matrix *matrix)
+/* A single exact row is computed by each thread for itself: cheaper than to wait for another's. */
+static struct cm_inputs activate(struct run *run, const struct rows *rows,
+                                 const struct cm_matrix *matrix)
 {
-    struct cm_activations act = rows->count == 1 ? run->own->act : run->scratch->act;
+    const bool single = rows->count == 1 && rows->exact == 1;
+    const struct cm_inputs inputs =
+        inputs_of(single ? &run->own->act : &run->scratch->act, matrix, rows->exact, rows->count);
     uint32_t first, last;
-    form_choose(matrix, &act);
-    act.columns = rows->columns;
-    act.tokens = rows->count;
-    if (rows->count == 1) {
-        row_quantise(run, rows, 0, &act);
-        return act;
+    if (single) {
+        row_put(run, rows, 0, &inputs);
+        return inputs;
     }
     cm_pool_phase(run->worker, rows->count);
     while (cm_pool_take(run->worker, &first, &last)) {
         for (uint32_t row = first; row < last; row++) {
-            row_quantise(run, rows, row, &act);
+            row_put(run, rows, row, &inputs);
         }
     }
     cm_pool_barrier(run->worker);
-    return act;
+    return inputs;
 }
 
 /* ------------------------------------------------------------------ products */
@@ -98,23 +118,51 @@ static struct cm_activations activate(struct run *run, const struct rows *rows,
 /* What becomes of a finished part of a product: y[token][row], `stride` floats a token. */
 typedef void (*epilogue)(struct run *run, struct cm_span span, float *y, size_t stride);
 
-/* Work items are `unit` row tiles × CM_BLOCK_TOKENS tokens. Adapters add to a part before it is
- * finished. */
-static void multiply(struct run *run, enum cm_site site, const struct cm_matrix *matrix,
-                     const struct cm_activations *act, uint32_t unit, epilogue finish)
+/* Tokens of one work item of a product. */
+static const uint32_t block_tokens[CM_CLASSES] = {CM_BLOCK_TOKENS, CM_PROMPT_TOKENS};
+
+static uint32_t blocks_of(const struct cm_inputs *inputs, enum cm_class class)
 {
-    cm_low_rank_shrink(run->device, run->worker, run->index, site, act);
-    uint32_t first, last, blocks = (act->tokens + CM_BLOCK_TOKENS - 1) / CM_BLOCK_TOKENS;
+    return (inputs->of[class].tokens + block_tokens[class] - 1) / block_tokens[class];
+}
+
+/* Block `block` of the tokens of a class × row tiles from `tile` on: product, adapters, finish. */
+static void block_multiply(struct run *run, enum cm_site site, const struct cm_matrix *matrix,
+                           const struct cm_inputs *inputs, enum cm_class class, uint32_t block,
+                           uint32_t tile, uint32_t tile_last, epilogue finish)
+{
+    const struct cm_activations *x = &inputs->of[class];
+    const uint32_t token = block * block_tokens[class];
+    struct cm_span span = {token, least(token + block_tokens[class], x->tokens), tile, tile_last};
+    const size_t stride = (size_t)(tile_last - tile) * CM_TILE_ROWS;
+    if (class == CM_CLASS_D) {
+        run->path->gemm(matrix, x, span, run->own->y, stride);
+    } else {
+        run->device->prompts->gemm(matrix, x, span, run->own->y, stride);
+        span.token_first += inputs->of[CM_CLASS_D].tokens; /* from here on, of the step */
+        span.token_last += inputs->of[CM_CLASS_D].tokens;
+    }
+    cm_low_rank_expand(run->device, run->index, site, span, run->own->y, stride);
+    finish(run, span, run->own->y, stride);
+}
+
+/* Work items are `unit` row tiles × a block of tokens of one class. Adapters add to a part before
+ * it is finished. */
+static void multiply(struct run *run, enum cm_site site, const struct cm_matrix *matrix,
+                     const struct cm_inputs *inputs, uint32_t unit, epilogue finish)
+{
+    cm_low_rank_shrink(run->device, run->worker, run->index, site, inputs);
+    const uint32_t exact = blocks_of(inputs, CM_CLASS_D);
+    const uint32_t blocks = exact + blocks_of(inputs, CM_CLASS_P);
+    uint32_t first, last;
     cm_pool_phase(run->worker, (matrix->row_tiles + unit - 1) / unit * blocks);
     while (cm_pool_take(run->worker, &first, &last)) {
         for (uint32_t i = first; i < last; i++) {
-            uint32_t tile = i / blocks * unit, token = i % blocks * CM_BLOCK_TOKENS;
-            struct cm_span span = {token, least(token + CM_BLOCK_TOKENS, act->tokens), tile,
-                                   least(tile + unit, matrix->row_tiles)};
-            size_t stride = (size_t)(span.tile_last - tile) * CM_TILE_ROWS;
-            run->path->gemm(matrix, act, span, run->own->y, stride);
-            cm_low_rank_expand(run->device, run->index, site, span, run->own->y, stride);
-            finish(run, span, run->own->y, stride);
+            const uint32_t tile = i / blocks * unit, block = i % blocks;
+            const bool d = block < exact;
+            block_multiply(run, site, matrix, inputs, d ? CM_CLASS_D : CM_CLASS_P,
+                           d ? block : block - exact, tile, least(tile + unit, matrix->row_tiles),
+                           finish);
         }
     }
     cm_pool_barrier(run->worker);
@@ -219,9 +267,9 @@ static void result_add(struct run *run, const float *weight)
 
 /* A product that goes into the residual, through the norm if there is one. */
 static void multiply_add(struct run *run, enum cm_site site, const struct cm_matrix *matrix,
-                         const struct cm_activations *act, const float *norm)
+                         const struct cm_inputs *inputs, const float *norm)
 {
-    multiply(run, site, matrix, act, 2, norm != NULL ? result_finish : residual_finish);
+    multiply(run, site, matrix, inputs, 2, norm != NULL ? result_finish : residual_finish);
     if (norm != NULL) {
         result_add(run, norm);
     }
@@ -230,15 +278,13 @@ static void multiply_add(struct run *run, enum cm_site site, const struct cm_mat
 /* Four tiles hold gate and up of 32 columns: one block of the next product's activations. */
 static void gate_finish(struct run *run, struct cm_span span, float *y, size_t stride)
 {
-    struct cm_activations hidden = run->scratch->hidden;
+    const struct cm_inputs hidden = inputs_of(&run->scratch->hidden, &run->layer->down,
+                                              run->device->exact_count, run->device->token_count);
     uint32_t block = span.tile_first / 4, blocks = (span.tile_last - span.tile_first) / 4;
-    hidden.columns = run->model->ffn_width;
-    hidden.tokens = run->device->token_count;
-    form_choose(&run->layer->down, &hidden);
     for (uint32_t t = span.token_first; t < span.token_last; t++) {
         run->path->gate(y + (t - span.token_first) * stride, blocks * CM_TILE_COLUMNS,
                         run->model->decoder.activation, run->own->row);
-        run->path->quantise(run->own->row, &hidden, t, block, blocks);
+        blocks_put(run, run->own->row, &hidden, t, block, blocks);
     }
 }
 
@@ -249,7 +295,7 @@ static void gate_finish(struct run *run, struct cm_span span, float *y, size_t s
 static void attention_plan(struct cm_device *device)
 {
     const struct cm_model *model = &device->model;
-    uint32_t group = model->heads / model->kv_heads, singles = 0, token = 0;
+    uint32_t group = model->heads / model->kv_heads, singles = 0;
     uint32_t tile = CM_ATTENTION_ROWS / group > 1 ? CM_ATTENTION_ROWS / group : 1;
     for (uint32_t e = 0; e < device->entry_count; e++) {
         singles += device->entries[e].token_count == 1;
@@ -258,7 +304,7 @@ static void attention_plan(struct cm_device *device)
     device->item_count = device->splits = 0;
     for (uint32_t e = 0; e < device->entry_count; e++) {
         const struct cm_step_entry *entry = &device->entries[e];
-        uint32_t chunks = entry->position / CM_ATTENTION_CHUNK + 1;
+        uint32_t chunks = entry->position / CM_ATTENTION_CHUNK + 1, token = device->entry_token[e];
         if (split && entry->token_count == 1 && chunks > 1) {
             for (uint32_t c = 0; c < chunks; c++) {
                 device->items[device->item_count++] =
@@ -271,7 +317,6 @@ static void attention_plan(struct cm_device *device)
                     e, token + t, least(tile, entry->token_count - t), CM_CHUNKS_ALL, 0};
             }
         }
-        token += entry->token_count;
     }
 }
 
@@ -355,26 +400,25 @@ static void layer_run(struct run *run)
     const struct cm_model *model = run->model;
     const struct cm_bound_layer *layer = run->layer;
     struct cm_scratch *scratch = run->scratch;
-    uint32_t tokens = run->device->token_count, attention = model->heads * model->head_width;
+    const uint32_t tokens = run->device->token_count, exact = run->device->exact_count;
+    const uint32_t attention = model->heads * model->head_width;
     uint32_t head_tiles = cm_heads_per_unit(model->head_width) * model->head_width / CM_TILE_ROWS;
-    struct rows x = {scratch->x, model->width, NULL, tokens, model->width, layer->attention_norm};
-    struct cm_activations act = activate(run, &x, &layer->qkv);
-    multiply(run, CM_SITE_QKV, &layer->qkv, &act, head_tiles, heads_finish);
+    struct rows x = {scratch->x,   model->width,         NULL, tokens, exact,
+                     model->width, layer->attention_norm};
+    struct cm_inputs inputs = activate(run, &x, &layer->qkv);
+    multiply(run, CM_SITE_QKV, &layer->qkv, &inputs, head_tiles, heads_finish);
     attend(run, item_run);
     if (run->device->splits > 0) {
         attend(run, item_merge);
     }
-    struct rows out = {scratch->attention, attention, NULL, tokens, attention, NULL};
-    act = activate(run, &out, &layer->attention_out);
-    multiply_add(run, CM_SITE_OUT, &layer->attention_out, &act, layer->post_attention_norm);
+    struct rows out = {scratch->attention, attention, NULL, tokens, exact, attention, NULL};
+    inputs = activate(run, &out, &layer->attention_out);
+    multiply_add(run, CM_SITE_OUT, &layer->attention_out, &inputs, layer->post_attention_norm);
     x.weight = layer->ffn_norm;
-    act = activate(run, &x, &layer->gate_up);
-    multiply(run, CM_SITE_GATE_UP, &layer->gate_up, &act, 4, gate_finish);
-    act = scratch->hidden;
-    act.columns = model->ffn_width;
-    act.tokens = tokens;
-    form_choose(&layer->down, &act);
-    multiply_add(run, CM_SITE_DOWN, &layer->down, &act, layer->post_ffn_norm);
+    inputs = activate(run, &x, &layer->gate_up);
+    multiply(run, CM_SITE_GATE_UP, &layer->gate_up, &inputs, 4, gate_finish);
+    inputs = inputs_of(&scratch->hidden, &layer->down, exact, tokens);
+    multiply_add(run, CM_SITE_DOWN, &layer->down, &inputs, layer->post_ffn_norm);
 }
 
 static size_t padded_rows(const struct cm_matrix *matrix)
@@ -382,21 +426,21 @@ static size_t padded_rows(const struct cm_matrix *matrix)
     return (size_t)matrix->row_tiles * CM_TILE_ROWS;
 }
 
-/* Logits of the picked tokens. */
+/* Logits of the picked tokens, in class D always: weights are read once for a few of them. */
 static void head_run(struct run *run, const uint32_t *pick, uint32_t count)
 {
     const struct cm_matrix *head = &run->device->head;
     const float cap = run->model->decoder.logits_cap;
     const uint32_t unit = 4;
     uint32_t first, last;
-    struct rows rows = {run->scratch->x, run->model->width, pick,
-                        count,           run->model->width, run->device->out_norm};
-    struct cm_activations act = activate(run, &rows, head);
+    struct rows rows = {run->scratch->x,   run->model->width,    pick, count, count,
+                        run->model->width, run->device->out_norm};
+    const struct cm_inputs inputs = activate(run, &rows, head);
     cm_pool_phase(run->worker, (head->row_tiles + unit - 1) / unit);
     while (cm_pool_take(run->worker, &first, &last)) {
         struct cm_span span = {0, count, first * unit, least(last * unit, head->row_tiles)};
         float *logits = run->scratch->logits + (size_t)span.tile_first * CM_TILE_ROWS;
-        run->path->gemm(head, &act, span, logits, padded_rows(head));
+        run->path->gemm(head, &inputs.of[CM_CLASS_D], span, logits, padded_rows(head));
         for (uint32_t t = 0; cap > 0.0f && t < count; t++) {
             run->path->cap(logits + t * padded_rows(head),
                            (span.tile_last - span.tile_first) * CM_TILE_ROWS, cap);
@@ -520,12 +564,11 @@ static void seen_mark(struct cm_device *device)
 
 static void wanted_find(struct cm_device *device)
 {
-    uint32_t end = 0;
     device->wanted_count = 0;
     for (uint32_t e = 0; e < device->entry_count; e++) {
-        end += device->entries[e].token_count;
         if (device->entries[e].sample) {
-            device->wanted_token[device->wanted_count] = end - 1;
+            device->wanted_token[device->wanted_count] =
+                device->entry_token[e] + device->entries[e].token_count - 1;
             device->wanted[device->wanted_count++] = e;
         }
     }

@@ -35,6 +35,15 @@ static inline void tile_product(const uint16_t *tile, uint32_t columns, const fl
     }
 }
 
+/* A block of bf16 as floats. */
+static inline void lanes_bfloats(const uint16_t *from, float to[CM_TILE_COLUMNS])
+{
+    for (uint32_t k = 0; k < CM_TILE_COLUMNS; k++) {
+        const uint32_t bits = (uint32_t)from[k] << 16;
+        memcpy(to + k, &bits, sizeof(bits));
+    }
+}
+
 void LANES_NAME(shrink)(const uint16_t *tile, const struct cm_activations *x, uint32_t token,
                         uint32_t tokens, uint32_t block, uint32_t blocks, float *ret, size_t stride)
 {
@@ -47,6 +56,10 @@ void LANES_NAME(shrink)(const uint16_t *tile, const struct cm_activations *x, ui
             for (uint32_t b = 0; b < blocks; b++) {
                 size_t at = cm_activation_at(x, token + first + t, block + b);
                 float *to = wide[t] + b * CM_TILE_COLUMNS;
+                if (x->rounded != NULL) {
+                    lanes_bfloats(x->rounded + at * CM_TILE_COLUMNS, to);
+                    continue;
+                }
                 if (x->x != NULL) {
                     memcpy(to, x->x + at * CM_TILE_COLUMNS, CM_TILE_COLUMNS * sizeof(float));
                     continue;

@@ -48,7 +48,7 @@ void cm_low_rank_plan(struct cm_device *device)
             continue;
         }
         struct cm_low_rank_run *run = &device->scratch.runs[device->run_count];
-        if (device->run_count > 0 && run[-1].adapter == adapter &&
+        if (device->run_count > 0 && run[-1].adapter == adapter && t != device->exact_count &&
             run[-1].token + run[-1].tokens == t && run[-1].tokens < CM_LOW_RANK_TOKENS) {
             run[-1].tokens++;
             continue;
@@ -84,10 +84,13 @@ static bool site_adapted(const struct cm_device *device, uint32_t layer,
 
 /* Work item `index` of A x: runs fastest, for they share what A is there. */
 static void shrink_item(struct cm_device *device, uint32_t layer, const struct target *targets,
-                        const struct cm_activations *x, uint32_t index)
+                        const struct cm_inputs *inputs, uint32_t index)
 {
-    const uint32_t chunks = cm_low_rank_chunks(x->columns), runs = device->run_count;
+    const uint32_t runs = device->run_count, exact = device->exact_count;
     const struct cm_low_rank_run *run = &device->scratch.runs[index % runs];
+    const bool first_class = run->token < exact;
+    const struct cm_activations *x = &inputs->of[first_class ? CM_CLASS_D : CM_CLASS_P];
+    const uint32_t chunks = cm_low_rank_chunks(x->columns);
     const uint32_t chunk = index / runs % chunks, tile = index / runs / chunks % device->rank_tiles;
     const uint32_t target = index / runs / chunks / device->rank_tiles;
     const uint16_t *a = run->adapter->layers[layer][targets[target].target].a;
@@ -96,19 +99,20 @@ static void shrink_item(struct cm_device *device, uint32_t layer, const struct t
         return;
     }
     device->path->shrink(
-        a + ((size_t)tile * x->columns + column) * CM_TILE_ROWS, x, run->token, run->tokens,
-        column / CM_TILE_COLUMNS, least(CM_LOW_RANK_COLUMNS, x->columns - column) / CM_TILE_COLUMNS,
+        a + ((size_t)tile * x->columns + column) * CM_TILE_ROWS, x,
+        first_class ? run->token : run->token - exact, run->tokens, column / CM_TILE_COLUMNS,
+        least(CM_LOW_RANK_COLUMNS, x->columns - column) / CM_TILE_COLUMNS,
         parts_of(device, run->token, target, tile, chunks) + (size_t)chunk * CM_TILE_ROWS,
         device->low_floats);
 }
 
 void cm_low_rank_shrink(struct cm_device *device, struct cm_worker *worker, uint32_t layer,
-                        enum cm_site site, const struct cm_activations *x)
+                        enum cm_site site, const struct cm_inputs *inputs)
 {
     struct target targets[3];
     const uint32_t count = targets_of(&device->model, site, targets);
-    const uint32_t items =
-        count * device->rank_tiles * cm_low_rank_chunks(x->columns) * device->run_count;
+    const uint32_t items = count * device->rank_tiles *
+                           cm_low_rank_chunks(inputs->of[CM_CLASS_D].columns) * device->run_count;
     uint32_t first, last;
     if (!site_adapted(device, layer, targets, count)) {
         return;
@@ -116,7 +120,7 @@ void cm_low_rank_shrink(struct cm_device *device, struct cm_worker *worker, uint
     cm_pool_phase(worker, items);
     while (cm_pool_take(worker, &first, &last)) {
         for (uint32_t i = first; i < last; i++) {
-            shrink_item(device, layer, targets, x, i);
+            shrink_item(device, layer, targets, inputs, i);
         }
     }
     cm_pool_barrier(worker);

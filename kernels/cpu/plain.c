@@ -171,7 +171,9 @@ void cm_plain_shrink(const uint16_t *tile, const struct cm_activations *x, uint3
         for (uint32_t k = 0; k < blocks * CM_TILE_COLUMNS; k++) {
             size_t at = cm_activation_at(x, token + t, block + k / CM_TILE_COLUMNS);
             const size_t value = at * CM_TILE_COLUMNS + k % CM_TILE_COLUMNS;
-            wide[k] = x->x != NULL ? x->x[value] : (float)x->q[value] * x->scale[at];
+            wide[k] = x->rounded != NULL ? cm_bfloat_float(x->rounded[value])
+                      : x->x != NULL     ? x->x[value]
+                                         : (float)x->q[value] * x->scale[at];
         }
         for (uint32_t r = 0; r < CM_TILE_ROWS; r++) {
             ret[t * stride + r] = factor_product(tile, r, blocks * CM_TILE_COLUMNS, wide);

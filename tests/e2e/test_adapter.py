@@ -15,7 +15,7 @@ import package_reader  # noqa: E402
 import peft  # noqa: E402
 import reference  # noqa: E402
 import tiny_family  # noqa: E402
-from test_engine import available_paths, engine, seal  # noqa: E402
+from test_engine import available_paths, engine, needs_bf16_tiles, seal  # noqa: E402
 
 FAMILIES = [f for f in tiny_family.FAMILIES if f != "phi3"]  # its projections are fused
 def pack(build, *words):
@@ -72,8 +72,12 @@ def real(build, smollm_gguf, tmp_path_factory):
 
 # ---------------------------------------------------------------- what is computed
 
+PROMPTS = ["exact", pytest.param("bf16", marks=needs_bf16_tiles)]
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_beside_float64_on_each_path(build, family, name, tmp_path):
+def test_each_family_beside_float64_on_each_path(build, family, name, prompts, tmp_path):
     config, tokens = tiny_family.FAMILIES[name], tiny_family.tokens(name) * 2
     weights = peft.tensors(config, 5)
     adapter_made(build, family(name), tmp_path / "p", peft.adapter_config(5, 5), weights)
@@ -81,7 +85,8 @@ def test_each_family_beside_float64_on_each_path(build, family, name, tmp_path):
                           config).logits(tokens)
     plain = reference.Decoder(family(name) / "tiny.gguf").logits(tokens)
     runs = {engine(build, family(name), "logits", tokens=tokens,
-                   **with_adapter(tmp_path / "p", CASEMATE_CPU=path, CASEMATE_THREADS=count))
+                   **with_adapter(tmp_path / "p", CASEMATE_CPU=path, CASEMATE_THREADS=count,
+                                  CASEMATE_PROMPTS=prompts))
             for path in available_paths() for count in "12"}
     assert len(runs) == 1
     found = numpy.frombuffer(runs.pop(), "<f4").reshape(wanted.shape)
@@ -106,7 +111,8 @@ def test_each_target_by_itself(build, family, module, tmp_path):
     assert near / len(tokens) <= 0.005 and far > 50 * near, (near, far)
 
 
-def test_a_real_model_beside_float64(build, real, smollm_gguf, tmp_path, capsys):
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_a_real_model_beside_float64(build, real, smollm_gguf, prompts, tmp_path, capsys):
     """576 and 1536 columns: several work items of A."""
     tokens = corpus.passages(smollm_gguf)[0][:192]
     weights = peft.tensors(peft.SMOLLM, 16, dtype=numpy.float32, size=0.15)
@@ -114,18 +120,19 @@ def test_a_real_model_beside_float64(build, real, smollm_gguf, tmp_path, capsys)
     wanted = peft.adapted(reference.Decoder(smollm_gguf), weights, 2.0, peft.SMOLLM).logits(tokens)
     plain = reference.Decoder(smollm_gguf).logits(tokens)
     runs = {engine(build, real, "logits", tokens=tokens,
-                   **with_adapter(tmp_path / "p", CASEMATE_CPU=path, CASEMATE_THREADS=count))
+                   **with_adapter(tmp_path / "p", CASEMATE_CPU=path, CASEMATE_THREADS=count,
+                                  CASEMATE_PROMPTS=prompts))
             for path, count in ((p, c) for p in available_paths() for c in "12")}
     assert len(runs) == 1
     found = numpy.frombuffer(runs.pop(), "<f4").reshape(wanted.shape)
     part, same = reference.compare(wanted, found)
     away = reference.compare(plain, found)[0] / len(tokens)
     with capsys.disabled():
-        print(f"\nadapter: mean KL {part / len(tokens):.5f} of W + scale B A in float64, top-1 "
+        print(f"\nadapter, prompts {prompts}: mean KL {part / len(tokens):.5f} of W + scale B A in float64, top-1 "
               f"{same / len(tokens):.2%}; {away:.3f} from the model without it")
     assert part / len(tokens) <= 0.005 and same / len(tokens) >= 0.95 and away > 0.1
     words = {engine(build, real, "greedy", 30, chunk, tokens=tokens[:40],
-                    **with_adapter(tmp_path / "p")) for chunk in (1, 7, 40)}
+                    **with_adapter(tmp_path / "p", CASEMATE_PROMPTS=prompts)) for chunk in (1, 7, 40)}
     assert len(words) == 1
     assert words.pop() != engine(build, real, "greedy", 30, 40, tokens=tokens[:40])
 

@@ -77,7 +77,16 @@ def engine(build, folder, *words, tokens, **environment):
     return done.stdout
 
 
-def test_divergence_from_float64_is_below_the_peers(build, real, smollm_gguf, capsys):
+def bf16_tiles() -> bool:
+    flags = pathlib.Path("/proc/cpuinfo").read_text()
+    return "amx_bf16" in flags and "avx512_bf16" in flags
+
+
+needs_bf16_tiles = pytest.mark.skipif(not bf16_tiles(), reason="this machine lacks AMX-bf16")
+
+
+@pytest.mark.parametrize("prompts", ["exact", pytest.param("bf16", marks=needs_bf16_tiles)])
+def test_divergence_from_float64_is_below_the_peers(build, real, smollm_gguf, prompts, capsys):
     model = reference.Decoder(smollm_gguf)
     divergence, agree, positions, digest = [0.0, 0.0], [0, 0], 0, hashlib.sha256()
     for tokens in corpus.passages(smollm_gguf):
@@ -85,13 +94,14 @@ def test_divergence_from_float64_is_below_the_peers(build, real, smollm_gguf, ca
         wanted = model.logits(tokens)
         positions += len(tokens)
         for i, kv in enumerate(KV_KINDS):
-            found = numpy.frombuffer(engine(build, real, "logits", tokens=tokens, CASEMATE_KV=kv), "<f4")
+            found = numpy.frombuffer(engine(build, real, "logits", tokens=tokens, CASEMATE_KV=kv,
+                                            CASEMATE_PROMPTS=prompts), "<f4")
             part, same = reference.compare(wanted, found.reshape(wanted.shape))
             divergence[i], agree[i] = divergence[i] + part, agree[i] + same
     mean, top = [d / positions for d in divergence], [a / positions for a in agree]
     with capsys.disabled():
         for kv, kl, same in zip(KV_KINDS, mean, top):
-            print(f"\nengine, {kv} K and V: mean KL {kl:.5f} (llama.cpp, fp16, {PEER['mean_kl']:.5f}), top-1 "
+            print(f"\nengine, {kv} K and V, prompts {prompts}: mean KL {kl:.5f} (llama.cpp, fp16, {PEER['mean_kl']:.5f}), top-1 "
                   f"{same:.2%} (llama.cpp {PEER['top1_agreement']:.2%}), {positions} positions")
     assert positions >= 2000 and digest.hexdigest() == PEER["tokens_sha256"]
     assert mean[0] <= min(PEER["mean_kl"], 0.0044) and top[0] >= PEER["top1_agreement"]
@@ -126,6 +136,31 @@ def test_each_family_on_each_path(build, family, name, kv):
     part, same = reference.compare(wanted, found)
     # Logits of seeded weights are flat: the best two lie close together.
     assert part / len(tokens) <= 0.002 and same / len(tokens) >= 0.85, (part / len(tokens), same)
+
+
+@needs_bf16_tiles
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_family_with_prompts_in_bf16(build, tmp_path, name, bf16):
+    """Beside float64, the same on each path, and not what the exact prompts give."""
+    path = tiny_family.write_gguf(tmp_path / "tiny.gguf", name, bf16=bf16)
+    folder = seal(build, path, tmp_path, *(["--matrices", "bf16"] if bf16 else []))
+    tokens = tiny_family.tokens(name) * 2
+    wanted = reference.Decoder(path).logits(tokens)
+    runs = {engine(build, folder, "logits", tokens=tokens, CASEMATE_CPU=cpu, CASEMATE_THREADS=count,
+                   CASEMATE_PROMPTS="bf16") for cpu in available_paths() for count in "12"}
+    assert len(runs) == 1 and engine(build, folder, "logits", tokens=tokens) not in runs
+    found = numpy.frombuffer(runs.pop(), "<f4").reshape(wanted.shape)
+    part, same = reference.compare(wanted, found)
+    assert part / len(tokens) <= 0.002 and same / len(tokens) >= 0.85, (part / len(tokens), same)
+
+
+def test_prompts_in_bf16_are_refused_where_there_are_none(build, real):
+    done = subprocess.run([build / "harness" / "engine", "greedy", real / "m.cmpkg", real / "key", "1", "1"],
+                          input=struct.pack("<2I", 1, 5), capture_output=True, timeout=60,
+                          env={"CASEMATE_PROMPTS": "bf16"})
+    said = done.stderr.decode()
+    assert done.returncode == 0 if bf16_tiles() else "CM-DEV-PROMPTS" in said and "prompts: exact" in said
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3"])
@@ -221,9 +256,10 @@ def available_paths():
                        if flag in flags]
 
 
+@pytest.mark.parametrize("prompts", ["exact", pytest.param("bf16", marks=needs_bf16_tiles)])
 @pytest.mark.parametrize("kv", KV_KINDS)
-def test_chunking_of_the_prompt_changes_no_token(build, real, kv):
+def test_chunking_of_the_prompt_changes_no_token(build, real, kv, prompts):
     tokens = [int(t) for t in numpy.random.default_rng(5).integers(3, 49000, 200)]
-    runs = {engine(build, real, "greedy", 24, chunk, tokens=tokens, CASEMATE_KV=kv)
+    runs = {engine(build, real, "greedy", 24, chunk, tokens=tokens, CASEMATE_KV=kv, CASEMATE_PROMPTS=prompts)
             for chunk in (1, 7, 32, 256)}
     assert len(runs) == 1 and len(runs.pop().split()) == 24

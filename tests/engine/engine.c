@@ -4,7 +4,8 @@
  * engine greedy PACKAGE KEYFILE N CHUNK  stdin the same; stdout: N tokens, one a line
  * engine guard PACKAGE KEYFILE           decode with the built-in rules ÷ without, as JSON
  * engine adapter PACKAGE KEYFILE         decode and prefill with the adapter ÷ without, as JSON
- * CASEMATE_CPU and CASEMATE_THREADS force path and threads; CASEMATE_ADAPTER and
+ * CASEMATE_CPU and CASEMATE_THREADS force path and threads, CASEMATE_PROMPTS=bf16 class P;
+ * CASEMATE_ADAPTER and
  * CASEMATE_ADAPTER_KEY give slots an adapter. */
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,8 +25,9 @@ static void must(enum cm_status status)
     engine_must(status, &err);
 }
 
-static struct cm_step_result step(struct engine *e, uint32_t slot, uint32_t position,
-                                  const uint32_t *tokens, uint32_t count, bool sample)
+static struct cm_step_result part_step(struct engine *e, uint32_t slot, uint32_t position,
+                                       const uint32_t *tokens, uint32_t count, bool prompt,
+                                       bool sample)
 {
     static struct cm_step_result result;
     struct cm_step_entry entry = {.slot = slot,
@@ -34,10 +36,24 @@ static struct cm_step_result step(struct engine *e, uint32_t slot, uint32_t posi
                                   .tokens = tokens,
                                   .pages = e->pages,
                                   .page_count = e->page_count,
+                                  .prompt = prompt,
                                   .sample = sample};
     must(cm_device_step_submit(e->device, &entry, 1, &err));
     must(cm_device_step_wait(e->device, &result, 1, &err));
     return result;
+}
+
+/* A piece of a prompt. */
+static struct cm_step_result read_step(struct engine *e, uint32_t slot, uint32_t position,
+                                       const uint32_t *tokens, uint32_t count, bool sample)
+{
+    return part_step(e, slot, position, tokens, count, true, sample);
+}
+
+/* A reply's next token, after this one. */
+static uint32_t reply_step(struct engine *e, uint32_t slot, uint32_t position, uint32_t token)
+{
+    return part_step(e, slot, position, &token, 1, false, true).token;
 }
 
 static uint32_t tokens_read(uint32_t **ret_tokens)
@@ -63,7 +79,7 @@ static void logits_run(struct engine *e, uint32_t first)
         uint32_t end = at < first && first < count ? first : count;
         take = end - at < CHUNK ? end - at : CHUNK;
         e->device->probe = at < first ? NULL : probe;
-        step(e, slot, at, tokens + at, take, false);
+        read_step(e, slot, at, tokens + at, take, false);
         if (at >= first) {
             fwrite(probe, sizeof(float), (size_t)take * vocabulary, stdout);
         }
@@ -76,12 +92,12 @@ static void greedy_run(struct engine *e, uint32_t want, uint32_t chunk)
     uint32_t *tokens, slot = engine_slot(e), count = tokens_read(&tokens), next = 0, at = 0;
     while (at < count) {
         uint32_t take = count - at < chunk ? count - at : chunk;
-        next = step(e, slot, at, tokens + at, take, at + take == count).token;
+        next = read_step(e, slot, at, tokens + at, take, at + take == count).token;
         at += take;
     }
     for (uint32_t i = 0; i < want; i++, at++) {
         printf("%u\n", next);
-        next = step(e, slot, at, &next, 1, true).token;
+        next = reply_step(e, slot, at, next);
     }
 }
 
@@ -117,10 +133,10 @@ static void guard_run(struct engine *e)
         for (uint32_t k = 0; k < PROMPT; k++) {
             prompt[k] = 300 + 7 * k;
         }
-        next = step(e, slot, 0, prompt, PROMPT, true).token;
+        next = read_step(e, slot, 0, prompt, PROMPT, true).token;
         double started = seconds();
         for (uint32_t k = 0; k < DECODES; k++) {
-            next = step(e, slot, PROMPT + k, &next, 1, true).token;
+            next = reply_step(e, slot, PROMPT + k, next);
         }
         speeds[i % 2][i / 2] = DECODES / (seconds() - started);
         cm_device_slot_close(e->device, slot);
@@ -147,10 +163,10 @@ static void adapter_round(struct engine *e, double speeds[2])
         prompt[k] = 300 + 7 * k;
     }
     double started = seconds();
-    next = step(e, slot, 0, prompt, ADAPTER_PROMPT, true).token;
+    next = read_step(e, slot, 0, prompt, ADAPTER_PROMPT, true).token;
     double read = seconds();
     for (uint32_t k = 0; k < ADAPTER_DECODES; k++) {
-        next = step(e, slot, ADAPTER_PROMPT + k, &next, 1, true).token;
+        next = reply_step(e, slot, ADAPTER_PROMPT + k, next);
     }
     speeds[0] = ADAPTER_PROMPT / (read - started);
     speeds[1] = ADAPTER_DECODES / (seconds() - read);

@@ -128,6 +128,9 @@ void engine_open(struct engine *e, const char *path, const char *key_path,
     const char *threads = getenv("CASEMATE_THREADS");
     struct cm_device_options options = {.threads = threads ? (uint32_t)atoi(threads) : 0,
                                         .path = getenv("CASEMATE_CPU")};
+    const char *prompts = getenv("CASEMATE_PROMPTS");
+    options.prompts =
+        prompts != NULL && strcmp(prompts, "bf16") == 0 ? CM_PROMPTS_BF16 : CM_PROMPTS_EXACT;
     model_open(e, fd, key_path, &err);
     const char *adapter = getenv("CASEMATE_ADAPTER"), *its_key = getenv("CASEMATE_ADAPTER_KEY");
     const struct cm_package_core *core = &cm_package_head_of(e->package)->core;

@@ -12,6 +12,7 @@ static const char *const paths[] = {"avx2", "avx512vnni", "amx"};
 struct way {
     const char *path;
     uint32_t threads, sequences, chunk;
+    enum cm_prompts prompts;
 };
 
 struct outcome {
@@ -21,7 +22,8 @@ struct outcome {
 
 static struct cm_device *device_open_for(const struct way *way)
 {
-    const struct cm_device_options options = {.threads = way->threads, .path = way->path};
+    const struct cm_device_options options = {
+        .threads = way->threads, .path = way->path, .prompts = way->prompts};
     struct cm_device *device =
         device_load_by(&options, SEQUENCES, SEQUENCES * SPACE, CONTEXT, SEQUENCES * 64);
     cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_OK, "%s", err.text);
@@ -61,6 +63,7 @@ static struct cm_step_entry entry_of(const struct sequence *s, const uint32_t *t
                                   .tokens = tokens,
                                   .pages = s->pages,
                                   .page_count = SPACE,
+                                  .prompt = s->at < PROMPT,
                                   .sample = sample};
 }
 
@@ -103,7 +106,7 @@ static void way_run(const struct way *way, struct outcome *ret)
     cm_device_close(device);
 }
 
-static void ways_compare(uint32_t attention, uint32_t ffn)
+static void ways_compare(uint32_t attention, uint32_t ffn, enum cm_prompts prompts)
 {
     static struct outcome wanted, found;
     const uint32_t chunks[] = {1, 7, 16, 64};
@@ -111,11 +114,12 @@ static void ways_compare(uint32_t attention, uint32_t ffn)
     attention_kind = attention;
     ffn_kind = ffn;
     model_make();
-    way_run(&(struct way){"avx2", 1, 1, 64}, &wanted);
+    way_run(&(struct way){"avx2", 1, 1, 64, prompts}, &wanted);
     cr_assert_neq(memcmp(wanted.logits[0], wanted.logits[1], sizeof(wanted.logits[0])), 0);
     for (size_t p = 0; p < sizeof(paths) / sizeof(paths[0]); p++) {
         for (uint32_t i = 0; cm_path_choose(paths[p]) != NULL && i < 16; i++) {
-            struct way way = {paths[p], 1 + i % 2, i / 2 % 2 ? SEQUENCES : 1, chunks[i / 4]};
+            struct way way = {paths[p], 1 + i % 2, i / 2 % 2 ? SEQUENCES : 1, chunks[i / 4],
+                              prompts};
             memset(&found, 0, sizeof(found));
             way_run(&way, &found);
             cr_assert_eq(memcmp(&found, &wanted, sizeof(found)), 0,
@@ -129,21 +133,143 @@ static void ways_compare(uint32_t attention, uint32_t ffn)
 
 Test(kernels_forward, nothing_changes_a_bit)
 {
-    ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S);
-    ways_compare(CM_TENSOR_U5A, CM_TENSOR_U5S);
+    ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S, CM_PROMPTS_EXACT);
+    ways_compare(CM_TENSOR_U5A, CM_TENSOR_U5S, CM_PROMPTS_EXACT);
 }
 
 Test(kernels_forward, nothing_changes_a_bit_with_keys_and_values_of_int8)
 {
     kv_kind = CM_KV_INT8;
-    ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S);
-    ways_compare(CM_TENSOR_BF16, CM_TENSOR_U8S);
+    ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S, CM_PROMPTS_EXACT);
+    ways_compare(CM_TENSOR_BF16, CM_TENSOR_U8S, CM_PROMPTS_EXACT);
 }
 
 /* Activations are floats for some matrices and quants for others. */
 Test(kernels_forward, nothing_changes_a_bit_with_bf16)
 {
-    ways_compare(CM_TENSOR_BF16, CM_TENSOR_BF16);
-    ways_compare(CM_TENSOR_BF16, CM_TENSOR_U8S);
-    ways_compare(CM_TENSOR_U8S, CM_TENSOR_BF16);
+    ways_compare(CM_TENSOR_BF16, CM_TENSOR_BF16, CM_PROMPTS_EXACT);
+    ways_compare(CM_TENSOR_BF16, CM_TENSOR_U8S, CM_PROMPTS_EXACT);
+    ways_compare(CM_TENSOR_U8S, CM_TENSOR_BF16, CM_PROMPTS_EXACT);
+}
+
+static void prompts_need(void)
+{
+    if (cm_prompt_path_choose() == NULL) {
+        cr_skip_test("this machine lacks AMX-bf16");
+    }
+}
+
+Test(kernels_forward, nothing_changes_a_bit_with_prompts_in_bf16)
+{
+    prompts_need();
+    ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S, CM_PROMPTS_BF16);
+    ways_compare(CM_TENSOR_BF16, CM_TENSOR_BF16, CM_PROMPTS_BF16);
+    ways_compare(CM_TENSOR_U4A, CM_TENSOR_BF16, CM_PROMPTS_BF16);
+    ways_compare(CM_TENSOR_U5A, CM_TENSOR_U5S, CM_PROMPTS_BF16);
+    kv_kind = CM_KV_INT8;
+    ways_compare(CM_TENSOR_U8S, CM_TENSOR_U8S, CM_PROMPTS_BF16);
+}
+
+/* Sequence 0 reads its prompt in pieces of `chunk`, then replies; the others are in the middle of
+ * their replies, or begin with it. */
+static void mixed_run(uint32_t chunk, bool replies, struct outcome *ret)
+{
+    static float probe[SEQUENCES * 64][VOCABULARY];
+    static struct sequence all[SEQUENCES];
+    struct cm_step_entry entries[SEQUENCES];
+    struct cm_device *device =
+        device_open_for(&(struct way){NULL, 2, SEQUENCES, chunk, CM_PROMPTS_BF16});
+    sequences_open(device, all, SEQUENCES);
+    for (uint32_t s = 1; replies && s < SEQUENCES; s++) {
+        entries[0] = entry_of(&all[s], all[s].prompt, PROMPT, true);
+        step(device, all + s, entries, 1);
+    }
+    device->probe = &probe[0][0];
+    for (uint32_t at = 0, take; at < PROMPT; at += take) {
+        take = PROMPT - at < chunk ? PROMPT - at : chunk;
+        entries[0] = entry_of(&all[0], all[0].prompt + at, take, at + take == PROMPT);
+        for (uint32_t s = 1; s < SEQUENCES; s++) {
+            entries[s] = replies ? entry_of(&all[s], &all[s].next, 1, true)
+                                 : entry_of(&all[s], all[s].prompt + at, take, false);
+        }
+        step(device, all, entries, SEQUENCES);
+        memcpy(ret->logits[at], probe[device->entry_token[0]], take * sizeof(probe[0]));
+    }
+    device->probe = NULL;
+    for (uint32_t i = 0; i < REPLY; i++) {
+        ret->tokens[i] = all[0].next;
+        entries[0] = entry_of(&all[0], &all[0].next, 1, true);
+        step(device, all, entries, 1);
+    }
+    cm_device_close(device);
+}
+
+Test(kernels_forward, steps_that_mix_replies_and_prompts_in_bf16_change_no_bit)
+{
+    static struct outcome alone, found;
+    const uint32_t chunks[] = {1, 7, 16, 33, 56};
+    prompts_need();
+    model_make();
+    way_run(&(struct way){NULL, 1, 1, 64, CM_PROMPTS_BF16}, &alone);
+    for (uint32_t i = 0; i < 10; i++) {
+        mixed_run(chunks[i / 2], i % 2 == 0, &found);
+        cr_assert_arr_eq(&found, &alone, sizeof(alone), "chunks of %u, %s", chunks[i / 2],
+                         i % 2 == 0 ? "beside replies" : "beside prompts");
+    }
+}
+
+/* After a preemption the prompt is read again as a prompt, the reply as a reply, many tokens a
+ * step; the reply goes on as it would have. And the two classes differ, or this shows nothing. */
+Test(kernels_forward, a_reply_that_is_computed_again_stays_exact)
+{
+    static struct sequence all[SEQUENCES];
+    static struct outcome alone, exact;
+    static uint32_t tokens[PROMPT + REPLY];
+    struct cm_step_entry entry;
+    prompts_need();
+    model_make();
+    way_run(&(struct way){NULL, 1, 1, 64, CM_PROMPTS_EXACT}, &exact);
+    way_run(&(struct way){NULL, 1, 1, 64, CM_PROMPTS_BF16}, &alone);
+    cr_assert_neq(memcmp(alone.logits, exact.logits, sizeof(exact.logits)), 0);
+    for (uint32_t cut = 1; cut + 1 < REPLY; cut++) {
+        struct cm_device *device = device_open_for(&(struct way){NULL, 2, 1, 64, CM_PROMPTS_BF16});
+        static float probe[2][64][VOCABULARY];
+        sequences_open(device, all, 2);
+        memcpy(tokens, all[0].prompt, sizeof(all[0].prompt));
+        memcpy(tokens + PROMPT, alone.tokens, sizeof(alone.tokens));
+        for (uint32_t s = 0; s < 2; s++) { /* token by token, and again at once */
+            all[s].at = 0;
+            entry = entry_of(&all[s], tokens, PROMPT, false);
+            step(device, &all[s], &entry, 1);
+            for (uint32_t at = 0, take; at <= cut; at += take) {
+                take = s == 0 ? 1 : cut + 1;
+                device->probe = probe[s][at];
+                entry = entry_of(&all[s], tokens + PROMPT + at, take, at + take == cut + 1);
+                step(device, &all[s], &entry, 1);
+            }
+            device->probe = NULL;
+            cr_assert_eq(all[s].next, alone.tokens[cut + 1], "run %u, cut at %u", s, cut);
+        }
+        cr_assert_arr_eq(probe[1], probe[0], (cut + 1) * sizeof(probe[0][0]));
+        cm_device_close(device);
+    }
+}
+
+Test(kernels_forward, prompts_in_bf16_are_said_or_refused)
+{
+    const struct cm_device_options options = {.threads = 1, .prompts = CM_PROMPTS_BF16};
+    struct cm_device *device = NULL;
+    struct cm_device_facts facts;
+    const enum cm_status status = cm_device_open("cpu", &options, &device, &err);
+    if (cm_prompt_path_choose() == NULL) {
+        cr_assert_eq(status, CM_E_CONFIG);
+        cr_assert_str_eq(err.id, "CM-DEV-PROMPTS");
+        cr_assert(strstr(err.text, "prompts: exact") != NULL, "%s", err.text);
+        return;
+    }
+    cr_assert_eq(status, CM_OK, "%s", err.text);
+    cm_device_describe(device, &facts);
+    cr_assert_eq(facts.prompts, CM_PROMPTS_BF16);
+    cr_assert(strstr(facts.name, "amx-bf16 prompts") != NULL, "%s", facts.name);
+    cm_device_close(device);
 }

@@ -36,8 +36,7 @@ static void *lines_new(size_t bytes)
 static struct cm_activations activations_new(uint32_t kind, uint32_t columns, uint32_t tokens)
 {
     size_t blocks = (size_t)tokens * columns / 32;
-    return (struct cm_activations){.rounded = lines_new(blocks * 64),
-                                   .x = kind == CM_TENSOR_BF16 ? lines_new(blocks * 128) : NULL,
+    return (struct cm_activations){.x = kind == CM_TENSOR_BF16 ? lines_new(blocks * 128) : NULL,
                                    .q = lines_new(blocks * 32),
                                    .scale = lines_new(blocks * 4),
                                    .sum = lines_new(blocks * 4),
@@ -286,6 +285,7 @@ static void prompts_compare(const struct cm_prompt_path *path, uint32_t kind, ui
     struct cm_matrix matrix = matrix_new(kind, rows, columns);
     struct cm_activations act = activations_new(kind, columns, tokens);
     float *row = lines_new(columns * 4ul);
+    act.rounded = lines_new((size_t)tokens * columns * 2);
     if (kind == CM_TENSOR_BF16) {
         bfloats_shrink(&matrix);
     }
@@ -340,16 +340,20 @@ static uint16_t *factor_new(size_t tiles, uint32_t columns)
     return factor;
 }
 
-static void factors_compare(uint32_t kind)
+static void factors_compare(uint32_t kind, bool prompts)
 {
     enum { COLUMNS = 576, TOKENS = 37, TILES = 5 };
     struct cm_activations act = activations_new(kind, COLUMNS, TOKENS);
     static float row[COLUMNS], plain[TOKENS][20], fast[TOKENS][20];
     static float u[CM_ADAPTER_RANK_MAX], wanted[TILES * 32], found[TILES * 32];
     srand(4);
+    act.rounded = prompts ? lines_new(TOKENS * COLUMNS * 2ul) : NULL;
     for (uint32_t t = 0; t < TOKENS; t++) {
         floats_fill(row, COLUMNS, 3.0f);
         cm_path_choose("avx2")->quantise(row, &act, t, 0, COLUMNS / 32);
+        for (uint32_t k = 0; prompts && k < COLUMNS; k++) {
+            act.rounded[cm_activation_at(&act, t, k / 32) * 32 + k % 32] = cm_bfloat_of(row[k]);
+        }
     }
     for (uint32_t i = 0; i < 64 * PATHS; i++) {
         const struct cm_path *path = cm_path_choose(names[i % PATHS]);
@@ -376,8 +380,9 @@ static void factors_compare(uint32_t kind)
 
 Test(kernels_paths, factors_of_adapters_equal_the_definition)
 {
-    factors_compare(CM_TENSOR_U8S);
-    factors_compare(CM_TENSOR_BF16);
+    factors_compare(CM_TENSOR_U8S, false);
+    factors_compare(CM_TENSOR_BF16, false);
+    factors_compare(CM_TENSOR_U8S, true);
 }
 
 /* ------------------------------------------------------------------ attention */
