@@ -54,14 +54,14 @@ struct cm_config_names {
     char names[CM_CONFIG_TLS_NAMES][CM_NAME_BYTES];
 };
 
-#define CM_CONFIG_ROW_COUNT 42
+#define CM_CONFIG_ROW_COUNT 43
 
 struct cm_configuration {
     /* sealed */
     char package[CM_CONFIG_TEXT_BYTES];
     char package_owner[CM_CONFIG_TEXT_BYTES];
     char policy_authority[CM_CONFIG_TEXT_BYTES];
-    char device[CM_CONFIG_TEXT_BYTES];
+    char device[CM_CONFIG_TEXT_BYTES], prompts[CM_CONFIG_TEXT_BYTES];
     char tpm[CM_CONFIG_TEXT_BYTES];
     char attest_mode[CM_CONFIG_TEXT_BYTES];
     char require_sandbox[CM_CONFIG_TEXT_BYTES];

@@ -21,6 +21,7 @@ const struct cm_config_row cm_config_rows[CM_CONFIG_ROW_COUNT] = {
     {"package_owner", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(package_owner), "PEM public key (P-256) of who signs packages"},
     {"policy_authority", SEALED, CM_CONFIG_PATH, 1, CM_CONFIG_TEXT_BYTES - 1, "", "", "", AT(policy_authority), "PEM public key (P-256) of who signs allowed states"},
     {"device", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "cpu", "cpu", AT(device), "where the model computes"},
+    {"prompts", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "exact", "exact|bf16", AT(prompts), "exact: prompts are computed as replies are; bf16: in bf16, about twice as fast, where the CPU has AMX-bf16 (kernels/NUMERICS.md, class P)"},
     {"tpm", SEALED, CM_CONFIG_TEXT, 1, 107, "", "development", "", AT(tpm), "development, /dev/tpmrm0, or the Unix socket of an swtpm; the development TPM protects nothing"},
     {"attest_mode", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "", "strict|restartable", AT(attest_mode), "strict: one start per boot, then a cap; restartable: the same state may start again. Must be said for a real TPM"},
     {"require_sandbox", SEALED, CM_CONFIG_CHOICE, 1, 16, "", "full", "full|best", AT(require_sandbox), "full: refuse to start where nothing holds one of the sandbox's promises; best: take what the machine has"},
@@ -151,6 +152,11 @@ enum cm_status cm_config_sealed_text(const struct cm_configuration *configuratio
                  owner_hex, policy_hex, configuration->device, configuration->tpm,
                  cm_config_attest_mode(configuration), configuration->require_sandbox,
                  configuration->guard, configuration->kv_kind);
+    if (bytes > 0 && bytes < CM_CONFIG_SEALED_BYTES &&
+        strcmp(configuration->prompts, "exact") != 0) { /* as above: nothing new where it is off */
+        bytes += snprintf(ret_text + bytes, CM_CONFIG_SEALED_BYTES - (size_t)bytes, "prompts %s\n",
+                          configuration->prompts);
+    }
     if (bytes > 0 && bytes < CM_CONFIG_SEALED_BYTES && configuration->adapters_max > 0) {
         bytes += adapters_put(configuration, owners, ret_text + bytes,
                               CM_CONFIG_SEALED_BYTES - (size_t)bytes);

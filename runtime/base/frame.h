@@ -215,7 +215,9 @@ struct cm_config_worker {
     uint32_t guard; /* 1: a RULES frame follows, and every reply passes its rules */
     uint32_t adapters_max;
     uint32_t adapter_rank_max;
-    uint32_t kv_int8; /* 1: keys and values are kept as int8; 0: fp16 */
+    uint32_t kv_int8;      /* 1: keys and values are kept as int8; 0: fp16 */
+    uint32_t prompts_bf16; /* 1: class P of kernels/NUMERICS.md */
+    uint32_t reserved;
     uint64_t adapter_bytes_max;
     struct cm_adapter_owners adapter_owners;
     char device[CM_NAME_BYTES];             /* "cpu" */

@@ -252,6 +252,7 @@ static void worker_configure(struct service *service, struct child *worker)
         .adapters_max = (uint32_t)from->adapters_max,
         .adapter_rank_max = (uint32_t)from->adapter_rank_max,
         .kv_int8 = strcmp(from->kv_kind, "int8") == 0,
+        .prompts_bf16 = strcmp(from->prompts, "bf16") == 0,
         .adapter_bytes_max = from->adapter_bytes_max,
         .adapter_owners = service->keeper_config.adapter_owners,
     };

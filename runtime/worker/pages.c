@@ -233,7 +233,8 @@ static uint32_t find(const struct cm_pages *p, uint32_t bucket, struct cm_pages_
     while (index != CM_PAGE_NONE) {
         const struct page *page = &p->page[index];
         if (page->of.tenant == of.tenant && page->of.adapter == of.adapter &&
-            page->parent == parent && memcmp(page->tokens, tokens, sizeof(page->tokens)) == 0) {
+            page->of.prompts == of.prompts && page->parent == parent &&
+            memcmp(page->tokens, tokens, sizeof(page->tokens)) == 0) {
             break;
         }
         index = page->next;

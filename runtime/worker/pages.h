@@ -4,8 +4,8 @@
  * content is known (a tenant's tokens up to it, by the model or one adapter), so the next sequence
  * with that prefix takes it up instead of computing it. Kept pages form trees (a page's parent is
  * the page before it); they are given up from the leaves, least recently used first, when pages run
- * out, and wiped then. A page is found only by the exact tenant, adapter, parent and tokens; the
- * hash that finds its place is keyed anew at each start. All memory is taken in _new.
+ * out, and wiped then. A page is found only by the exact tenant, adapter, class, parent and tokens;
+ * the hash that finds its place is keyed anew at each start. All memory is taken in _new.
  * Single-threaded. */
 #ifndef CASEMATE_RUNTIME_WORKER_PAGES_H
 #define CASEMATE_RUNTIME_WORKER_PAGES_H
@@ -26,9 +26,9 @@ uint32_t cm_pages_available(const struct cm_pages *pages);
 /* A wiped page, held once. One must be available. */
 uint32_t cm_pages_take(struct cm_pages *pages);
 /* Whose pages are found: of one tenant, computed with one adapter (its generation, never used
- * again; 0: none). */
+ * again; 0: none), in one class (enum cm_prompts). */
 struct cm_pages_of {
-    uint64_t tenant, adapter;
+    uint64_t tenant, adapter, prompts;
 };
 /* The kept pages that hold the first whole pages of `tokens` for them, each held once more.
  * Returns how many; ret_page has room for count / CM_KV_PAGE_POSITIONS. */

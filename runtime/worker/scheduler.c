@@ -41,6 +41,7 @@ struct request {
 struct cm_scheduler {
     struct cm_device *device;
     struct cm_scheduler_limits limits;
+    enum cm_prompts prompts; /* the device's */
     cm_scheduler_emit emit;
     void *emit_context;
     struct request *requests; /* [sequences_max + queue_max] */
@@ -71,7 +72,10 @@ enum cm_status cm_scheduler_new(struct cm_device *device, const struct cm_schedu
     if (s == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "scheduler");
     }
+    struct cm_device_facts facts;
+    cm_device_describe(device, &facts);
     s->device = device;
+    s->prompts = facts.prompts;
     s->limits = *limits;
     s->emit = emit;
     s->emit_context = emit_context;
@@ -206,7 +210,7 @@ void cm_scheduler_submit(struct cm_scheduler *s, const struct cm_scheduler_reque
     }
     r->state = WAITING;
     r->id = request->id;
-    r->of = (struct cm_pages_of){request->tenant, request->adapter};
+    r->of = (struct cm_pages_of){request->tenant, request->adapter, s->prompts};
     r->order = s->next_order++;
     r->params = request->slot;
     r->params.max_tokens = most;
@@ -382,12 +386,21 @@ static struct request *waiting_next(const struct cm_scheduler *s)
     return best;
 }
 
+/* Of a request's first `count` tokens those whose pages are kept and looked for. Where prompts are
+ * of a class of their own, a page with tokens of a reply in it is nobody's prompt's. */
+static uint32_t kept_most(const struct cm_scheduler *s, const struct request *r, uint32_t count)
+{
+    const bool prompts_alone = s->prompts != CM_PROMPTS_EXACT;
+    return prompts_alone && count > r->prompt_count ? r->prompt_count : count;
+}
+
 /* Pages for all of a request's tokens: kept ones of an equal prefix, then fresh ones. The last
  * token is always computed, for its logits. False: too few are available, nothing was taken. */
 static bool pages_begin(struct cm_scheduler *s, struct request *r)
 {
     const uint32_t wanted = pages_for(r->count + 1);
-    r->page_count = cm_pages_match(s->pages, r->of, r->tokens, r->count - 1, r->pages);
+    r->page_count =
+        cm_pages_match(s->pages, r->of, r->tokens, kept_most(s, r, r->count - 1), r->pages);
     if (wanted - r->page_count > cm_pages_available(s->pages)) {
         pages_return(s, r);
         return false;
@@ -478,6 +491,7 @@ static void entry_add(struct cm_scheduler *s, struct request *r, uint32_t take, 
                                                 .tokens = r->tokens + r->computed,
                                                 .pages = r->pages,
                                                 .page_count = r->page_count,
+                                                .prompt = r->computed < r->prompt_count,
                                                 .replay = r->computed < r->counted,
                                                 .sample = r->computed + take == r->count};
     s->entry_owner[(*count)++] = r;
@@ -529,6 +543,14 @@ static void times_note(struct cm_scheduler *s, uint64_t step_ns, uint32_t decode
     *figure = *figure == 0 ? value : (3 * *figure + value) / 4;
 }
 
+/* Up to where one entry may reach: its tokens are all of the prompt or all of the reply, and all
+ * new to the device or none. */
+static uint32_t part_end(const struct request *r)
+{
+    const uint32_t end = r->computed < r->counted ? r->counted : r->count;
+    return r->computed < r->prompt_count && end > r->prompt_count ? r->prompt_count : end;
+}
+
 /* Decodes first, so that replies go on; prompts fill the rest. Among each, the first admitted goes
  * first: however small a step is, the oldest prompt gets what decodes leave, and while it waits no
  * later one becomes a decode, so nobody starves. */
@@ -551,7 +573,7 @@ static uint32_t batch_make(struct cm_scheduler *s, uint32_t *ret_decode_tokens,
                 continue;
             }
             uint32_t left = most - tokens[turn];
-            uint32_t end = r->computed < r->counted ? r->counted : r->count;
+            uint32_t end = part_end(r);
             uint32_t take = end - r->computed < left ? end - r->computed : left;
             if (take > 0) {
                 entry_add(s, r, take, &count);
@@ -572,7 +594,8 @@ static uint32_t batch_make(struct cm_scheduler *s, uint32_t *ret_decode_tokens,
  * runs, too. */
 static void full_keep(struct cm_scheduler *s, struct request *r)
 {
-    for (; (r->kept_pages + 1) * CM_KV_PAGE_POSITIONS <= r->computed; r->kept_pages++) {
+    const uint32_t most = kept_most(s, r, r->computed);
+    for (; (r->kept_pages + 1) * CM_KV_PAGE_POSITIONS <= most; r->kept_pages++) {
         const uint32_t i = r->kept_pages;
         r->pages[i] = cm_pages_keep(s->pages, r->of, i > 0 ? r->pages[i - 1] : CM_PAGE_NONE,
                                     r->tokens + (size_t)i * CM_KV_PAGE_POSITIONS, r->pages[i]);

@@ -237,8 +237,11 @@ Test(config_point, what_may_be_loaded_is_measured)
     cr_assert_eq(memcmp(with, without, bytes[0]), 0);
     cr_assert(strstr(with, "\nadapters_max 3\nadapter_bytes_max 67108864\nadapter_rank_max 64\n"
                            "adapter_owner abab") != NULL);
+    cr_assert_null(strstr(with, "prompts"));
+    snprintf(configuration.prompts, sizeof(configuration.prompts), "bf16");
     owners.count = CM_ADAPTER_OWNERS_MAX;
     cr_assert_eq(
         cm_config_sealed_text(&configuration, expected, expected, &owners, with, &bytes[1], &err),
         CM_OK, "the most there can be: %s", err.text);
+    cr_assert(strstr(with, "\nprompts bf16\n") != NULL);
 }

@@ -117,6 +117,8 @@ Test(worker_pages, the_exact_prefix_of_the_same_tenant_is_found_and_nothing_else
                      "another tenant");
         const struct cm_pages_of adapted = {.tenant = 1, .adapter = 1};
         cr_assert_eq(cm_pages_match(pages, adapted, tokens, DEPTH * PAGE, found), 0u, "an adapter");
+        const struct cm_pages_of rounded = {.tenant = 1, .prompts = CM_PROMPTS_BF16};
+        cr_assert_eq(cm_pages_match(pages, rounded, tokens, DEPTH * PAGE, found), 0u, "a class");
         for (uint32_t at = 0; at < 3 * PAGE; at++) { /* one token differs */
             memcpy(other, tokens, sizeof(other));
             other[at] ^= 1;

@@ -15,10 +15,13 @@
 #define IDS_MAX    4096u
 #define STEPS_MAX  100000u
 
+static enum cm_prompts prompt_class; /* of every device from now on */
+
 static struct cm_device *device_new(const struct cm_scheduler_limits *limits)
 {
-    struct cm_device *device = device_load(limits->sequences_max, limits->kv_pages,
-                                           limits->context_max, limits->step_tokens_max);
+    const struct cm_device_options options = {.threads = 1, .prompts = prompt_class};
+    struct cm_device *device = device_load_by(&options, limits->sequences_max, limits->kv_pages,
+                                              limits->context_max, limits->step_tokens_max);
     cr_assert_eq(cm_device_model_bind(device, &model, &err), CM_OK, "%s", err.text);
     return device;
 }
@@ -148,8 +151,8 @@ struct ask {
     uint64_t tenant;
 };
 
-/* Submit one; its id. */
-static uint64_t submit(const struct ask *ask)
+/* Submit one, whose last tokens are the characters of `end`; its id. */
+static uint64_t submit_ending(const struct ask *ask, const char *end)
 {
     uint64_t random = ask->which * 2654435761u + 1;
     struct cm_scheduler_request request = {.id = ++scene.last_id,
@@ -168,10 +171,18 @@ static uint64_t submit(const struct ask *ask)
         random = random * 6364136223846793005u + 1442695040888963407u;
         room[i] = (uint32_t)(random >> 40) % (VOCABULARY - 1);
     }
+    for (size_t i = 0, size = strlen(end); room != NULL && i < size; i++) {
+        room[ask->prompt_tokens - size + i] = (uint32_t)(end[i] - '0');
+    }
     allocation_trap = true;
     cm_scheduler_submit(scene.scheduler, &request, ask->prompt_tokens);
     allocation_trap = false;
     return request.id;
+}
+
+static uint64_t submit(const struct ask *ask)
+{
+    return submit_ending(ask, "");
 }
 
 #define ASKS 8u
@@ -258,6 +269,22 @@ static void same_tokens_however_they_are_batched_chunked_preempted_or_held_back(
 Test(worker_scheduler, same_tokens_however_they_are_batched_chunked_preempted_or_held_back)
 {
     kinds_run(same_tokens_however_they_are_batched_chunked_preempted_or_held_back);
+}
+
+/* What follows is in class P; replies were made anew in it. */
+static void prompts_round(void)
+{
+    if (cm_prompt_path_choose() == NULL) {
+        cr_skip_test("this machine lacks AMX-bf16");
+    }
+    prompt_class = CM_PROMPTS_BF16;
+    setup();
+}
+
+Test(worker_scheduler, the_same_with_prompts_in_bf16)
+{
+    prompts_round();
+    same_tokens_however_they_are_batched_chunked_preempted_or_held_back();
 }
 
 /* ------------------------------------------------------------------ limits */
@@ -594,6 +621,45 @@ static void an_equal_prefix_is_computed_once_and_changes_no_token(void)
 Test(worker_scheduler, an_equal_prefix_is_computed_once_and_changes_no_token)
 {
     kinds_run(an_equal_prefix_is_computed_once_and_changes_no_token);
+}
+
+Test(worker_scheduler, an_equal_prefix_in_bf16_is_computed_once_and_changes_no_token)
+{
+    prompts_round();
+    an_equal_prefix_is_computed_once_and_changes_no_token();
+}
+
+/* A prompt that goes on from an earlier reply, as the next turn of a chat does: pages of the reply
+ * are found where replies and prompts are of one class, and never where they are not. */
+static void turns_compare(uint32_t cached)
+{
+    char whole[2][CONTEXT + 1];
+    for (uint32_t cache = 0; cache < 2; cache++) {
+        const struct cm_scheduler_limits limits = {2,  2,          PAGES_MANY, CONTEXT,
+                                                   64, cache == 1, false};
+        struct ask next = asks[3];
+        scene_begin(&limits);
+        cr_assert_str_eq(reply_of(&asks[3])->text, alone[3]);
+        next.prompt_tokens += 60;
+        const struct reply *r = &scene.replies[submit_ending(&next, alone[3])];
+        run_to_end();
+        cr_assert_eq(r->end.cached_tokens, cache == 1 ? cached : 0u, "%u", r->end.cached_tokens);
+        memcpy(whole[cache], r->text, sizeof(whole[0]));
+        empty_assert();
+        scene_end();
+    }
+    cr_assert_str_eq(whole[0], whole[1]);
+}
+
+Test(worker_scheduler, the_next_turn_finds_the_reply_before_it)
+{
+    turns_compare(128);
+}
+
+Test(worker_scheduler, the_next_turn_in_bf16_finds_the_prompt_alone)
+{
+    prompts_round();
+    turns_compare(96);
 }
 
 Test(worker_scheduler, without_the_cache_nothing_is_reused)
