@@ -5,8 +5,7 @@
  * ([width][32 positions]), so that scores come 16 positions at a time without horizontal sums. K of
  * int8 is multiplied as int8, four of the width at a time; V of int8 becomes floats in registers.
  * The order of every sum is that of kernels/NUMERICS.md and depends on the positions alone. */
-#include "kernels/cpu/cpu_internal.h"
-#include "kernels/cpu/lanes.h"
+#include "kernels/cpu/attention_rows.h"
 
 #define PAGE   CM_KV_PAGE_POSITIONS
 #define CHUNK  CM_ATTENTION_CHUNK
@@ -34,34 +33,20 @@ static uint32_t least(uint32_t a, uint32_t b)
     return a < b ? a : b;
 }
 
-/* Positions that a row sees: rows are [token][group]. */
 static uint32_t seen(const struct work *w, uint32_t row)
 {
-    return w->a->position + row / w->a->group + 1;
+    return row_seen(w->a, row);
 }
 
-/* The first of them. */
 static uint32_t begin(const struct work *w, uint32_t row)
 {
-    uint32_t window = w->a->window, end = seen(w, row);
-    return window != 0 && end > window ? end - window : 0;
+    return row_begin(w->a, row);
 }
 
 /* The first page of a chunk that some row sees. */
 static uint32_t page_first(const struct work *w, uint32_t first)
 {
     return begin(w, 0) > first ? begin(w, 0) / PAGE * PAGE : first;
-}
-
-static const float *query_of(const struct work *w, uint32_t row)
-{
-    const struct cm_attention *a = w->a;
-    return a->query + (row / a->group) * a->query_stride + (size_t)(row % a->group) * a->head_width;
-}
-
-static const uint8_t *page_of(const struct cm_attention *a, uint32_t position, size_t offset)
-{
-    return a->kv + (size_t)a->pages[position / PAGE] * a->page_bytes + offset;
 }
 
 /* K or V of one page. Few rows read it as it is kept, and the page after it ahead: pages lie
@@ -167,7 +152,7 @@ INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, stru
     }
     for (uint32_t r = 0; r < count; r++) {
         low[r] = high[r] = lanes_set(0.0f);
-        query[r] = query_of(w, row + r);
+        query[r] = row_query(w->a, row + r);
     }
     for (uint32_t i = 0; i < w->a->head_width; i++) {
         if (from.form == HALFS) {
@@ -284,12 +269,12 @@ static const uint8_t *next_of(const struct work *w, uint32_t t, uint32_t first, 
 {
     const struct cm_attention *a = w->a;
     if (t + PAGE < last) {
-        return page_of(a, t + PAGE, values ? a->v_offset : a->k_offset);
+        return position_page(a, t + PAGE, values ? a->v_offset : a->k_offset);
     }
     if (!values) {
-        return page_of(a, first, a->v_offset);
+        return position_page(a, first, a->v_offset);
     }
-    return page_of(a, last < seen(w, w->rows - 1) ? last : t, a->k_offset);
+    return position_page(a, last < seen(w, w->rows - 1) ? last : t, a->k_offset);
 }
 
 /* Scores of all rows that see something of the page at position t. */
@@ -307,7 +292,7 @@ static void chunk_scores(const struct work *w, uint32_t first, uint32_t last)
 {
     const struct cm_attention *a = w->a;
     for (uint32_t t = page_first(w, first); t < last; t += PAGE) {
-        struct source from = {.page = page_of(a, t, a->k_offset),
+        struct source from = {.page = position_page(a, t, a->k_offset),
                               .next = next_of(w, t, first, last, false),
                               .whole = w->page};
         float *to = w->scores + (t - first);
@@ -422,7 +407,7 @@ static void chunk_values(const struct work *w, uint32_t first, uint32_t last)
     memset(w->part, 0, (size_t)w->rows * w->padded * sizeof(float));
     for (uint32_t t = page_first(w, first); t < last; t += PAGE) {
         struct source from = {.form = a->kv_kind == CM_KV_INT8 ? BYTES : HALFS,
-                              .page = page_of(a, t, a->v_offset),
+                              .page = position_page(a, t, a->v_offset),
                               .next = next_of(w, t, first, last, true),
                               .whole = w->page,
                               .scales = w->scales};
@@ -445,33 +430,6 @@ static void chunk_values(const struct work *w, uint32_t first, uint32_t last)
     }
 }
 
-/* (M, L, O) of one row, joined with a later chunk's (m, l, o). */
-static void merge(float *most, float *total, float *whole, float top, float sum, const float *part,
-                  uint32_t size)
-{
-    float both = top > *most ? top : *most;
-    float old = cm_expf(*most - both), new = cm_expf(top - both);
-    *total = fmaf(*total, old, sum * new);
-    *most = both;
-    for (uint32_t i = 0; i < size; i += LANES) {
-        lanes_store(whole + i, lanes_fma(lanes_load(whole + i), lanes_set(old),
-                                         lanes_mul(lanes_load(part + i), lanes_set(new))));
-    }
-}
-
-static void out_put(const float *whole, float total, uint32_t width, float *out)
-{
-    float last[LANES];
-    uint32_t i = 0;
-    for (; i + LANES <= width; i += LANES) {
-        lanes_store(out + i, lanes_div(lanes_load(whole + i), lanes_set(total)));
-    }
-    if (i < width) {
-        lanes_store(last, lanes_div(lanes_load(whole + i), lanes_set(total)));
-        memcpy(out + i, last, (width - i) * sizeof(float));
-    }
-}
-
 static void queries_quantise(struct work *w)
 {
     for (uint32_t row = 0; row < w->rows; row++) {
@@ -479,7 +437,7 @@ static void queries_quantise(struct work *w)
             const uint32_t first = b * CM_TILE_COLUMNS, i = row * w->blocks + b;
             float scale;
             w->query_sum[i] =
-                lanes_quantise_head(query_of(w, row) + first, w->a->head_width - first, true,
+                lanes_quantise_head(row_query(w->a, row) + first, w->a->head_width - first, true,
                                     w->query + (size_t)i * CM_TILE_COLUMNS, &scale);
             w->query_scale[i] = scale / CM_TILE_COLUMNS;
         }
@@ -533,12 +491,13 @@ void LANES_NAME(attend)(const struct cm_attention *a)
                 w.most[row] = w.tops[row];
                 w.total[row] = w.sums[row];
             } else if (seen(&w, row) > first && first > begin(&w, row)) {
-                merge(&w.most[row], &w.total[row], whole, w.tops[row], w.sums[row], part, w.padded);
+                row_merge(&w.most[row], &w.total[row], whole, w.tops[row], w.sums[row], part,
+                          w.padded);
             }
         }
     }
     for (uint32_t row = 0; row < w.rows; row++) {
-        out_put(w.whole + (size_t)row * w.padded, w.total[row], a->head_width,
+        row_out(w.whole + (size_t)row * w.padded, w.total[row], a->head_width,
                 a->out + (row / a->group) * a->out_stride +
                     (size_t)(row % a->group) * a->head_width);
     }
@@ -570,8 +529,8 @@ void LANES_NAME(attend_merge)(const struct cm_attention *a, uint32_t chunks, flo
         float *whole = partials + first * chunk_floats + row * row_floats;
         for (uint32_t c = 1; c < chunks - first; c++) {
             const float *next = whole + c * chunk_floats;
-            merge(&whole[0], &whole[1], whole + LANES, next[0], next[1], next + LANES, padded);
+            row_merge(&whole[0], &whole[1], whole + LANES, next[0], next[1], next + LANES, padded);
         }
-        out_put(whole + LANES, whole[1], a->head_width, a->out + (size_t)row * a->head_width);
+        row_out(whole + LANES, whole[1], a->head_width, a->out + (size_t)row * a->head_width);
     }
 }

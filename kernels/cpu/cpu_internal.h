@@ -10,6 +10,7 @@
 
 #define CM_ATTENTION_CHUNK  256u
 #define CM_ATTENTION_ROWS   48u /* query rows (tokens × group) that share loads of K and V */
+#define CM_PROMPT_ROWS      96u /* the same in class P, where K and V are converted for them */
 #define CM_THREADS_MAX      64u
 #define CM_GELU_SCALE       0x1.988454p+0f /* 2 sqrt(2 / pi) */
 #define CM_PANEL            16u            /* tokens whose activations lie together */
@@ -134,6 +135,14 @@ static inline size_t cm_attention_floats(uint32_t rows, uint32_t head_width)
            (padded + blocks) * CM_KV_PAGE_POSITIONS;
 }
 
+/* Of class P: cm_amx_bf16_attend. */
+static inline size_t cm_prompt_attention_floats(uint32_t rows, uint32_t head_width)
+{
+    const size_t padded = cm_padded(head_width, 32), whole = cm_padded(rows, 16);
+    return whole * (padded / 2 + padded + 2) + 2 * CM_ATTENTION_CHUNK / 2 * padded +
+           CM_ATTENTION_CHUNK / 2 * 16 + 16 * (CM_ATTENTION_CHUNK + padded);
+}
+
 /* One chunk's result for one token: [group][16 + padded head width]: greatest, sum, values. */
 static inline size_t cm_partial_floats(uint32_t group, uint32_t head_width)
 {
@@ -214,7 +223,9 @@ struct cm_prompt_path {
     /* Blocks [block_first, block_first + count) of a token; x is the first block's. */
     void (*round)(const float *x, const struct cm_activations *act, uint32_t token,
                   uint32_t block_first, uint32_t count);
+    void (*attend)(const struct cm_attention *attention);
 };
+void cm_amx_bf16_attend(const struct cm_attention *attention);
 void cm_amx_bf16_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                       struct cm_span span, float *y, size_t stride);
 void cm_amx_bf16_round(const float *x, const struct cm_activations *act, uint32_t token,
@@ -232,6 +243,16 @@ float cm_expf(float x);
 float cm_capf(float x, float cap); /* cap * tanh(x / cap) */
 void cm_plain_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                    struct cm_span span, float *y, size_t stride);
+/* Attention by a class's own score of a position, and sum of the values of [first, last), whose
+ * chunk begins at `chunk`, by weights[position - chunk]. */
+struct cm_plain_attention {
+    float (*score)(const struct cm_attention *a, const float *query, uint32_t position);
+    void (*values)(const struct cm_attention *a, const float *weights, uint32_t chunk,
+                   uint32_t first, uint32_t last, float *ret);
+};
+void cm_plain_attend_by(const struct cm_plain_attention *by, const struct cm_attention *attention);
+/* K or V of the page of a position. */
+const uint8_t *cm_plain_page(const struct cm_attention *a, uint32_t position, size_t offset);
 void cm_plain_attend(const struct cm_attention *attention);
 void cm_plain_shrink(const uint16_t *tile, const struct cm_activations *x, uint32_t token,
                      uint32_t tokens, uint32_t block, uint32_t blocks, float *ret, size_t stride);
@@ -242,6 +263,7 @@ void cm_plain_expand(const uint16_t *tile, uint32_t rank, uint32_t tiles, const 
 #define CM_PLAIN_COLUMNS_MAX 2048u
 uint16_t cm_bfloat_of(float x);
 float cm_bfloat_float(uint16_t bfloat);
+void cm_plain_bf16_attend(const struct cm_attention *attention);
 void cm_plain_bf16_gemm(const struct cm_matrix *matrix, const struct cm_activations *x,
                         struct cm_span span, float *y, size_t stride);
 

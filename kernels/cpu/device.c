@@ -156,6 +156,11 @@ static void scratch_lay(struct cm_device *device, struct layout *layout,
     uint32_t threads = cm_pool_threads(device->pool);
     uint32_t inputs = greatest(m->width, attention), widest = greatest(inputs, m->ffn_width);
     uint32_t unit = greatest(cm_heads_per_unit(m->head_width) * m->head_width, 4 * CM_TILE_ROWS);
+    uint64_t scores = cm_attention_floats(greatest(CM_ATTENTION_ROWS, group), m->head_width);
+    if (device->prompts != NULL) {
+        uint64_t more = cm_prompt_attention_floats(greatest(CM_PROMPT_ROWS, group), m->head_width);
+        scores = more > scores ? more : scores;
+    }
     uint32_t block = device->prompts != NULL ? CM_PROMPT_TOKENS : CM_BLOCK_TOKENS;
     s->x = piece(layout, (uint64_t)tokens * m->width, 4, 64);
     s->query = piece(layout, (uint64_t)tokens * attention, 4, 64);
@@ -173,9 +178,7 @@ static void scratch_lay(struct cm_device *device, struct layout *layout,
         struct cm_thread_scratch own = {
             .row = piece(layout, widest + CM_TILE_ROWS, 4, 64),
             .y = piece(layout, (uint64_t)block * unit, 4, 64),
-            .attention = piece(
-                layout, cm_attention_floats(greatest(CM_ATTENTION_ROWS, group), m->head_width), 4,
-                64),
+            .attention = piece(layout, scores, 4, 64),
             .act = activations_lay(device, layout, 1, inputs),
             .candidates = piece(layout, m->vocabulary, sizeof(struct cm_candidate), 64)};
         if (layout->base != NULL) {

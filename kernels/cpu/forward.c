@@ -290,13 +290,20 @@ static void gate_finish(struct run *run, struct cm_span span, float *y, size_t s
 
 /* ------------------------------------------------------------------ attention */
 
+/* K and V of int8 are class D's in prompts too. */
+static enum cm_class attention_class(const struct cm_device *device,
+                                     const struct cm_step_entry *entry)
+{
+    return device->limits.kv_kind == CM_KV_FP16 ? cm_entry_class(device, entry) : CM_CLASS_D;
+}
+
 /* The step's attention, for one KV head: prompts in tiles of tokens, single tokens whole, or chunk
  * by chunk where there are too few of them to keep all threads at work. */
 static void attention_plan(struct cm_device *device)
 {
     const struct cm_model *model = &device->model;
+    static const uint32_t rows[CM_CLASSES] = {CM_ATTENTION_ROWS, CM_PROMPT_ROWS};
     uint32_t group = model->heads / model->kv_heads, singles = 0;
-    uint32_t tile = CM_ATTENTION_ROWS / group > 1 ? CM_ATTENTION_ROWS / group : 1;
     for (uint32_t e = 0; e < device->entry_count; e++) {
         singles += device->entries[e].token_count == 1;
     }
@@ -305,7 +312,9 @@ static void attention_plan(struct cm_device *device)
     for (uint32_t e = 0; e < device->entry_count; e++) {
         const struct cm_step_entry *entry = &device->entries[e];
         uint32_t chunks = entry->position / CM_ATTENTION_CHUNK + 1, token = device->entry_token[e];
-        if (split && entry->token_count == 1 && chunks > 1) {
+        const enum cm_class class = attention_class(device, entry);
+        const uint32_t tile = rows[class] / group > 1 ? rows[class] / group : 1;
+        if (split && class == CM_CLASS_D && entry->token_count == 1 && chunks > 1) {
             for (uint32_t c = 0; c < chunks; c++) {
                 device->items[device->item_count++] =
                     (struct cm_attention_item){e, token, 1, c, device->splits};
@@ -363,7 +372,9 @@ static float *partial_of(struct run *run, const struct cm_attention_item *item, 
 static void item_run(struct run *run, const struct cm_attention_item *item, uint32_t head)
 {
     struct cm_attention attention = attention_of(run, item, head);
-    if (item->chunk == CM_CHUNKS_ALL) {
+    if (attention_class(run->device, &run->device->entries[item->entry]) == CM_CLASS_P) {
+        run->device->prompts->attend(&attention);
+    } else if (item->chunk == CM_CHUNKS_ALL) {
         run->path->attend(&attention);
     } else {
         run->path->attend_chunk(&attention, item->chunk, partial_of(run, item, head, item->chunk));

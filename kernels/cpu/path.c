@@ -71,6 +71,6 @@ const struct cm_path *cm_path_choose(const char *name)
 const struct cm_prompt_path *cm_prompt_path_choose(void)
 {
     static const struct cm_prompt_path path = {"amx-bf16", amx_bf16_available, cm_amx_bf16_gemm,
-                                               cm_amx_bf16_round};
+                                               cm_amx_bf16_round, cm_amx_bf16_attend};
     return path.available() ? &path : NULL;
 }

@@ -3,22 +3,11 @@
  * tiles are the most that eight tiles can multiply without loading anything twice. What a token
  * gets depends on no other: a row of a tile is a token, and a panel with fewer than 16 has tiles of
  * fewer rows. */
-#include "kernels/cpu/amx.h"
+#include "kernels/cpu/amx_bf16.h"
 #include "kernels/cpu/avx512.h"
 
-#define CHUNK_BLOCKS 24u   /* 768 columns: two row tiles of them fit a core's caches */
-#define TILE_BYTES   1024u /* 16 rows × 32 columns of bf16 */
-#define AT_ONCE      2u    /* panels, and row tiles */
-
-/* Two blocks' rows of floats, as bf16 pairs (first, second) of each lane. Rounds to even; denormals
- * become 0. */
-INLINE __m512i pairs_of(__m512 first, __m512 second)
-{
-    const __m512i turns =
-        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-}
+#define CHUNK_BLOCKS 24u /* 768 columns: two row tiles of them fit a core's caches */
+#define AT_ONCE      2u  /* panels, and row tiles */
 
 /* One block as a tile: pair of columns k, k + 1 of all 16 rows in line k / 2. */
 INLINE void block_round(struct cm_tile_shape shape, const uint8_t *quants, const uint8_t *scales,

@@ -203,7 +203,7 @@ static float tree_sum(float lane[16])
     return lane[0];
 }
 
-static const uint8_t *page_of(const struct cm_attention *a, uint32_t position, size_t offset)
+const uint8_t *cm_plain_page(const struct cm_attention *a, uint32_t position, size_t offset)
 {
     return a->kv + (size_t)a->pages[position / CM_KV_PAGE_POSITIONS] * a->page_bytes + offset;
 }
@@ -289,39 +289,47 @@ static float value_of(const struct cm_attention *a, const uint8_t *page, uint32_
 
 static float score_of(const struct cm_attention *a, const float *query, uint32_t position)
 {
-    const uint8_t *page = page_of(a, position, a->k_offset);
+    const uint8_t *page = cm_plain_page(a, position, a->k_offset);
     const uint32_t t = position % CM_KV_PAGE_POSITIONS;
-    float dot =
-        a->kv_kind == CM_KV_INT8 ? bytes_dot(a, query, page, t) : halfs_dot(a, query, page, t);
-    float score = dot * a->scale;
-    return a->cap > 0.0f ? cm_capf(score, a->cap) : score;
+    return a->kv_kind == CM_KV_INT8 ? bytes_dot(a, query, page, t) : halfs_dot(a, query, page, t);
+}
+
+static void values_of(const struct cm_attention *a, const float *weights, uint32_t chunk,
+                      uint32_t first, uint32_t last, float *ret)
+{
+    memset(ret, 0, a->head_width * sizeof(*ret));
+    for (uint32_t t = first; t < last; t++) {
+        const uint8_t *values = cm_plain_page(a, t, a->v_offset);
+        for (uint32_t i = 0; i < a->head_width; i++) {
+            ret[i] =
+                fmaf(weights[t - chunk], value_of(a, values, t % CM_KV_PAGE_POSITIONS, i), ret[i]);
+        }
+    }
 }
 
 /* One chunk for one query head: greatest score, sum of weights, weighted values. */
-static float chunk_of(const struct cm_attention *a, const float *query, uint32_t first,
-                      uint32_t begin, uint32_t last, float *ret_sum, float *out)
+static float chunk_of(const struct cm_plain_attention *by, const struct cm_attention *a,
+                      const float *query, uint32_t first, uint32_t begin, uint32_t last,
+                      float *ret_sum, float *out)
 {
     float scores[CM_ATTENTION_CHUNK], lane[16] = {0}, greatest = -INFINITY;
     begin = begin > first ? begin : first;
     for (uint32_t t = begin; t < last; t++) {
-        scores[t - first] = score_of(a, query, t);
+        float score = by->score(a, query, t) * a->scale;
+        scores[t - first] = a->cap > 0.0f ? cm_capf(score, a->cap) : score;
         greatest = scores[t - first] > greatest ? scores[t - first] : greatest;
     }
-    memset(out, 0, a->head_width * sizeof(*out));
     for (uint32_t t = begin; t < last; t++) {
-        float e = cm_expf(scores[t - first] - greatest);
-        const uint8_t *values = page_of(a, t, a->v_offset);
-        lane[(t - first) % 16] += e;
-        for (uint32_t i = 0; i < a->head_width; i++) {
-            out[i] = fmaf(e, value_of(a, values, t % CM_KV_PAGE_POSITIONS, i), out[i]);
-        }
+        scores[t - first] = cm_expf(scores[t - first] - greatest);
+        lane[(t - first) % 16] += scores[t - first];
     }
+    by->values(a, scores, first, begin, last, out);
     *ret_sum = tree_sum(lane);
     return greatest;
 }
 
-static void row_attend(const struct cm_attention *a, const float *query, uint32_t positions,
-                       float *out)
+static void row_attend(const struct cm_plain_attention *by, const struct cm_attention *a,
+                       const float *query, uint32_t positions, float *out)
 {
     float part[1024], total = 0.0f, greatest = -INFINITY;
     uint32_t begin = a->window != 0 && positions > a->window ? positions - a->window : 0;
@@ -329,7 +337,8 @@ static void row_attend(const struct cm_attention *a, const float *query, uint32_
     for (uint32_t first = start; first < positions; first += CM_ATTENTION_CHUNK) {
         uint32_t last =
             positions - first < CM_ATTENTION_CHUNK ? positions : first + CM_ATTENTION_CHUNK;
-        float sum, most = chunk_of(a, query, first, begin, last, &sum, first == start ? out : part);
+        float sum,
+            most = chunk_of(by, a, query, first, begin, last, &sum, first == start ? out : part);
         if (first == start) {
             greatest = most;
             total = sum;
@@ -348,12 +357,18 @@ static void row_attend(const struct cm_attention *a, const float *query, uint32_
     }
 }
 
-void cm_plain_attend(const struct cm_attention *a)
+void cm_plain_attend_by(const struct cm_plain_attention *by, const struct cm_attention *a)
 {
     for (uint32_t t = 0; t < a->tokens; t++) {
         for (uint32_t h = 0; h < a->group; h++) {
-            row_attend(a, a->query + t * a->query_stride + (size_t)h * a->head_width,
+            row_attend(by, a, a->query + t * a->query_stride + (size_t)h * a->head_width,
                        a->position + t + 1, a->out + t * a->out_stride + (size_t)h * a->head_width);
         }
     }
+}
+
+void cm_plain_attend(const struct cm_attention *a)
+{
+    static const struct cm_plain_attention by = {score_of, values_of};
+    cm_plain_attend_by(&by, a);
 }

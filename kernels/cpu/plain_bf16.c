@@ -61,3 +61,60 @@ void cm_plain_bf16_gemm(const struct cm_matrix *matrix, const struct cm_activati
         }
     }
 }
+
+/* ------------------------------------------------------------------ attention */
+
+static float half_at(const struct cm_attention *a, uint32_t position, size_t offset, size_t index)
+{
+    const uint8_t *page = cm_plain_page(a, position, offset);
+    return cm_half_float(((const uint16_t *)(const void *)page)[index]);
+}
+
+static float score_of(const struct cm_attention *a, const float *query, uint32_t position)
+{
+    float score = 0.0f;
+    for (uint32_t first = 0; first < a->head_width; first += CM_TILE_COLUMNS) {
+        uint16_t q[CM_TILE_COLUMNS] = {0}, k[CM_TILE_COLUMNS] = {0};
+        for (uint32_t i = 0; i < CM_TILE_COLUMNS && first + i < a->head_width; i++) {
+            const size_t at = (size_t)(first + i) * CM_KV_PAGE_POSITIONS;
+            q[i] = cm_bfloat_of(query[first + i]);
+            k[i] = cm_bfloat_of(
+                half_at(a, position, a->k_offset, at + position % CM_KV_PAGE_POSITIONS));
+        }
+        score = block_add(score, k, q);
+    }
+    return score;
+}
+
+/* Of a position's value; what is not finite counts as the greatest half. */
+static uint16_t value_of(const struct cm_attention *a, uint32_t position, uint32_t i)
+{
+    const size_t at = (size_t)(position % CM_KV_PAGE_POSITIONS) * a->head_width;
+    const float value = half_at(a, position, a->v_offset, at + i);
+    return cm_bfloat_of(isnan(value) ? 65504.0f : fminf(fmaxf(value, -65504.0f), 65504.0f));
+}
+
+/* Page by page: positions that are not seen weigh 0. */
+static void values_of(const struct cm_attention *a, const float *weights, uint32_t chunk,
+                      uint32_t first, uint32_t last, float *ret)
+{
+    for (uint32_t i = 0; i < a->head_width; i++) {
+        ret[i] = 0.0f;
+        for (uint32_t page = chunk; page < last; page += CM_KV_PAGE_POSITIONS) {
+            uint16_t e[CM_KV_PAGE_POSITIONS] = {0}, v[CM_KV_PAGE_POSITIONS] = {0};
+            for (uint32_t t = page; t < page + CM_KV_PAGE_POSITIONS; t++) {
+                if (t >= first && t < last) {
+                    e[t - page] = cm_bfloat_of(weights[t - chunk]);
+                    v[t - page] = value_of(a, t, i);
+                }
+            }
+            ret[i] = block_add(ret[i], v, e);
+        }
+    }
+}
+
+void cm_plain_bf16_attend(const struct cm_attention *a)
+{
+    static const struct cm_plain_attention by = {score_of, values_of};
+    cm_plain_attend_by(&by, a);
+}

@@ -538,6 +538,60 @@ Test(kernels_paths, attention_equals_the_definition)
     }
 }
 
+/* Of the last token, whose neighbours in the tile do not see it. */
+static void last_value_break(const struct scene *s)
+{
+    const uint32_t last = s->a.position + s->a.tokens - 1;
+    uint8_t *page = s->kv + s->pages[last / 32] * s->a.page_bytes + s->a.v_offset;
+    const uint16_t infinite = 0x7c00, not_a_number = 0x7e00;
+    memcpy(page + (last % 32 * s->a.head_width) * 2ul, &infinite, 2);
+    memcpy(page + (last % 32 * s->a.head_width + 1) * 2ul, &not_a_number, 2);
+}
+
+Test(kernels_paths, attention_of_prompts_equals_the_definition)
+{
+    /* group, head width, position, tokens */
+    const uint32_t rows[][4] = {
+        {3, 64, 0, 1},     {3, 64, 37, 1},   {3, 64, 0, 32},   {1, 8, 0, 40},    {2, 24, 5, 9},
+        {4, 128, 250, 12}, {3, 64, 500, 32}, {1, 64, 240, 48}, {8, 256, 600, 1}, {9, 32, 1000, 5},
+        {16, 80, 90, 3},   {1, 64, 200, 96}, {6, 96, 255, 16}};
+    const uint32_t windows[] = {0, 1, 7, 32, 45, 256, 300, 700};
+    const size_t count = sizeof(rows) / sizeof(rows[0]);
+    const struct cm_prompt_path *path = cm_prompt_path_choose();
+    if (path == NULL) {
+        cr_skip_test("this machine lacks AMX-bf16");
+    }
+    srand(9);
+    for (size_t i = 0; i < count * 8; i++) {
+        struct scene s;
+        const uint32_t *row = rows[i % count];
+        scene_make(&s, CM_KV_FP16, row[0], row[1], row[2], row[3]);
+        s.a.window = windows[i / count];
+        s.a.cap = i % 3 == 2 ? 1.5f : 0.0f;
+        s.a.scratch = lines_new(cm_prompt_attention_floats(row[0] * row[3], row[1]) * 4);
+        if (i % 4 == 1) {
+            last_value_break(&s);
+        }
+        const size_t bytes = s.a.tokens * s.a.out_stride * 4;
+        cm_plain_bf16_attend(&s.a);
+        float *wanted = memcpy(lines_new(bytes), s.out, bytes);
+        memset(s.out, 0, bytes);
+        path->attend(&s.a);
+        cr_assert_arr_eq(s.out, wanted, bytes, "row %zu, window %u, cap %g", i % count, s.a.window,
+                         (double)s.a.cap);
+        for (uint32_t t = 0; t < s.a.tokens; t++) { /* each token by itself */
+            struct cm_attention one = s.a;
+            one.query += t * one.query_stride;
+            one.out += t * one.out_stride;
+            one.position += t;
+            one.tokens = 1;
+            path->attend(&one);
+        }
+        cr_assert_arr_eq(s.out, wanted, bytes, "row %zu one by one, window %u", i % count,
+                         s.a.window);
+    }
+}
+
 /* ------------------------------------------------------------------ threads */
 
 enum { UNITS = 997, PHASES = 3000 };
