@@ -2,7 +2,7 @@
 import html
 
 # Rows that the speed table has and no arm measures yet.
-ABSENT = ("class P (AMX-bf16)", "adapters in one batch")
+ABSENT = ("adapters in one batch",)
 
 
 def figure(part: dict, name: str, key: str = "rate") -> dict | None:
@@ -65,6 +65,11 @@ def engine_rows(parts: dict, intel: bool) -> list[Row]:
             rows.append(Row(f"{what}: ours, {path} ÷ llama.cpp",
                             ratio(part, f"ours {path}: {what}", f"llama.cpp: {what}"), None,
                             show(figure(part, f"ours {path}: {what}"), "tok/s")))
+    prompts = figure(part, "ours, class P: prefill 512")
+    for other, name, goal in (("llama.cpp", "llama.cpp", 14), ("ours, exact", "ours", None)) if prompts else ():
+        rows.append(Row(f"prefill 512: ours, class P ÷ {other}",
+                        ratio(part, "ours, class P: prefill 512", f"{name}: prefill 512"), goal,
+                        show(prompts, "tok/s")))
     rows.append(Row("8 streams ÷ one", ratio(part, "ours: 8 streams", "ours: decode"), 3,
                     show(figure(part, "ours: 8 streams"), "tok/s, all together")))
     slow, median = (figure(part, "ours: 8 streams", f"step_{k}_ms") for k in ("slowest", "median"))

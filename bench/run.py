@@ -52,8 +52,9 @@ class Bench:
             key.write_bytes(package_reader.recovery_key((folder / "r").read_bytes(), PASSPHRASE))
         return package, key
 
-    def ours(self, name: str, model: pathlib.Path, path: str = "", kv: str = "fp16") -> arms.Arm:
-        environment = {"CASEMATE_THREADS": str(self.threads), "CASEMATE_KV": kv,
+    def ours(self, name: str, model: pathlib.Path, path: str = "", kv: str = "fp16",
+             prompts: str = "exact") -> arms.Arm:
+        environment = {"CASEMATE_THREADS": str(self.threads), "CASEMATE_KV": kv, "CASEMATE_PROMPTS": prompts,
                        **({"CASEMATE_CPU": path} if path else {})}
         return arms.Arm(self.harness / "bench_ours", *self.seal(model, name), **environment)
 
@@ -102,6 +103,10 @@ class Bench:
             name = f"ours {path}".strip()
             asked += [(f"{name}: decode", arm, "decode 16 128"), (f"{name}: prefill 512", arm, "prefill 512")]
             asked += [("ours: 8 streams", arm, "streams 8 64")] if path == "" else []
+        try:
+            asked.append(("ours, class P: prefill 512", self.ours("smollm2", model, prompts="bf16"), "prefill 512"))
+        except RuntimeError:
+            self.notes.append("this CPU has no AMX-bf16: nothing is measured of class P")
         device, weights = asked[0][1].greeting["name"], asked[0][1].greeting["weight_bytes"]
         for name, file in (("llama.cpp", model), ("llama.cpp Q4_0", self.repacked(model))) \
                 if self.options.peers else ():
