@@ -104,7 +104,8 @@ def test_divergence_from_float64_is_below_the_peers(build, real, smollm_gguf, pr
             print(f"\nengine, {kv} K and V, prompts {prompts}: mean KL {kl:.5f} (llama.cpp, fp16, {PEER['mean_kl']:.5f}), top-1 "
                   f"{same:.2%} (llama.cpp {PEER['top1_agreement']:.2%}), {positions} positions")
     assert positions >= 2000 and digest.hexdigest() == PEER["tokens_sha256"]
-    assert mean[0] <= min(PEER["mean_kl"], 0.0044) and top[0] >= PEER["top1_agreement"]
+    bar = 0.0044 if prompts == "exact" else 0.0015
+    assert mean[0] <= min(PEER["mean_kl"], bar) and top[0] >= PEER["top1_agreement"]
     assert mean[0] != mean[1] <= 0.0047 and top[1] >= PEER["top1_agreement"]
 
 
