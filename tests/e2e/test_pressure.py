@@ -138,6 +138,28 @@ def test_keys_and_values_as_int8_are_measured_and_take_half_the_memory(build, fo
     assert 1.6 < found["int8"]["casemate_kv_pages"] / found["fp16"]["casemate_kv_pages"] <= 1.9, found
 
 
+def test_prompts_in_bf16_are_measured_and_said_or_refused(build, folder, tmp_path):
+    node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
+    node.make(folder / "tiny.gguf", "soak")
+    yaml = node.state / "casemate.yaml"
+    yaml.write_text(yaml.read_text().replace("sealed:\n", "sealed:\n  prompts: bf16\n"))
+    if "amx_bf16" not in pathlib.Path("/proc/cpuinfo").read_text():
+        node.start(wait=False)
+        assert node.service.wait(30) == 3 and "CM-DEV-PROMPTS" in node.tail() and "prompts: exact" in node.tail()
+        return
+    node.start(wait=False)
+    assert node.service.wait(30) == 5 and "CM-SEAL-PCR" in node.tail()  # the owner did not sign this
+    node.sign()
+    node.start()
+    node.api_key = node.key("bf16")
+    time.sleep(1.1)
+    replies = [ask(node, "a beginning that comes again and again " * 5, max_tokens=60) for _ in range(2)]
+    assert replies[0].choices[0].message.content == replies[1].choices[0].message.content
+    assert replies[1].usage.prompt_tokens_details.cached_tokens > 0
+    assert "amx-bf16 prompts" in node.log.read_text()
+    assert node.stop() == 0
+
+
 def test_more_memory_than_there_is_is_refused_with_both_numbers(build, folder):
     node = nodes.Node(build / "bin", folder / "node", folder / "owner")
     node.make(folder / "tiny.gguf", "soak")
