@@ -151,6 +151,7 @@ def tokenizer(family):
                 [normalizers.Prepend("\u2581"), replace]) if PIECES[family] else replace
     else:
         made = Tokenizer(models.BPE(ids, merges))
+        made.normalizer = normalizers.NFC() if family != "llama" else None
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=family == "llama")
         made.pre_tokenizer = level if family == "llama" else pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(QWEN2), "isolated"), level])

@@ -35,6 +35,13 @@ extern const struct cm_unicode_kind cm_unicode_kinds[];
 extern const struct cm_unicode_pair cm_unicode_pairs[];
 extern const uint32_t cm_unicode_pair_count;
 
+/* What two code points compose to, by pairs in order of (first, second) and by Hangul's arithmetic
+ * (UAX #15). 0: they do not. */
+uint32_t cm_unicode_compose(const struct cm_unicode_pair *pairs, uint32_t count, uint32_t first,
+                            uint32_t second);
+/* A Hangul syllable's two or three letters; 0: it is none. */
+uint32_t cm_unicode_hangul_decompose(uint32_t point, uint32_t ret_letters[3]);
+
 #define CM_UNICODE_ENTRY(table, point)                                                             \
     cm_unicode_##table[((uint32_t)cm_unicode_##table##_index[(point) >> 7] << 7) | ((point)&127u)]
 

@@ -12,15 +12,6 @@
 #define RUN_BYTES   256u /* ASCII bytes between two looks at that; two view bytes each at most */
 _Static_assert(SINK_BYTES + 2 * RUN_BYTES + CM_VIEW_LOOK_BACK <= CM_VIEW_RING, "the ring holds it");
 
-#define HANGUL_S       0xAC00u
-#define HANGUL_L       0x1100u
-#define HANGUL_V       0x1161u
-#define HANGUL_T       0x11A7u
-#define HANGUL_L_COUNT 19u
-#define HANGUL_V_COUNT 21u
-#define HANGUL_T_COUNT 28u
-#define HANGUL_S_COUNT (HANGUL_L_COUNT * HANGUL_V_COUNT * HANGUL_T_COUNT)
-
 const char *cm_view_name(enum cm_view view)
 {
     static const char *const names[] = {"folded", "words", "squeezed"};
@@ -147,38 +138,6 @@ static void words_put(struct cm_views *views, const struct cm_view_point *in)
 
 /* ------------------------------------------------------------------ composition (UAX #15) */
 
-static uint32_t hangul_compose(uint32_t first, uint32_t second)
-{
-    if (first - HANGUL_L < HANGUL_L_COUNT && second - HANGUL_V < HANGUL_V_COUNT) {
-        return HANGUL_S +
-               ((first - HANGUL_L) * HANGUL_V_COUNT + second - HANGUL_V) * HANGUL_T_COUNT;
-    }
-    if (first - HANGUL_S < HANGUL_S_COUNT && (first - HANGUL_S) % HANGUL_T_COUNT == 0 &&
-        second - HANGUL_T - 1 < HANGUL_T_COUNT - 1) {
-        return first + second - HANGUL_T;
-    }
-    return 0;
-}
-
-/* 0: they do not compose. */
-static uint32_t compose(uint32_t first, uint32_t second)
-{
-    uint32_t low = 0, high = cm_unicode_pair_count;
-    while (low < high) {
-        uint32_t at = (low + high) / 2;
-        const struct cm_unicode_pair *pair = &cm_unicode_pairs[at];
-        if (pair->first == first && pair->second == second) {
-            return pair->composed;
-        }
-        if (pair->first < first || (pair->first == first && pair->second < second)) {
-            low = at + 1;
-        } else {
-            high = at;
-        }
-    }
-    return hangul_compose(first, second);
-}
-
 static void composed_flush(struct cm_views *views)
 {
     for (uint32_t i = 0; i < views->composed_count; i++) {
@@ -198,7 +157,8 @@ static void composed_add(struct cm_views *views, const struct cm_view_point *in)
                    (count > 1 && views->composed[count - 1].combining >= in->combining);
     uint32_t kind = CM_UNICODE_ENTRY(kind, in->point);
     if (!blocked && (cm_unicode_kinds[kind].flags & CM_UNICODE_BACK) != 0) {
-        uint32_t both = compose(starter->point, in->point);
+        uint32_t both =
+            cm_unicode_compose(cm_unicode_pairs, cm_unicode_pair_count, starter->point, in->point);
         if (both != 0) {
             starter->point = both;
             starter->end = in->end > starter->end ? in->end : starter->end;
@@ -245,17 +205,6 @@ static void decomposed_add(struct cm_views *views, uint32_t point, uint32_t star
     views->held_count++;
 }
 
-static void hangul_decompose(struct cm_views *views, uint32_t index, uint32_t start, uint32_t end)
-{
-    uint32_t tail = index % HANGUL_T_COUNT;
-    index /= HANGUL_T_COUNT;
-    decomposed_add(views, HANGUL_L + index / HANGUL_V_COUNT, start, end);
-    decomposed_add(views, HANGUL_V + index % HANGUL_V_COUNT, start, end);
-    if (tail != 0) {
-        decomposed_add(views, HANGUL_T + tail, start, end);
-    }
-}
-
 static void point_take(struct cm_views *views, uint32_t point, uint32_t start, uint32_t end)
 {
     uint32_t flags = flags_of(point);
@@ -268,10 +217,10 @@ static void point_take(struct cm_views *views, uint32_t point, uint32_t start, u
     }
     uint32_t entry = CM_UNICODE_ENTRY(fold, point);
     if (entry == 0) {
-        if (point - HANGUL_S < HANGUL_S_COUNT) {
-            hangul_decompose(views, point - HANGUL_S, start, end);
-        } else {
-            decomposed_add(views, point, start, end);
+        uint32_t letters[3] = {point};
+        uint32_t count = cm_unicode_hangul_decompose(point, letters);
+        for (uint32_t i = 0; i < (count > 0 ? count : 1); i++) {
+            decomposed_add(views, letters[i], start, end);
         }
         return;
     }

@@ -93,6 +93,21 @@ static enum cm_status spaces_find(const json_t *tokenizer, struct cm_vocabulary 
     return CM_OK;
 }
 
+/* No normalizer, or form C before Qwen 2's split. */
+static bool form_find(const json_t *normalizer, uint32_t *split)
+{
+    const json_t *parts = json_object_get(normalizer, "normalizers");
+    const json_t *form = json_array_size(parts) == 1 ? json_array_get(parts, 0) : normalizer;
+    if (normalizer == NULL || json_is_null(normalizer)) {
+        return true;
+    }
+    if (!is(form, "type", "NFC") || *split != CM_SPLIT_QWEN2) {
+        return false;
+    }
+    *split = CM_SPLIT_QWEN2_NFC;
+    return true;
+}
+
 static enum cm_status kind_find(const json_t *tokenizer, const json_t *model,
                                 struct cm_vocabulary *v, struct cm_error *err)
 {
@@ -104,9 +119,12 @@ static enum cm_status kind_find(const json_t *tokenizer, const json_t *model,
         return spaces_find(tokenizer, v, err);
     }
     v->tokenizer = CM_TOKENIZER_BYTE_BPE;
-    return split_find(tokenizer, &v->split)
+    if (!split_find(tokenizer, &v->split)) {
+        return refuse(err, "its pre-tokenizer is none of GPT-2's, SmolLM's, Qwen 2's, Llama 3's");
+    }
+    return form_find(json_object_get(tokenizer, "normalizer"), &v->split)
                ? CM_OK
-               : refuse(err, "its pre-tokenizer is none of GPT-2's, SmolLM's, Qwen 2's, Llama 3's");
+               : refuse(err, "its normalizer is not NFC before Qwen 2's pre-tokenizer");
 }
 
 static bool byte_spelling(const char *text)

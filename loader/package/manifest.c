@@ -195,6 +195,24 @@ static enum cm_status rope_factors_parse(struct parser *parser, struct cm_cursor
     return ok && other ? CM_OK : refuse(parser, "RoPE factors are out of bounds, or all 1");
 }
 
+/* Is it one of that kind's pre-tokenizers? */
+static bool split_ok(uint32_t tokenizer, uint32_t split)
+{
+    switch ((enum cm_manifest_split)split) {
+    case CM_SPLIT_SMOLLM:
+    case CM_SPLIT_GPT2:
+    case CM_SPLIT_QWEN2:
+    case CM_SPLIT_LLAMA3:
+    case CM_SPLIT_QWEN2_NFC:
+        return tokenizer == CM_TOKENIZER_BYTE_BPE;
+    case CM_SPLIT_WHOLE:
+    case CM_SPLIT_SPACE_FIRST:
+    case CM_SPLIT_SPACE_ONE:
+        return tokenizer == CM_TOKENIZER_SENTENCEPIECE;
+    }
+    return false;
+}
+
 static enum cm_status tokenizer_parse(struct parser *parser, struct cm_cursor *body)
 {
     struct cm_manifest *m = parser->manifest;
@@ -204,11 +222,7 @@ static enum cm_status tokenizer_parse(struct parser *parser, struct cm_cursor *b
     m->add_begin = add_begin == 1;
     m->begin_token = cm_cursor_u32(body);
     m->end_token_count = cm_cursor_u32(body);
-    bool pieces = m->tokenizer == CM_TOKENIZER_SENTENCEPIECE;
-    if ((!pieces && m->tokenizer != CM_TOKENIZER_BYTE_BPE) ||
-        !within(m->split, pieces ? CM_SPLIT_WHOLE : CM_SPLIT_SMOLLM,
-                pieces ? CM_SPLIT_SPACE_ONE : CM_SPLIT_LLAMA3) ||
-        add_begin > 1 || m->begin_token >= m->vocabulary ||
+    if (!split_ok(m->tokenizer, m->split) || add_begin > 1 || m->begin_token >= m->vocabulary ||
         !within(m->end_token_count, 1, CM_MANIFEST_END_TOKENS_MAX)) {
         return refuse(parser, "tokenizer's kind or token ids are impossible");
     }

@@ -46,6 +46,7 @@ enum cm_manifest_split { /* pre-tokenizer */
                              6, /* SentencePiece: none, and a space before the text */
                          CM_SPLIT_SPACE_ONE =
                              7, /* the same, where the text does not begin with one */
+                         CM_SPLIT_QWEN2_NFC = 8, /* Qwen 2's, of the text in form C */
 };
 enum cm_manifest_chat {
     CM_CHAT_NONE = 0,

@@ -157,6 +157,23 @@ static const char *controls_find(const struct family *family, struct cm_tokenize
     return NULL;
 }
 
+/* Gemma's first turn holds the system's text and the user's. */
+static size_t turn_room(size_t turn_bytes_max)
+{
+    return 2 * turn_bytes_max + FIXED_BYTES;
+}
+
+static size_t message_room(const struct cm_manifest *manifest, size_t message_bytes_max)
+{
+    const size_t standing = manifest->default_system.size;
+    return message_bytes_max > standing ? message_bytes_max : standing;
+}
+
+size_t cm_chat_text_bytes(const struct cm_manifest *manifest, size_t message_bytes_max)
+{
+    return turn_room(message_room(manifest, message_bytes_max));
+}
+
 enum cm_status cm_chat_new(const struct cm_manifest *manifest, struct cm_tokenizer *tokenizer,
                            size_t turn_bytes_max, struct cm_chat **ret_chat, struct cm_error *err)
 {
@@ -172,10 +189,8 @@ enum cm_status cm_chat_new(const struct cm_manifest *manifest, struct cm_tokeniz
                             "manifest: chat format %s, and no control token %s in the vocabulary",
                             family->name, missing);
     }
-    turn_bytes_max = turn_bytes_max > manifest->default_system.size ? turn_bytes_max
-                                                                    : manifest->default_system.size;
-    /* Gemma's first turn holds the system's text and the user's. */
-    chat->turn = malloc(2 * turn_bytes_max + FIXED_BYTES);
+    turn_bytes_max = message_room(manifest, turn_bytes_max);
+    chat->turn = malloc(turn_room(turn_bytes_max));
     if (chat->turn == NULL) {
         free(chat);
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "chat");
@@ -190,7 +205,7 @@ enum cm_status cm_chat_new(const struct cm_manifest *manifest, struct cm_tokeniz
 void cm_chat_free(struct cm_chat *chat)
 {
     if (chat != NULL) {
-        explicit_bzero(chat->turn, 2 * chat->turn_bytes_max + FIXED_BYTES);
+        explicit_bzero(chat->turn, turn_room(chat->turn_bytes_max));
         free(chat->turn);
         free(chat);
     }

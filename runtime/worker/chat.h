@@ -13,6 +13,10 @@ struct cm_chat_part {
 
 struct cm_chat; /* the family, its control ids, and scratch for one turn */
 
+/* Bytes of the longest text that a chat whose messages have up to message_bytes_max gives to the
+ * tokenizer at once. */
+size_t cm_chat_text_bytes(const struct cm_manifest *manifest, size_t message_bytes_max);
+
 /* turn_bytes_max: the longest message. Fails: PACKAGE if a control token of the family is missing.
  */
 CM_MUST_USE enum cm_status cm_chat_new(const struct cm_manifest *manifest,

@@ -235,7 +235,9 @@ static enum cm_status serving_make(struct cm_worker *worker, struct cm_error *er
     if (worker->payload == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "request buffer");
     }
-    enum cm_status status = cm_tokenizer_new(&worker->manifest, &worker->tokenizer, err);
+    enum cm_status status = cm_tokenizer_new(
+        &worker->manifest, cm_chat_text_bytes(&worker->manifest, worker->payload_bytes),
+        &worker->tokenizer, err);
     if (status == CM_OK) {
         status = cm_chat_new(&worker->manifest, worker->tokenizer, worker->payload_bytes,
                              &worker->chat, err);

@@ -12,19 +12,38 @@
 
 #include "loader/package/manifest.h"
 
-enum cm_character cm_character_kind(uint32_t code_point)
+uint32_t cm_character_find(const struct cm_character_range *ranges, uint32_t count,
+                           uint32_t code_point)
 {
-    uint32_t low = 0, high = cm_character_range_count;
+    uint32_t low = 0, high = count;
     while (low < high) {
         uint32_t middle = (low + high) / 2;
-        if (code_point > cm_character_ranges[middle].last) {
+        if (code_point > ranges[middle].last) {
             low = middle + 1;
         } else {
             high = middle;
         }
     }
-    bool inside = low < cm_character_range_count && code_point >= cm_character_ranges[low].first;
-    return inside ? (enum cm_character)cm_character_ranges[low].kind : CM_CHARACTER_OTHER;
+    return low < count && code_point >= ranges[low].first ? ranges[low].kind : 0;
+}
+
+enum cm_character cm_character_kind(uint32_t code_point)
+{
+    return (enum cm_character)cm_character_find(cm_character_ranges, cm_character_range_count,
+                                                code_point);
+}
+
+uint32_t cm_point_read(const uint8_t *text, size_t size, size_t *ret_bytes)
+{
+    uint8_t lead = text[0];
+    size_t bytes = lead < 0x80 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+    bytes = bytes > size ? size : bytes;
+    uint32_t point = bytes == 1 ? lead : lead & (0x7fu >> bytes);
+    for (size_t i = 1; i < bytes; i++) {
+        point = point << 6 | (text[i] & 0x3fu);
+    }
+    *ret_bytes = bytes;
+    return point;
 }
 
 /* Kind and size of the character at `at`; the text is valid UTF-8. */
@@ -34,15 +53,7 @@ static enum cm_character kind_at(const uint8_t *text, size_t size, size_t at, si
         *ret_bytes = 0;
         return CM_CHARACTER_END;
     }
-    uint8_t lead = text[at];
-    size_t bytes = lead < 0x80 ? 1 : lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
-    bytes = bytes > size - at ? size - at : bytes;
-    uint32_t point = bytes == 1 ? lead : lead & (0x7fu >> bytes);
-    for (size_t i = 1; i < bytes; i++) {
-        point = point << 6 | (text[at + i] & 0x3fu);
-    }
-    *ret_bytes = bytes;
-    return cm_character_kind(point);
+    return cm_character_kind(cm_point_read(text + at, size - at, ret_bytes));
 }
 
 /* End of the run of one kind that starts at `at`. */
@@ -161,8 +172,8 @@ size_t cm_split_next(uint32_t split, const uint8_t *text, size_t size)
         }
         size = at;
     }
-    if (split == CM_SPLIT_QWEN2 || split == CM_SPLIT_LLAMA3) {
-        return later_next(text, size, split == CM_SPLIT_QWEN2 ? 1 : 3);
+    if (split == CM_SPLIT_QWEN2 || split == CM_SPLIT_QWEN2_NFC || split == CM_SPLIT_LLAMA3) {
+        return later_next(text, size, split == CM_SPLIT_LLAMA3 ? 3 : 1);
     }
     return gpt2_next(text, size);
 }

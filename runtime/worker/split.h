@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/guard/unicode.h"
+
 enum cm_character { /* everything else is 0 */
                     CM_CHARACTER_OTHER = 0,
                     CM_CHARACTER_LETTER,
@@ -21,6 +23,22 @@ extern const struct cm_character_range cm_character_ranges[];
 extern const uint32_t cm_character_range_count;
 
 enum cm_character cm_character_kind(uint32_t code_point);
+
+/* For form C (normal.c): canonical combining classes that are not 0; canonical decompositions in
+ * order of what they compose (second 0: of one); primary composites in order of (first, second). */
+extern const struct cm_character_range cm_combining_ranges[];
+extern const uint32_t cm_combining_range_count;
+extern const struct cm_unicode_pair cm_canonical[];
+extern const uint32_t cm_canonical_count;
+extern const struct cm_unicode_pair cm_composites[];
+extern const uint32_t cm_composite_count;
+
+/* The kind of the range that a code point lies in; 0: none. */
+uint32_t cm_character_find(const struct cm_character_range *ranges, uint32_t count,
+                           uint32_t code_point);
+
+/* The code point at the start of valid UTF-8 text that is not empty, and its bytes. */
+uint32_t cm_point_read(const uint8_t *text, size_t size, size_t *ret_bytes);
 
 /* Size of the next piece at the start of valid UTF-8 text, 1 .. size. split: enum
  * cm_manifest_split.

@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "runtime/worker/normal.h"
 #include "runtime/worker/split.h"
 
 #define PIECE_BYTES_MAX 65536u
@@ -49,12 +50,13 @@ struct cm_tokenizer {
     struct byte_map map;  /* SentencePiece */
     struct merge *merges; /* byte-level */
     uint32_t mask;
-    uint32_t *user_ids;           /* tokens of the user kind by first byte, the longest first */
-    uint32_t user_first[256 + 1]; /* where a byte's begin */
-    const uint8_t *piece;         /* being encoded */
-    uint8_t *spaced;              /* [PIECE_BYTES_MAX] SentencePiece: with its own spaces */
-    struct node *nodes;           /* [PIECE_BYTES_MAX] */
-    struct pair *heap;            /* [3 * PIECE_BYTES_MAX] */
+    uint32_t *user_ids;               /* tokens of the user kind by first byte, the longest first */
+    uint32_t user_first[256 + 1];     /* where a byte's begin */
+    const uint8_t *piece;             /* being encoded */
+    struct cm_normalizer *normalizer; /* NULL: texts stay as they are */
+    uint8_t *spaced;                  /* [PIECE_BYTES_MAX] SentencePiece: with its own spaces */
+    struct node *nodes;               /* [PIECE_BYTES_MAX] */
+    struct pair *heap;                /* [3 * PIECE_BYTES_MAX] */
     uint32_t heap_size;
     bool within; /* the text being encoded stands behind a control token */
 };
@@ -245,7 +247,7 @@ static enum cm_status tables_make(struct cm_tokenizer *t, struct cm_error *err)
     return status;
 }
 
-enum cm_status cm_tokenizer_new(const struct cm_manifest *manifest,
+enum cm_status cm_tokenizer_new(const struct cm_manifest *manifest, size_t text_bytes_max,
                                 struct cm_tokenizer **ret_tokenizer, struct cm_error *err)
 {
     struct cm_tokenizer *tokenizer = calloc(1, sizeof(*tokenizer));
@@ -254,6 +256,9 @@ enum cm_status cm_tokenizer_new(const struct cm_manifest *manifest,
     }
     tokenizer->manifest = manifest;
     enum cm_status status = tables_make(tokenizer, err);
+    if (status == CM_OK && manifest->split == CM_SPLIT_QWEN2_NFC) {
+        status = cm_normalizer_new(text_bytes_max, &tokenizer->normalizer, err);
+    }
     if (status != CM_OK) {
         cm_tokenizer_free(tokenizer);
         return status;
@@ -266,6 +271,7 @@ void cm_tokenizer_free(struct cm_tokenizer *tokenizer)
 {
     if (tokenizer != NULL) {
         free(tokenizer->map.places);
+        cm_normalizer_free(tokenizer->normalizer);
         free(tokenizer->user_ids);
         free(tokenizer->spaced);
         free(tokenizer->merges);
@@ -413,10 +419,13 @@ static void piece_encode(struct cm_tokenizer *t, const uint8_t *text, uint32_t b
     }
 }
 
-/* Text between tokens of the user kind: split, and each piece encoded. */
+/* Text between tokens of the user kind: normalized, split, and each piece encoded. */
 static void plain_encode(struct cm_tokenizer *t, const uint8_t *text, size_t size,
                          struct cm_token_list *list)
 {
+    if (t->normalizer != NULL) {
+        text = cm_normalizer_run(t->normalizer, text, size, &size);
+    }
     for (size_t at = 0; at < size;) {
         size_t piece = cm_split_next(t->manifest->split, text + at, size - at);
         piece = piece < PIECE_BYTES_MAX ? piece : PIECE_BYTES_MAX;

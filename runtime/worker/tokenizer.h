@@ -16,8 +16,10 @@ struct cm_token_list {
     uint32_t count;
 };
 
-/* Borrows the manifest. Fails: PACKAGE if a merge makes no token. */
+/* Borrows the manifest. text_bytes_max: of the longest text that _text will be given. Fails:
+ * PACKAGE if a merge makes no token. */
 CM_MUST_USE enum cm_status cm_tokenizer_new(const struct cm_manifest *manifest,
+                                            size_t text_bytes_max,
                                             struct cm_tokenizer **ret_tokenizer,
                                             struct cm_error *err);
 void cm_tokenizer_free(struct cm_tokenizer *tokenizer); /* NULL is fine */

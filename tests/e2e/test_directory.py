@@ -170,7 +170,8 @@ def dump(package, out, chat=0, names=()):
                         [int(i) for i in m.merges.reshape(-1)], [int(i) for i in m.ranks])
 
 
-LINES = ["hello the thin man and another", " two  spaces ", "thethethe and\n\nin", "naïve 東京 🎉",
+LINES = ["e\u0301 A\u030a\u0327 \u1112\u1161\u11ab \u212b \u2126 \U0001d15e a\u0301\u0301\u0327",
+         "hello the thin man and another", " two  spaces ", "thethethe and\n\nin", "naïve 東京 🎉",
          "The 12345 's don't I'LL", "a\tb\r\nc", "x" * 50, "and and  the\nthin", "<unk> </s> <s>"]
 
 
@@ -217,6 +218,26 @@ def tokenizer_change(**facts):
         tokenizer = json.loads((folder / "tokenizer.json").read_text())
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer | facts))
     return change
+
+
+@pytest.mark.parametrize("family,normalizer", [
+    ("qwen2", {"type": "NFKC"}), ("qwen2", {"type": "Lowercase"}), ("llama", {"type": "NFC"}),
+    ("qwen2", {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]})])
+def test_a_normalizer_that_the_host_does_not_have_is_refused(build, both, tmp_path, family, normalizer):
+    tiny_family.write_directory(tmp_path / "model", family)
+    tokenizer_change(normalizer=normalizer)(tmp_path / "model")
+    done = subprocess.run([build / "bin" / "casemate-pack", "pack", tmp_path / "model", "--out",
+                           tmp_path / "x.cmpkg", "--owner", both("mistral")[0] / "owner"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4 and "is not NFC" in done.stderr
+
+
+def test_a_sequence_of_form_c_alone_is_form_c(build, both, tmp_path):
+    tiny_family.write_directory(tmp_path / "model", "qwen2")
+    tokenizer_change(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]})(tmp_path / "model")
+    sealed = opened(seal(build, tmp_path / "model", tmp_path))
+    assert sealed.manifest.records[8] == opened(both("qwen2")[1]).manifest.records[8]
+    assert sealed.manifest.records[8][4] == 8
 
 
 META = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}

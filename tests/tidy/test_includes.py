@@ -21,8 +21,8 @@ TABLE = {
                      "loader/tpm/measure.h"), ("openssl/", "jansson.h")),
     "runtime/devtpm": ((BASE, "sandbox/confine.h",), ("libtpms/",)),
     "runtime/keeper": ((BASE, "sandbox/confine.h", "loader/package", "loader/evidence/evidence.h", "loader/tpm"), ("openssl/", "tss2/")),
-    "runtime/worker": ((BASE, "sandbox/confine.h", "kernels/device.h", "kernels/model.h", "loader/package",
-                        "loader/stream"), ()),
+    "runtime/worker": ((BASE, "sandbox/confine.h", "kernels/device.h", "kernels/guard/unicode.h", "kernels/model.h",
+                        "loader/package", "loader/stream"), ()),
     "runtime/gateway": ((BASE, "sandbox/confine.h",), ("openssl/", "event2/", "jansson.h")),
     # Of the package and the policy list the supervisor knows sizes alone.
     "runtime/supervisor": ((BASE, "policies", "sandbox", "loader/package/package.h",

@@ -150,6 +150,13 @@ def lines():
     return [line.replace("\0", "") for line in out]
 
 
+def code_points():
+    """Each code point, alone and between others that it may compose with."""
+    points = [c for c in range(1, 0x110000) if not 0xD800 <= c < 0xE000]
+    return ["\n".join(f"{c} a{c}\u0301\u0327{c}" for c in map(chr, points[i:i + 512]))
+            for i in range(0, len(points), 512)]
+
+
 def digest(ids):
     """SHA-256 over lists of ids: the length of each, then its ids, as u32."""
     total = hashlib.sha256()

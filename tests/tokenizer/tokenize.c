@@ -50,7 +50,7 @@ int main(int count, char **words)
     m.ranks =
         m.tokenizer == CM_TOKENIZER_SENTENCEPIECE ? bytes_read(dump, m.vocabulary * 4ull) : NULL;
     fclose(dump);
-    if (cm_tokenizer_new(&m, &tokenizer, &err) != CM_OK ||
+    if (cm_tokenizer_new(&m, cm_chat_text_bytes(&m, 1 << 20), &tokenizer, &err) != CM_OK ||
         cm_chat_new(&m, tokenizer, 1 << 20, &chat, &err) != CM_OK) {
         fprintf(stderr, "%s\n", err.text);
         return 4;

@@ -22,7 +22,9 @@ static void setup(void)
 {
     gguf_sample_make(&sample);
     cr_assert_eq(gguf_way(sample.bytes, sample.size, &plan, &err), CM_OK, "%s", err.text);
-    cr_assert_eq(cm_tokenizer_new(&plan.manifest, &tokenizer, &err), CM_OK, "%s", err.text);
+    cr_assert_eq(cm_tokenizer_new(&plan.manifest, cm_chat_text_bytes(&plan.manifest, PAYLOAD_BYTES),
+                                  &tokenizer, &err),
+                 CM_OK, "%s", err.text);
     cr_assert_eq(cm_chat_new(&plan.manifest, tokenizer, PAYLOAD_BYTES, &chat, &err), CM_OK);
 }
 
