@@ -30,98 +30,80 @@ struct turn {
     enum trim trim; /* white space of its text that goes */
 };
 
+static const struct turn chatml[] = {
+    [CM_CHAT_SYSTEM] = {"<|im_start|>", "system", "<|im_end|>", TRIM_NOT},
+    [CM_CHAT_USER] = {"<|im_start|>", "user", "<|im_end|>", TRIM_NOT},
+    [CM_CHAT_ASSISTANT] = {"<|im_start|>", "assistant", "<|im_end|>", TRIM_NOT},
+};
+static const struct turn gemma[] = {
+    [CM_CHAT_USER] = {"<start_of_turn>", "user", "<end_of_turn>", TRIM_BOTH},
+    [CM_CHAT_ASSISTANT] = {"<start_of_turn>", "model", "<end_of_turn>", TRIM_BOTH},
+};
+static const struct turn llama3[] = {
+    [CM_CHAT_SYSTEM] = {"<|start_header_id|>", "system", "<|eot_id|>", TRIM_BOTH},
+    [CM_CHAT_USER] = {"<|start_header_id|>", "user", "<|eot_id|>", TRIM_BOTH},
+    [CM_CHAT_ASSISTANT] = {"<|start_header_id|>", "assistant", "<|eot_id|>", TRIM_BOTH},
+};
+static const struct turn phi3[] = {
+    [CM_CHAT_SYSTEM] = {"<|system|>", "", "<|end|>", TRIM_FRONT},
+    [CM_CHAT_USER] = {"<|user|>", "", "<|end|>", TRIM_FRONT},
+    [CM_CHAT_ASSISTANT] = {"<|assistant|>", "", "<|end|>", TRIM_FRONT},
+};
+static const struct turn mistral[] = {
+    [CM_CHAT_USER] = {"[INST]", "", "[/INST]", TRIM_NOT},
+    [CM_CHAT_ASSISTANT] = {NULL, "", "</s>", TRIM_BOTH},
+};
+static const struct turn tekken[] = {
+    [CM_CHAT_USER] = {"[INST]", "", "[/INST]", TRIM_NOT},
+    [CM_CHAT_ASSISTANT] = {NULL, "", "</s>", TRIM_NOT},
+};
+
 /* By enum cm_manifest_chat. */
 static const struct family {
     const char *name;
-    struct turn roles[CM_CHAT_ASSISTANT + 1];
+    const struct turn *roles;   /* by role */
     const char *role_end;       /* control token behind the role's name; NULL: none */
     const char *before, *after; /* of a text; of a turn */
     const char *dates; /* before the first text of the system, which is always there; NULL: none */
-    bool system_needs_text;
-    bool
-        system_last; /* without a turn of its own it stands before the last user's, not the first */
-    bool as_written; /* no space but those of the format, whatever the tokenizer puts before a text
-                      */
-    const char *thoughts; /* what opens the model's turn before its answer; NULL: it has none */
+    const char *thoughts;   /* what opens the model's turn before its answer; NULL: it has none */
+    bool system_needs_text; /* a message of the system without one is none */
+    bool system_last;       /* it stands before the last user's, not before the first */
+    bool as_written;        /* no spaces but these, whatever the tokenizer puts before a text */
 } families[] = {
-#define CHATML(text_role)                                                                          \
-    {                                                                                              \
-        "<|im_start|>", text_role, "<|im_end|>", TRIM_NOT                                          \
-    }
-#define LLAMA(text_role)                                                                           \
-    {                                                                                              \
-        "<|start_header_id|>", text_role, "<|eot_id|>", TRIM_BOTH                                  \
-    }
-#define PHI(role_token)                                                                            \
-    {                                                                                              \
-        role_token, "", "<|end|>", TRIM_FRONT                                                      \
-    }
-#define SYSTEMLESS                                                                                 \
-    {                                                                                              \
-        NULL, NULL, NULL, TRIM_NOT                                                                 \
-    }
-    [CM_CHAT_CHATML] = {.name = "ChatML",
-                        .roles = {SYSTEMLESS, CHATML("system"), CHATML("user"),
-                                  CHATML("assistant")},
-                        .before = "\n",
-                        .after = "\n"},
-    [CM_CHAT_GEMMA] = {.name = "Gemma",
-                       .roles = {SYSTEMLESS,
-                                 SYSTEMLESS,
-                                 {"<start_of_turn>", "user", "<end_of_turn>", TRIM_BOTH},
-                                 {"<start_of_turn>", "model", "<end_of_turn>", TRIM_BOTH}},
-                       .before = "\n",
-                       .after = "\n"},
+    [CM_CHAT_CHATML] = {.name = "ChatML", .roles = chatml, .before = "\n", .after = "\n"},
+    [CM_CHAT_GEMMA] = {.name = "Gemma", .roles = gemma, .before = "\n", .after = "\n"},
     [CM_CHAT_LLAMA3] = {.name = "Llama 3",
-                        .roles = {SYSTEMLESS, LLAMA("system"), LLAMA("user"), LLAMA("assistant")},
+                        .roles = llama3,
                         .role_end = "<|end_header_id|>",
                         .before = "\n\n",
                         .after = ""},
-    [CM_CHAT_PHI3] = {.name = "Phi-3",
-                      .roles = {SYSTEMLESS, PHI("<|system|>"), PHI("<|user|>"),
-                                PHI("<|assistant|>")},
-                      .before = "",
-                      .after = "",
-                      .system_needs_text = true},
     [CM_CHAT_LLAMA31] = {.name = "Llama 3.1",
-                         .roles = {SYSTEMLESS, LLAMA("system"), LLAMA("user"), LLAMA("assistant")},
+                         .roles = llama3,
                          .role_end = "<|end_header_id|>",
                          .before = "\n\n",
                          .after = "",
                          .dates = DATES},
+    [CM_CHAT_PHI3] =
+        {.name = "Phi-3", .roles = phi3, .before = "", .after = "", .system_needs_text = true},
     [CM_CHAT_MISTRAL] = {.name = "Mistral v3",
-                         .roles = {SYSTEMLESS,
-                                   SYSTEMLESS,
-                                   {"[INST]", "", "[/INST]", TRIM_NOT},
-                                   {NULL, "", "</s>", TRIM_BOTH}},
+                         .roles = mistral,
                          .before = " ",
                          .after = "",
                          .system_last = true,
                          .as_written = true},
     [CM_CHAT_TEKKEN] = {.name = "Mistral v3 (Tekken)",
-                        .roles = {SYSTEMLESS,
-                                  SYSTEMLESS,
-                                  {"[INST]", "", "[/INST]", TRIM_NOT},
-                                  {NULL, "", "</s>", TRIM_NOT}},
+                        .roles = tekken,
                         .before = "",
                         .after = "",
                         .system_last = true,
                         .as_written = true},
-    [CM_CHAT_QWEN3] = {.name = "Qwen 3",
-                       .roles = {SYSTEMLESS, CHATML("system"), CHATML("user"), CHATML("assistant")},
-                       .before = "\n",
-                       .after = "\n",
-                       .thoughts = ""},
+    [CM_CHAT_QWEN3] =
+        {.name = "Qwen 3", .roles = chatml, .before = "\n", .after = "\n", .thoughts = ""},
     [CM_CHAT_QWEN3_DIRECT] = {.name = "Qwen 3 without thoughts",
-                              .roles = {SYSTEMLESS, CHATML("system"), CHATML("user"),
-                                        CHATML("assistant")},
+                              .roles = chatml,
                               .before = "\n",
                               .after = "\n",
                               .thoughts = THINK "\n\n" THINK_END "\n\n"},
-#undef CHATML
-#undef LLAMA
-#undef PHI
-#undef SYSTEMLESS
 };
 
 struct cm_chat {
@@ -141,7 +123,8 @@ static const char *controls_find(const struct family *family, struct cm_tokenize
         uint32_t *id;
     } rows[1 + 2 * CM_CHAT_ASSISTANT] = {{family->role_end, &chat->role_end}};
     size_t count = 1;
-    for (uint32_t role = CM_CHAT_SYSTEM; role <= CM_CHAT_ASSISTANT; role++) {
+    for (uint32_t role = CM_CHAT_SYSTEM; family->roles != NULL && role <= CM_CHAT_ASSISTANT;
+         role++) {
         rows[count].text = family->roles[role].open;
         rows[count++].id = &chat->open[role];
         rows[count].text = family->roles[role].close;
