@@ -587,5 +587,6 @@ def test_an_adapter_that_was_refused_for_a_passing_reason_is_tried_again(service
     service.until(lambda: adapter_states(service) == [("red", "serving", "")])
     assert time.monotonic() - refused > 1 and sum("open serial=7" in line for line in service.events()) == 2
     adapters_want(service)
-    service.until(lambda: adapter_states(service) == [])  # what is over does not come up again
+    service.until(lambda: adapter_states(service) == [])
+    assert service.log().count('"adapter_refused"') == 1  # what is over does not come up again
     assert service.stop() == 0
