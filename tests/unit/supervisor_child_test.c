@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "loader/package/package.h"
@@ -212,4 +213,59 @@ Test(supervisor_child, the_head_is_passed_on_with_the_policy_behind_it)
     cr_assert_eq(write(memory, "x", 1), -1, "sealed");
     unlink(path);
     unlink(policy);
+}
+
+/* The role at the other end of a child's channel. */
+static struct cm_channel role_behind(enum child_index index, enum cm_role role)
+{
+    struct child *child = &service.children[index];
+    struct cm_channel behind;
+    int ends[2];
+    cr_assert_eq(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends), 0);
+    child->role = role;
+    child->name = "role";
+    child->state = CHILD_SERVING;
+    cm_channel_init(&child->channel, ends[0], CM_ROLE_SUPERVISOR, role);
+    cm_channel_init(&behind, ends[1], role, CM_ROLE_SUPERVISOR);
+    child->channel.phase = behind.phase = CM_PHASE_SERVE;
+    return behind;
+}
+
+static bool frame_came(struct cm_channel *channel, enum cm_frame_type type)
+{
+    static struct cm_frame frame;
+    bool came = cm_channel_receive(channel, &frame, &err) == CM_OK;
+    cr_assert(!came || frame.type == type, "frame %u", frame.type);
+    return came;
+}
+
+/* Evidence names the adapters whose keys the keeper holds: as long as the worker may have another,
+ * neither a client nor the service itself gets a quote. */
+Test(supervisor_child, no_quote_while_the_keeper_does_not_know_an_adapter)
+{
+    const struct cm_quote_request request = {.id = 5};
+    service_prepare();
+    configuration.adapters_max = 2;
+    struct cm_channel keeper = role_behind(CHILD_KEEPER, CM_ROLE_KEEPER);
+    struct cm_channel gateway = role_behind(CHILD_GATEWAY, CM_ROLE_GATEWAY);
+    for (uint32_t state = 0; state < CM_ADAPTER_STATE_COUNT; state++) {
+        for (int held = 0; held < 2; held++) {
+            bool there = state == CM_ADAPTER_LOADING || state == CM_ADAPTER_SERVING ||
+                         state == CM_ADAPTER_UNLOADING;
+            bool wanted = held == 1 || !there;
+            service.adapters.each[1].state = state;
+            service.adapters.each[1].key_held = held == 1;
+            service.client_quote = 0;
+            memcpy(service.frame.payload, &request, sizeof(request));
+            on_quote(&service);
+            cr_assert_eq(frame_came(&keeper, CM_FRAME_QUOTE), wanted, "state %u", state);
+            cr_assert_eq(frame_came(&gateway, CM_FRAME_QUOTE_FAILED), !wanted, "state %u", state);
+            service.quote_pending = false;
+            service.loaded.bytes = 1;
+            evidence_tick(&service, clock_ms());
+            cr_assert_eq(frame_came(&keeper, CM_FRAME_QUOTE), wanted, "own, state %u", state);
+        }
+    }
+    close(keeper.fd);
+    close(gateway.fd);
 }
