@@ -3,7 +3,7 @@
  * All rows (query heads of the group × tokens) share each load of K and V, as in flash-decoding
  * (Dao et al., 2023); a prompt's tokens go through in tiles. K lies transposed in its page
  * ([width][32 positions]), so that scores come 16 positions at a time without horizontal sums. K of
- * int8 is multiplied as int8, four of the width at a time; V of int8 becomes floats in registers.
+ * int8 is multiplied as int8, four of the width at a time, and so is V, four positions at a time.
  * The order of every sum is that of kernels/NUMERICS.md and depends on the positions alone. */
 #include "kernels/cpu/attention_rows.h"
 
@@ -17,7 +17,6 @@ struct work { /* of one call; all rows have `padded` floats of output */
     float *scores;       /* [rows][CHUNK] */
     float *part;         /* [rows][padded] */
     float *page;         /* [width][PAGE] or [PAGE][padded]: K or V as floats */
-    float *scales;       /* [blocks][PAGE] of int8 V */
     int8_t *query;       /* [rows][blocks][32], where K is int8 */
     float *query_scale;  /* [rows][blocks], of the turned query ÷ 32 */
     int32_t *query_sum;  /* [rows][blocks] */
@@ -49,15 +48,20 @@ static uint32_t page_first(const struct work *w, uint32_t first)
     return begin(w, 0) > first ? begin(w, 0) / PAGE * PAGE : first;
 }
 
-/* K or V of one page. Few rows read it as it is kept, and the page after it ahead: pages lie
- * anywhere, so no prefetcher of the CPU follows. Many rows read floats that were converted once;
- * int8 K is never converted. */
+/* K or V of one page. Few rows read halfs as they are kept, and the page after it ahead: pages lie
+ * anywhere, so no prefetcher of the CPU follows. Many rows read floats that were converted once.
+ * int8 is never converted. */
 struct source {
-    enum { FLOATS, HALFS, BYTES } form;
+    enum { FLOATS, HALFS, KEY_BYTES, VALUE_BYTES } form;
+    uint32_t position; /* of the page's first */
     const uint8_t *page, *next;
-    const float *whole;  /* FLOATS */
-    const float *scales; /* BYTES of V */
+    const float *whole; /* FLOATS */
 };
+
+static const uint16_t *halfs_of(const uint8_t *page)
+{
+    return (const uint16_t *)(const void *)page;
+}
 
 static void page_floats(const uint16_t *from, float *to, uint32_t count)
 {
@@ -69,66 +73,70 @@ static void page_floats(const uint16_t *from, float *to, uint32_t count)
 /* 16 floats of HALFS or FLOATS. */
 INLINE lanes page_lanes(struct source from, size_t at)
 {
-    return from.form == HALFS ? lanes_half_load((const uint16_t *)(const void *)from.page + at)
+    return from.form == HALFS ? lanes_half_load(halfs_of(from.page) + at)
                               : lanes_load(from.whole + at);
 }
 
-/* 16 columns of V at a position. */
-INLINE lanes value_lanes(struct source from, uint32_t stride, uint32_t t, uint32_t column)
+/* The scales of a block of a page of int8. */
+INLINE const uint16_t *scales_of(const struct work *w, const uint8_t *page, uint32_t block)
 {
-    const size_t at = (size_t)t * stride + column;
-    if (from.form != BYTES) {
-        return page_lanes(from, at);
+    return halfs_of(page + cm_kv_scales_offset(w->a->head_width)) + (size_t)block * PAGE;
+}
+
+/* One vector of 32 int8 for each row, their sum and their scale. */
+struct bytes {
+    int8_t *quants; /* [rows][32], rows `stride` bytes apart */
+    size_t stride;
+    int32_t total[LANES_SCORE_ROWS];
+    float scale[LANES_SCORE_ROWS];
+};
+
+/* Exact sums over 32: of the rows' bytes with each of 32 columns of a block, [8][32][4]. */
+INLINE void block_sums(const struct work *w, struct source from, uint32_t block,
+                       const struct bytes *bytes, uint32_t count,
+                       lanes_sums sums[LANES_SCORE_ROWS][2])
+{
+    _mm_prefetch((const char *)scales_of(w, from.next, block), _MM_HINT_T0);
+    for (uint32_t r = 0; r < count; r++) {
+        sums[r][0] = sums[r][1] = lanes_sums_begin(bytes->total[r]);
     }
-    return lanes_mul(lanes_bytes_load((const int8_t *)from.page + at),
-                     lanes_set(from.scales[column / CM_TILE_COLUMNS * PAGE + t]));
+    for (uint32_t i = 0; i < CM_TILE_COLUMNS; i += 4) {
+        const size_t at = (size_t)(block * CM_TILE_COLUMNS + i) * PAGE;
+        const lanes_quads low = lanes_quads_load((const int8_t *)from.page + at),
+                          high = lanes_quads_load((const int8_t *)from.page + at + 64);
+        _mm_prefetch((const char *)from.next + at, _MM_HINT_T0);
+        _mm_prefetch((const char *)from.next + at + 64, _MM_HINT_T0);
+        for (uint32_t r = 0; r < count; r++) {
+            int32_t four;
+            memcpy(&four, bytes->quants + r * bytes->stride + i, sizeof(four));
+            sums[r][0] = lanes_sums_add(sums[r][0], low, four);
+            sums[r][1] = lanes_sums_add(sums[r][1], high, four);
+        }
+    }
 }
 
-/* Of V's rows in a page, in values. */
-INLINE uint32_t value_stride(const struct work *w, struct source from)
-{
-    return from.form == FLOATS
-               ? w->padded
-               : (from.form == HALFS ? w->a->head_width : w->blocks * CM_TILE_COLUMNS);
-}
-
-/* Scores of `count` rows for the 32 positions of a page of int8: exact sums over 32 of the width.
- */
+/* Scores of `count` rows for the 32 positions of a page of int8. */
 INLINE void page_dots(const struct work *w, uint32_t row, uint32_t count, struct source from,
                       float *to)
 {
     lanes dots[LANES_SCORE_ROWS][2];
-    const uint16_t *scales =
-        (const uint16_t *)(const void *)(from.page + cm_kv_scales_offset(w->a->head_width));
     for (uint32_t r = 0; r < count; r++) {
         dots[r][0] = dots[r][1] = lanes_set(0.0f);
     }
     for (uint32_t b = 0; b < w->blocks; b++) {
         lanes_sums sums[LANES_SCORE_ROWS][2];
         const size_t place = (size_t)row * w->blocks + b;
-        _mm_prefetch((const char *)from.next + cm_kv_scales_offset(w->a->head_width) +
-                         (size_t)b * PAGE * sizeof(*scales),
-                     _MM_HINT_T0);
+        struct bytes query = {.quants = w->query + place * CM_TILE_COLUMNS,
+                              .stride = (size_t)w->blocks * CM_TILE_COLUMNS};
         for (uint32_t r = 0; r < count; r++) {
-            sums[r][0] = sums[r][1] = lanes_sums_begin(w->query_sum[place + r * w->blocks]);
+            query.total[r] = w->query_sum[place + r * w->blocks];
+            query.scale[r] = w->query_scale[place + r * w->blocks];
         }
-        for (uint32_t i = 0; i < CM_TILE_COLUMNS; i += 4) {
-            const size_t at = (size_t)(b * CM_TILE_COLUMNS + i) * PAGE;
-            _mm_prefetch((const char *)from.next + at, _MM_HINT_T0);
-            _mm_prefetch((const char *)from.next + at + 64, _MM_HINT_T0);
-            const lanes_quads k0 = lanes_quads_load((const int8_t *)from.page + at),
-                              k1 = lanes_quads_load((const int8_t *)from.page + at + 64);
-            for (uint32_t r = 0; r < count; r++) {
-                int32_t four;
-                memcpy(&four, w->query + (place + r * w->blocks) * CM_TILE_COLUMNS + i, 4);
-                sums[r][0] = lanes_sums_add(sums[r][0], k0, four);
-                sums[r][1] = lanes_sums_add(sums[r][1], k1, four);
-            }
-        }
-        const lanes d0 = lanes_half_load(scales + b * PAGE),
-                    d1 = lanes_half_load(scales + b * PAGE + LANES);
+        block_sums(w, from, b, &query, count, sums);
+        const lanes d0 = lanes_half_load(scales_of(w, from.page, b)),
+                    d1 = lanes_half_load(scales_of(w, from.page, b) + LANES);
         for (uint32_t r = 0; r < count; r++) {
-            const lanes q = lanes_set(w->query_scale[place + r * w->blocks]);
+            const lanes q = lanes_set(query.scale[r]);
             dots[r][0] = lanes_fma(lanes_mul(d0, q), lanes_sums_float(sums[r][0]), dots[r][0]);
             dots[r][1] = lanes_fma(lanes_mul(d1, q), lanes_sums_float(sums[r][1]), dots[r][1]);
         }
@@ -140,14 +148,62 @@ INLINE void page_dots(const struct work *w, uint32_t row, uint32_t count, struct
     }
 }
 
-/* Scores of `count` rows for the 32 positions of a page. */
+static uint32_t within(uint32_t position, uint32_t page)
+{
+    return position > page ? least(position - page, PAGE) : 0;
+}
+
+/* A row's weights of the 16 positions from `at` of a page on, with V's scales; 0 where the row sees
+ * nothing, whatever stands there. */
+INLINE lanes scaled_weights(const struct work *w, uint32_t row, uint32_t page, uint32_t at,
+                            const float *weights, lanes scales)
+{
+    const uint32_t end = within(seen(w, row), page), start = within(begin(w, row), page);
+    lanes e = lanes_mul(lanes_load(weights + (size_t)row * CHUNK + at), scales);
+    e = lanes_first(e, end > at ? end - at : 0, 0.0f);
+    return start > at ? lanes_after(e, start - at, 0.0f) : e;
+}
+
+/* part[row] += weights × V of a page of int8: the weights, with V's scales in them, become int8. */
+INLINE void page_blend(const struct work *w, uint32_t row, uint32_t count, struct source from,
+                       const float *weights)
+{
+    int8_t quants[LANES_SCORE_ROWS][CM_TILE_COLUMNS];
+    for (uint32_t b = 0; b < w->blocks; b++) {
+        lanes_sums sums[LANES_SCORE_ROWS][2];
+        struct bytes scaled = {.quants = quants[0], .stride = CM_TILE_COLUMNS};
+        const lanes d0 = lanes_half_load(scales_of(w, from.page, b)),
+                    d1 = lanes_half_load(scales_of(w, from.page, b) + LANES);
+        for (uint32_t r = 0; r < count; r++) {
+            lanes low = scaled_weights(w, row + r, from.position, 0, weights, d0),
+                  high = scaled_weights(w, row + r, from.position, LANES, weights, d1);
+            scaled.total[r] =
+                lanes_quantise(low, high, CM_BYTES_LEAST, quants[r], &scaled.scale[r]);
+        }
+        block_sums(w, from, b, &scaled, count, sums);
+        for (uint32_t r = 0; r < count; r++) {
+            float *to = w->part + (size_t)(row + r) * w->padded + (size_t)b * CM_TILE_COLUMNS;
+            for (uint32_t h = 0; h < 2 && b * CM_TILE_COLUMNS + h * LANES < w->padded; h++) {
+                lanes_store(to + h * LANES,
+                            lanes_fma(lanes_set(scaled.scale[r]), lanes_sums_float(sums[r][h]),
+                                      lanes_load(to + h * LANES)));
+            }
+        }
+    }
+}
+
+/* Scores of `count` rows for the 32 positions of a page; with int8 V, what becomes of them. */
 INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, struct source from,
                         float *to)
 {
     lanes low[LANES_SCORE_ROWS], high[LANES_SCORE_ROWS];
     const float *query[LANES_SCORE_ROWS];
-    if (from.form == BYTES) {
+    if (from.form == KEY_BYTES) {
         page_dots(w, row, count, from, to);
+        return;
+    }
+    if (from.form == VALUE_BYTES) {
+        page_blend(w, row, count, from, to);
         return;
     }
     for (uint32_t r = 0; r < count; r++) {
@@ -156,7 +212,7 @@ INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, stru
     }
     for (uint32_t i = 0; i < w->a->head_width; i++) {
         if (from.form == HALFS) {
-            _mm_prefetch((const char *)from.next + (size_t)i * PAGE * 2, _MM_HINT_T0);
+            _mm_prefetch((const char *)(halfs_of(from.next) + (size_t)i * PAGE), _MM_HINT_T0);
         }
         lanes k0 = page_lanes(from, i * PAGE), k1 = page_lanes(from, i * PAGE + LANES);
         for (uint32_t r = 0; r < count; r++) {
@@ -178,8 +234,7 @@ INLINE void page_values(const struct work *w, uint32_t row, uint32_t count, uint
                         uint32_t last)
 {
     lanes out[LANES_VALUE_ROWS][4];
-    const uint32_t stride = value_stride(w, from), line = from.form == BYTES ? 4 : 2;
-    const size_t bytes = from.form == BYTES ? 1 : 2;
+    const uint32_t stride = from.form == HALFS ? w->a->head_width : w->padded;
     for (uint32_t r = 0; r < count; r++) {
         for (uint32_t v = 0; v < vectors; v++) {
             out[r][v] = lanes_load(w->part + (size_t)(row + r) * w->padded + column + v * LANES);
@@ -188,12 +243,11 @@ INLINE void page_values(const struct work *w, uint32_t row, uint32_t count, uint
     for (uint32_t t = first; t < last; t++) {
         lanes value[4];
         for (uint32_t v = 0; v < vectors; v++) {
-            const uint32_t at = column + v * LANES;
-            if (from.form != FLOATS && v % line == 0) {
-                _mm_prefetch((const char *)from.next + ((size_t)t * stride + at) * bytes,
-                             _MM_HINT_T0);
+            size_t at = (size_t)t * stride + column + v * LANES;
+            if (from.form == HALFS && v % 2 == 0) {
+                _mm_prefetch((const char *)(halfs_of(from.next) + at), _MM_HINT_T0);
             }
-            value[v] = value_lanes(from, stride, t, at);
+            value[v] = page_lanes(from, at);
         }
         for (uint32_t r = 0; r < count; r++) {
             lanes e = lanes_set(weights[(size_t)(row + r) * CHUNK + t]);
@@ -277,7 +331,7 @@ static const uint8_t *next_of(const struct work *w, uint32_t t, uint32_t first, 
     return position_page(a, last < seen(w, w->rows - 1) ? last : t, a->k_offset);
 }
 
-/* Scores of all rows that see something of the page at position t. */
+/* All rows that see something of the page at position t: their scores, or int8 V. */
 INLINE void page_rows(const struct work *w, uint32_t t, struct source from, float *to)
 {
     for (uint32_t row = 0; row < w->rows; row += LANES_SCORE_ROWS) {
@@ -297,14 +351,14 @@ static void chunk_scores(const struct work *w, uint32_t first, uint32_t last)
                               .whole = w->page};
         float *to = w->scores + (t - first);
         if (a->kv_kind == CM_KV_INT8) {
-            from.form = BYTES;
+            from.form = KEY_BYTES;
             page_rows(w, t, from, to);
         } else if (w->rows <= LANES_SCORE_ROWS) {
             from.form = HALFS;
             rows_scores(w, 0, w->rows, from, to);
         } else {
             from.form = FLOATS;
-            page_floats((const uint16_t *)(const void *)from.page, w->page, a->head_width * PAGE);
+            page_floats(halfs_of(from.page), w->page, a->head_width * PAGE);
             page_rows(w, t, from, to);
         }
     }
@@ -339,11 +393,6 @@ static void chunk_weights(const struct work *w, uint32_t first)
         }
         w->sums[row] = lanes_sum(sum);
     }
-}
-
-static uint32_t within(uint32_t position, uint32_t page)
-{
-    return position > page ? least(position - page, PAGE) : 0;
 }
 
 /* Values of one page for rows [row, row + count): what all of them see together in one pass, what
@@ -389,42 +438,28 @@ INLINE void page_values_all(const struct work *w, struct source from, const floa
     }
 }
 
-/* V of a page as floats. */
-static void values_convert(const struct work *w, struct source from)
-{
-    const uint32_t stride = value_stride(w, from);
-    for (uint32_t t = 0; t < PAGE; t++) {
-        for (uint32_t column = 0; column < w->padded; column += LANES) {
-            lanes_store(w->page + (size_t)t * w->padded + column,
-                        value_lanes(from, stride, t, column));
-        }
-    }
-}
-
 static void chunk_values(const struct work *w, uint32_t first, uint32_t last)
 {
     const struct cm_attention *a = w->a;
     memset(w->part, 0, (size_t)w->rows * w->padded * sizeof(float));
     for (uint32_t t = page_first(w, first); t < last; t += PAGE) {
-        struct source from = {.form = a->kv_kind == CM_KV_INT8 ? BYTES : HALFS,
+        struct source from = {.position = t,
                               .page = position_page(a, t, a->v_offset),
                               .next = next_of(w, t, first, last, true),
-                              .whole = w->page,
-                              .scales = w->scales};
-        const float *weights = w->scores + (t - first);
+                              .whole = w->page};
+        float *weights = w->scores + (t - first);
         if (a->kv_kind == CM_KV_INT8) {
-            const uint8_t *scales = from.page + cm_kv_scales_offset(a->head_width);
-            page_floats((const uint16_t *)(const void *)scales, w->scales, w->blocks * PAGE);
-        }
-        if (w->rows > LANES_VALUE_ROWS) {
-            values_convert(w, from);
-            from.form = FLOATS;
-            page_values_all(w, from, weights, t);
-        } else if (a->kv_kind == CM_KV_INT8) {
-            from.form = BYTES;
+            from.form = VALUE_BYTES;
+            page_rows(w, t, from, weights);
+        } else if (w->rows <= LANES_VALUE_ROWS) {
+            from.form = HALFS;
             page_values_all(w, from, weights, t);
         } else {
-            from.form = HALFS;
+            from.form = FLOATS;
+            for (uint32_t i = 0; i < PAGE; i++) {
+                page_floats(halfs_of(from.page) + (size_t)i * a->head_width,
+                            w->page + (size_t)i * w->padded, a->head_width);
+            }
             page_values_all(w, from, weights, t);
         }
     }
@@ -459,8 +494,7 @@ static void work_lay(struct work *w, const struct cm_attention *a)
     w->sums = w->total + w->rows;
     w->tops = w->sums + w->rows;
     w->blocks = cm_kv_blocks(a->head_width);
-    w->scales = w->tops + w->rows;
-    w->query_scale = w->scales + (size_t)w->blocks * PAGE;
+    w->query_scale = w->tops + w->rows;
     w->query_sum = (int32_t *)(void *)(w->query_scale + (size_t)w->rows * w->blocks);
     w->query = (int8_t *)(w->query_sum + (size_t)w->rows * w->blocks);
     if (a->kv_kind == CM_KV_INT8) {

@@ -88,7 +88,7 @@ void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uin
 
 /* A KV head's K or V of one page. Kept as fp16: K [head_width][32 positions], V [32 positions]
  * [head_width]. As int8, in blocks of 32 of the width: quants, K [blocks][8][32 positions][4], V
- * [32 positions][blocks][32], and behind them fp16 scales [blocks][32 positions]. */
+ * [blocks][8][32 of the width][4 positions], and behind them fp16 scales [blocks][32 positions]. */
 static inline uint32_t cm_kv_blocks(uint32_t head_width)
 {
     return (head_width + CM_TILE_COLUMNS - 1) / CM_TILE_COLUMNS;
@@ -132,7 +132,7 @@ static inline size_t cm_attention_floats(uint32_t rows, uint32_t head_width)
     size_t padded = cm_padded(head_width, 16);
     size_t blocks = cm_kv_blocks(head_width); /* int8: of a query 8 floats' space, scale and sum */
     return rows * (CM_ATTENTION_CHUNK + 2 * padded + 4 + blocks * 10) +
-           (padded + blocks) * CM_KV_PAGE_POSITIONS;
+           padded * CM_KV_PAGE_POSITIONS;
 }
 
 /* Of class P: cm_amx_bf16_attend. */

@@ -373,11 +373,15 @@ static inline float lanes_greatest(lanes a)
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-/* 32 floats as int8 times *ret_scale (kernels/NUMERICS.md, "Activations"). Returns their sum. */
-static inline int32_t lanes_quantise(lanes low, lanes high, int8_t *to, float *ret_scale)
+#define CM_BYTES_LEAST 0x1p-100f /* what is below 127 / x would not be finite for */
+
+/* 32 floats as int8 times *ret_scale (kernels/NUMERICS.md, "Activations"), as zeros where none is
+ * above `least`. Returns their sum. */
+static inline int32_t lanes_quantise(lanes low, lanes high, float least, int8_t *to,
+                                     float *ret_scale)
 {
     float greatest = lanes_greatest(lanes_max(lanes_abs(low), lanes_abs(high)));
-    lanes inverse = lanes_set(greatest > 0.0f ? 127.0f / greatest : 0.0f);
+    lanes inverse = lanes_set(greatest > least ? 127.0f / greatest : 0.0f);
     *ret_scale = greatest / 127.0f;
     return lanes_bytes_store(to, lanes_round(lanes_mul(low, inverse)),
                              lanes_round(lanes_mul(high, inverse)));
@@ -415,7 +419,7 @@ static inline int32_t lanes_quantise_head(const float *from, uint32_t count, boo
         high = lanes_turn(lanes_add(low, lanes_flip(high, lanes_set(-0.0f))));
         low = lanes_turn(sum);
     }
-    return lanes_quantise(low, high, to, ret_scale);
+    return lanes_quantise(low, high, CM_BYTES_LEAST, to, ret_scale);
 }
 
 /* As cm_expf, lane by lane. */

@@ -235,19 +235,26 @@ static void block_turn(float x[CM_TILE_COLUMNS])
     }
 }
 
-/* A block of a query as int8, and its scale. */
-static float query_quantise(const float *from, uint32_t count, int32_t q[CM_TILE_COLUMNS])
+/* A block as int8; returns its scale. */
+static float block_quantise(const float x[CM_TILE_COLUMNS], int32_t q[CM_TILE_COLUMNS])
 {
-    float x[CM_TILE_COLUMNS] = {0}, most = 0.0f;
-    memcpy(x, from, count * sizeof(*x));
-    block_turn(x);
+    float most = 0.0f;
     for (uint32_t i = 0; i < CM_TILE_COLUMNS; i++) {
         most = fmaxf(most, fabsf(x[i]));
     }
     for (uint32_t i = 0; i < CM_TILE_COLUMNS; i++) {
-        q[i] = (int32_t)rintf(x[i] * (most > 0.0f ? 127.0f / most : 0.0f));
+        q[i] = (int32_t)rintf(x[i] * (most > 0x1p-100f ? 127.0f / most : 0.0f));
     }
-    return most / 127.0f / CM_TILE_COLUMNS;
+    return most / 127.0f;
+}
+
+/* The same of a part of a query, turned. */
+static float query_quantise(const float *from, uint32_t count, int32_t q[CM_TILE_COLUMNS])
+{
+    float x[CM_TILE_COLUMNS] = {0};
+    memcpy(x, from, count * sizeof(*x));
+    block_turn(x);
+    return block_quantise(x, q) / CM_TILE_COLUMNS;
 }
 
 static float bytes_dot(const struct cm_attention *a, const float *query, const uint8_t *page,
@@ -278,13 +285,49 @@ static float halfs_dot(const struct cm_attention *a, const float *query, const u
     return dot;
 }
 
-static float value_of(const struct cm_attention *a, const uint8_t *page, uint32_t t, uint32_t i)
+static void halfs_blend(const struct cm_attention *a, const float *weights, uint32_t chunk,
+                        uint32_t first, uint32_t last, float *out)
 {
-    if (a->kv_kind == CM_KV_FP16) {
-        return half_at(page, (size_t)t * a->head_width + i);
+    for (uint32_t t = first; t < last; t++) {
+        const uint8_t *page = cm_plain_page(a, t, a->v_offset);
+        for (uint32_t i = 0; i < a->head_width; i++) {
+            size_t at = (size_t)(t % CM_KV_PAGE_POSITIONS) * a->head_width + i;
+            out[i] = fmaf(weights[t - chunk], half_at(page, at), out[i]);
+        }
     }
-    size_t row = (size_t)t * cm_kv_blocks(a->head_width) * CM_TILE_COLUMNS;
-    return (float)(int8_t)page[row + i] * scale_at(a, page, i / CM_TILE_COLUMNS, t);
+}
+
+/* Column i of a page of int8 values: the weights of its positions become int8, too. */
+static float bytes_column(const struct cm_attention *a, const uint8_t *page, uint32_t i,
+                          const float weights[CM_KV_PAGE_POSITIONS], float before)
+{
+    float scaled[CM_KV_PAGE_POSITIONS];
+    int32_t q[CM_KV_PAGE_POSITIONS], sum = 0;
+    const uint32_t b = i / CM_TILE_COLUMNS;
+    for (uint32_t t = 0; t < CM_KV_PAGE_POSITIONS; t++) {
+        scaled[t] = weights[t] > 0.0f ? weights[t] * scale_at(a, page, b, t) : 0.0f;
+    }
+    float scale = block_quantise(scaled, q);
+    for (uint32_t t = 0; t < CM_KV_PAGE_POSITIONS; t++) {
+        sum += q[t] *
+               (int8_t)page[((b * 8 + t / 4) * CM_TILE_COLUMNS + i % CM_TILE_COLUMNS) * 4 + t % 4];
+    }
+    return fmaf(scale, (float)sum, before);
+}
+
+static void bytes_blend(const struct cm_attention *a, const float *weights, uint32_t chunk,
+                        uint32_t first, uint32_t last, float *out)
+{
+    const uint32_t size = CM_KV_PAGE_POSITIONS;
+    for (uint32_t start = first / size * size; start < last; start += size) {
+        float own[CM_KV_PAGE_POSITIONS] = {0};
+        for (uint32_t t = 0; t < size; t++) {
+            own[t] = start + t >= first && start + t < last ? weights[start + t - chunk] : 0.0f;
+        }
+        for (uint32_t i = 0; i < a->head_width; i++) {
+            out[i] = bytes_column(a, cm_plain_page(a, start, a->v_offset), i, own, out[i]);
+        }
+    }
 }
 
 static float score_of(const struct cm_attention *a, const float *query, uint32_t position)
@@ -298,13 +341,7 @@ static void values_of(const struct cm_attention *a, const float *weights, uint32
                       uint32_t first, uint32_t last, float *ret)
 {
     memset(ret, 0, a->head_width * sizeof(*ret));
-    for (uint32_t t = first; t < last; t++) {
-        const uint8_t *values = cm_plain_page(a, t, a->v_offset);
-        for (uint32_t i = 0; i < a->head_width; i++) {
-            ret[i] =
-                fmaf(weights[t - chunk], value_of(a, values, t % CM_KV_PAGE_POSITIONS, i), ret[i]);
-        }
-    }
+    (a->kv_kind == CM_KV_INT8 ? bytes_blend : halfs_blend)(a, weights, chunk, first, last, ret);
 }
 
 /* One chunk for one query head: greatest score, sum of weights, weighted values. */

@@ -13,7 +13,7 @@ void LANES_NAME(quantise)(const float *x, const struct cm_activations *act, uint
             continue;
         }
         const float *from = x + b * CM_TILE_COLUMNS;
-        int32_t n = lanes_quantise(lanes_load(from), lanes_load(from + LANES),
+        int32_t n = lanes_quantise(lanes_load(from), lanes_load(from + LANES), 0.0f,
                                    act->q + at * CM_TILE_COLUMNS, &act->scale[at]);
         act->count[at] = n;
         act->sum[at] = act->scale[at] * (float)n;
@@ -126,10 +126,12 @@ static void value_put_bytes(const float *value, uint32_t head_width, uint8_t *pa
                             uint32_t position)
 {
     int8_t quants[CM_TILE_COLUMNS];
-    const uint32_t blocks = cm_kv_blocks(head_width);
-    for (uint32_t b = 0; b < blocks; b++) {
+    for (uint32_t b = 0; b < cm_kv_blocks(head_width); b++) {
         block_put(value, head_width, b, false, page, position, quants);
-        memcpy(page + ((size_t)position * blocks + b) * CM_TILE_COLUMNS, quants, sizeof(quants));
+        uint8_t *to = page + (b * 8u + position / 4) * CM_TILE_COLUMNS * 4 + position % 4;
+        for (uint32_t i = 0; i < CM_TILE_COLUMNS; i++) {
+            to[(size_t)4 * i] = (uint8_t)quants[i];
+        }
     }
 }
 

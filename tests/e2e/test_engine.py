@@ -106,7 +106,7 @@ def test_divergence_from_float64_is_below_the_peers(build, real, smollm_gguf, pr
     assert positions >= 2000 and digest.hexdigest() == PEER["tokens_sha256"]
     bar = 0.0044 if prompts == "exact" else 0.0015
     assert mean[0] <= min(PEER["mean_kl"], bar) and top[0] >= PEER["top1_agreement"]
-    assert mean[0] != mean[1] <= 0.0047 and top[1] >= PEER["top1_agreement"]
+    assert mean[0] != mean[1] <= 0.0044 and top[1] >= PEER["top1_agreement"]
 
 
 def test_a_model_of_other_shapes(build, tiny):
