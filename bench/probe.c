@@ -23,6 +23,7 @@
 struct probe {
     const uint8_t *memory;
     uint64_t bytes;
+    uint32_t threads;
     uint64_t sums[CM_THREADS_MAX][8];
 };
 
@@ -120,7 +121,11 @@ static void int8_program(void *context, struct cm_worker *worker)
 {
     struct probe *probe = context;
     bool wide = cm_path_choose("avx512vnni") != NULL;
-    probe->sums[worker->index][0] += wide ? int8_run512() : int8_run256();
+    uint32_t first, last;
+    cm_pool_phase(worker, probe->threads);
+    while (cm_pool_take(worker, &first, &last)) {
+        probe->sums[worker->index][0] += wide ? int8_run512() : int8_run256();
+    }
     cm_pool_barrier(worker);
 }
 
@@ -167,6 +172,7 @@ int main(int count, char **words)
     }
     (void)madvise(memory, room, MADV_HUGEPAGE);
     probe.memory = memory;
+    probe.threads = cm_pool_threads(pool);
     while (fgets(line, sizeof(line), stdin) != NULL) {
         if (sscanf(line, "read %llu", &bytes) == 1 && bytes >= PIECE && bytes <= room - AHEAD) {
             memset(memory, 1, bytes);

@@ -271,22 +271,26 @@ void cm_plain_bf16_gemm(const struct cm_matrix *matrix, const struct cm_activati
 
 struct cm_pool;
 struct cm_worker { /* one thread in a program */
-    struct cm_pool *pool;
+    _Alignas(64) struct cm_pool *pool;
     uint32_t index;
-    uint32_t phase; /* barriers passed */
+    uint32_t phase; /* phases passed */
     uint32_t count; /* units of this phase */
+    uint32_t taken; /* by this thread */
     uint32_t victim;
+    _Atomic int core; /* that it computes on; -1: none */
 };
 typedef void (*cm_pool_program)(void *context, struct cm_worker *worker);
 CM_MUST_USE enum cm_status cm_pool_new(uint32_t threads, struct cm_pool **ret_pool,
                                        struct cm_error *err);
 void cm_pool_free(struct cm_pool *pool);
 /* The caller (number 0) and the other threads run the program once; returns when all have. A thread
- * that keeps coming late is left out for a while, so work is shared by phase and take alone, never
- * by a count of threads. */
+ * that comes late may take no part in it, and one that keeps coming late is left out for a while,
+ * so work is shared by phase and take alone, never by a count of threads. */
 void cm_pool_run(struct cm_pool *pool, cm_pool_program program, void *context);
 /* In a program. All threads come through the same phases: phase(count), take until false, barrier.
- * Each unit 0 .. count-1 is taken once. The barrier is needed even after the last phase. */
+ * Each unit 0 .. count-1 is taken once, and none of the next phase's before all are finished. What
+ * phases write may be read or written after a take, and nowhere else: a thread that has taken
+ * nothing may be far behind. The barrier is needed even after the last phase. */
 void cm_pool_phase(struct cm_worker *worker, uint32_t count);
 bool cm_pool_take(struct cm_worker *worker, uint32_t *ret_first, uint32_t *ret_last);
 void cm_pool_barrier(struct cm_worker *worker);
@@ -480,12 +484,14 @@ static inline uint32_t cm_low_rank_chunks(uint32_t columns)
     return (columns + CM_LOW_RANK_COLUMNS - 1) / CM_LOW_RANK_COLUMNS;
 }
 
-/* low_rank_step.c: which tokens have an adapter; A x of a site's targets; what B adds to a part of
- * a product. */
+/* low_rank_step.c: which tokens have an adapter; A x of a site's targets, in so many work items (0:
+ * no adapter is there); what B adds to a part of a product. */
 enum cm_site { CM_SITE_QKV, CM_SITE_OUT, CM_SITE_GATE_UP, CM_SITE_DOWN };
 void cm_low_rank_plan(struct cm_device *device);
-void cm_low_rank_shrink(struct cm_device *device, struct cm_worker *worker, uint32_t layer,
-                        enum cm_site site, const struct cm_inputs *inputs);
+uint32_t cm_low_rank_items(const struct cm_device *device, uint32_t layer, enum cm_site site,
+                           const struct cm_inputs *inputs);
+void cm_low_rank_shrink(const struct cm_device *device, uint32_t layer, enum cm_site site,
+                        const struct cm_inputs *inputs, uint32_t item);
 void cm_low_rank_expand(const struct cm_device *device, uint32_t layer, enum cm_site site,
                         struct cm_span span, float *y, size_t stride);
 

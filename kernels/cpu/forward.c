@@ -91,26 +91,40 @@ static struct cm_inputs inputs_of(const struct cm_activations *room, const struc
     return inputs;
 }
 
-/* A single exact row is computed by each thread for itself: cheaper than to wait for another's. */
-static struct cm_inputs activate(struct run *run, const struct rows *rows,
-                                 const struct cm_matrix *matrix)
+/* What a product multiplies. A single exact row is quantised by each thread for itself, after its
+ * first take: cheaper than to wait for another's. */
+struct input {
+    struct cm_inputs inputs;
+    const struct rows *row; /* that is still to be quantised; NULL: none */
+};
+
+static struct input activate(struct run *run, const struct rows *rows,
+                             const struct cm_matrix *matrix)
 {
     const bool single = rows->count == 1 && rows->exact == 1;
-    const struct cm_inputs inputs =
-        inputs_of(single ? &run->own->act : &run->scratch->act, matrix, rows->exact, rows->count);
+    const struct input input = {
+        inputs_of(single ? &run->own->act : &run->scratch->act, matrix, rows->exact, rows->count),
+        single ? rows : NULL};
     uint32_t first, last;
     if (single) {
-        row_put(run, rows, 0, &inputs);
-        return inputs;
+        return input;
     }
     cm_pool_phase(run->worker, rows->count);
     while (cm_pool_take(run->worker, &first, &last)) {
         for (uint32_t row = first; row < last; row++) {
-            row_put(run, rows, row, &inputs);
+            row_put(run, rows, row, &input.inputs);
         }
     }
     cm_pool_barrier(run->worker);
-    return inputs;
+    return input;
+}
+
+static void input_fill(struct run *run, struct input *input)
+{
+    if (input->row != NULL) {
+        row_put(run, input->row, 0, &input->inputs);
+        input->row = NULL;
+    }
 }
 
 /* ------------------------------------------------------------------ products */
@@ -146,17 +160,33 @@ static void block_multiply(struct run *run, enum cm_site site, const struct cm_m
     finish(run, span, run->own->y, stride);
 }
 
+/* A x of the site's adapters. */
+static void shrink(struct run *run, enum cm_site site, struct input *input)
+{
+    uint32_t first, last;
+    cm_pool_phase(run->worker, cm_low_rank_items(run->device, run->index, site, &input->inputs));
+    while (cm_pool_take(run->worker, &first, &last)) {
+        input_fill(run, input);
+        for (uint32_t i = first; i < last; i++) {
+            cm_low_rank_shrink(run->device, run->index, site, &input->inputs, i);
+        }
+    }
+    cm_pool_barrier(run->worker);
+}
+
 /* Work items are `unit` row tiles × a block of tokens of one class. Adapters add to a part before
  * it is finished. */
 static void multiply(struct run *run, enum cm_site site, const struct cm_matrix *matrix,
-                     const struct cm_inputs *inputs, uint32_t unit, epilogue finish)
+                     struct input *input, uint32_t unit, epilogue finish)
 {
-    cm_low_rank_shrink(run->device, run->worker, run->index, site, inputs);
+    const struct cm_inputs *inputs = &input->inputs;
+    shrink(run, site, input);
     const uint32_t exact = blocks_of(inputs, CM_CLASS_D);
     const uint32_t blocks = exact + blocks_of(inputs, CM_CLASS_P);
     uint32_t first, last;
     cm_pool_phase(run->worker, (matrix->row_tiles + unit - 1) / unit * blocks);
     while (cm_pool_take(run->worker, &first, &last)) {
+        input_fill(run, input);
         for (uint32_t i = first; i < last; i++) {
             const uint32_t tile = i / blocks * unit, block = i % blocks;
             const bool d = block < exact;
@@ -267,9 +297,9 @@ static void result_add(struct run *run, const float *weight)
 
 /* A product that goes into the residual, through the norm if there is one. */
 static void multiply_add(struct run *run, enum cm_site site, const struct cm_matrix *matrix,
-                         const struct cm_inputs *inputs, const float *norm)
+                         struct input *input, const float *norm)
 {
-    multiply(run, site, matrix, inputs, 2, norm != NULL ? result_finish : residual_finish);
+    multiply(run, site, matrix, input, 2, norm != NULL ? result_finish : residual_finish);
     if (norm != NULL) {
         result_add(run, norm);
     }
@@ -416,20 +446,20 @@ static void layer_run(struct run *run)
     uint32_t head_tiles = cm_heads_per_unit(model->head_width) * model->head_width / CM_TILE_ROWS;
     struct rows x = {scratch->x,   model->width,         NULL, tokens, exact,
                      model->width, layer->attention_norm};
-    struct cm_inputs inputs = activate(run, &x, &layer->qkv);
-    multiply(run, CM_SITE_QKV, &layer->qkv, &inputs, head_tiles, heads_finish);
+    struct input input = activate(run, &x, &layer->qkv);
+    multiply(run, CM_SITE_QKV, &layer->qkv, &input, head_tiles, heads_finish);
     attend(run, item_run);
     if (run->device->splits > 0) {
         attend(run, item_merge);
     }
     struct rows out = {scratch->attention, attention, NULL, tokens, exact, attention, NULL};
-    inputs = activate(run, &out, &layer->attention_out);
-    multiply_add(run, CM_SITE_OUT, &layer->attention_out, &inputs, layer->post_attention_norm);
+    input = activate(run, &out, &layer->attention_out);
+    multiply_add(run, CM_SITE_OUT, &layer->attention_out, &input, layer->post_attention_norm);
     x.weight = layer->ffn_norm;
-    inputs = activate(run, &x, &layer->gate_up);
-    multiply(run, CM_SITE_GATE_UP, &layer->gate_up, &inputs, 4, gate_finish);
-    inputs = inputs_of(&scratch->hidden, &layer->down, exact, tokens);
-    multiply_add(run, CM_SITE_DOWN, &layer->down, &inputs, layer->post_ffn_norm);
+    input = activate(run, &x, &layer->gate_up);
+    multiply(run, CM_SITE_GATE_UP, &layer->gate_up, &input, 4, gate_finish);
+    input = (struct input){inputs_of(&scratch->hidden, &layer->down, exact, tokens), NULL};
+    multiply_add(run, CM_SITE_DOWN, &layer->down, &input, layer->post_ffn_norm);
 }
 
 static size_t padded_rows(const struct cm_matrix *matrix)
@@ -446,12 +476,13 @@ static void head_run(struct run *run, const uint32_t *pick, uint32_t count)
     uint32_t first, last;
     struct rows rows = {run->scratch->x,   run->model->width,    pick, count, count,
                         run->model->width, run->device->out_norm};
-    const struct cm_inputs inputs = activate(run, &rows, head);
+    struct input input = activate(run, &rows, head);
     cm_pool_phase(run->worker, (head->row_tiles + unit - 1) / unit);
     while (cm_pool_take(run->worker, &first, &last)) {
+        input_fill(run, &input);
         struct cm_span span = {0, count, first * unit, least(last * unit, head->row_tiles)};
         float *logits = run->scratch->logits + (size_t)span.tile_first * CM_TILE_ROWS;
-        run->path->gemm(head, &inputs.of[CM_CLASS_D], span, logits, padded_rows(head));
+        run->path->gemm(head, &input.inputs.of[CM_CLASS_D], span, logits, padded_rows(head));
         for (uint32_t t = 0; cap > 0.0f && t < count; t++) {
             run->path->cap(logits + t * padded_rows(head),
                            (span.tile_last - span.tile_first) * CM_TILE_ROWS, cap);
@@ -463,10 +494,11 @@ static void head_run(struct run *run, const uint32_t *pick, uint32_t count)
 /* Tests: logits of every token of the step. */
 static void probe_run(struct run *run)
 {
-    uint32_t vocabulary = run->model->vocabulary;
+    uint32_t vocabulary = run->model->vocabulary, first, last;
     for (uint32_t t = 0; t < run->device->token_count; t++) {
         head_run(run, &t, 1);
-        if (run->worker->index == 0) {
+        cm_pool_phase(run->worker, 1);
+        while (cm_pool_take(run->worker, &first, &last)) {
             memcpy(run->device->probe + (size_t)t * vocabulary, run->scratch->logits,
                    vocabulary * sizeof(float));
         }

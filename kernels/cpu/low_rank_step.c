@@ -82,17 +82,30 @@ static bool site_adapted(const struct cm_device *device, uint32_t layer,
     return found;
 }
 
-/* Work item `index` of A x: runs fastest, for they share what A is there. */
-static void shrink_item(struct cm_device *device, uint32_t layer, const struct target *targets,
-                        const struct cm_inputs *inputs, uint32_t index)
+uint32_t cm_low_rank_items(const struct cm_device *device, uint32_t layer, enum cm_site site,
+                           const struct cm_inputs *inputs)
 {
+    struct target targets[3];
+    const uint32_t count = targets_of(&device->model, site, targets);
+    return site_adapted(device, layer, targets, count)
+               ? count * device->rank_tiles * cm_low_rank_chunks(inputs->of[CM_CLASS_D].columns) *
+                     device->run_count
+               : 0;
+}
+
+/* Runs fastest, for they share what A is there. */
+void cm_low_rank_shrink(const struct cm_device *device, uint32_t layer, enum cm_site site,
+                        const struct cm_inputs *inputs, uint32_t item)
+{
+    struct target targets[3];
+    (void)targets_of(&device->model, site, targets);
     const uint32_t runs = device->run_count, exact = device->exact_count;
-    const struct cm_low_rank_run *run = &device->scratch.runs[index % runs];
+    const struct cm_low_rank_run *run = &device->scratch.runs[item % runs];
     const bool first_class = run->token < exact;
     const struct cm_activations *x = &inputs->of[first_class ? CM_CLASS_D : CM_CLASS_P];
     const uint32_t chunks = cm_low_rank_chunks(x->columns);
-    const uint32_t chunk = index / runs % chunks, tile = index / runs / chunks % device->rank_tiles;
-    const uint32_t target = index / runs / chunks / device->rank_tiles;
+    const uint32_t chunk = item / runs % chunks, tile = item / runs / chunks % device->rank_tiles;
+    const uint32_t target = item / runs / chunks / device->rank_tiles;
     const uint16_t *a = run->adapter->layers[layer][targets[target].target].a;
     const uint32_t column = chunk * CM_LOW_RANK_COLUMNS;
     if (a == NULL || tile >= cm_rank_tiles(run->adapter->rank)) {
@@ -104,26 +117,6 @@ static void shrink_item(struct cm_device *device, uint32_t layer, const struct t
         least(CM_LOW_RANK_COLUMNS, x->columns - column) / CM_TILE_COLUMNS,
         parts_of(device, run->token, target, tile, chunks) + (size_t)chunk * CM_TILE_ROWS,
         device->low_floats);
-}
-
-void cm_low_rank_shrink(struct cm_device *device, struct cm_worker *worker, uint32_t layer,
-                        enum cm_site site, const struct cm_inputs *inputs)
-{
-    struct target targets[3];
-    const uint32_t count = targets_of(&device->model, site, targets);
-    const uint32_t items = count * device->rank_tiles *
-                           cm_low_rank_chunks(inputs->of[CM_CLASS_D].columns) * device->run_count;
-    uint32_t first, last;
-    if (!site_adapted(device, layer, targets, count)) {
-        return;
-    }
-    cm_pool_phase(worker, items);
-    while (cm_pool_take(worker, &first, &last)) {
-        for (uint32_t i = first; i < last; i++) {
-            shrink_item(device, layer, targets, inputs, i);
-        }
-    }
-    cm_pool_barrier(worker);
 }
 
 /* scale * A x, its parts summed ascending. */

@@ -4,8 +4,10 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "kernels/cpu/cpu_internal.h"
+#include "runtime/base/clock.h"
 
 static struct cm_error err;
 static const char *const names[] = {"avx2", "avx512vnni", "amx"};
@@ -615,9 +617,12 @@ static void count_program(void *context, struct cm_worker *worker)
             }
         }
         cm_pool_barrier(worker);
-        for (uint32_t i = 0; worker->index == 0 && i < count; i++) {
-            counted->wrong += counted->taken[i] != 1;
-            counted->taken[i] = 0;
+        cm_pool_phase(worker, 1);
+        while (cm_pool_take(worker, &first, &last)) {
+            for (uint32_t i = 0; i < count; i++) {
+                counted->wrong += counted->taken[i] != 1;
+                counted->taken[i] = 0;
+            }
         }
         cm_pool_barrier(worker);
     }
@@ -633,6 +638,104 @@ Test(kernels_paths, each_unit_is_taken_once)
         cm_pool_run(pool, count_program, &counted);
         cm_pool_free(pool);
         cr_assert_eq(counted.wrong, 0u, "%u threads", threads);
+    }
+}
+
+/* A helper sleeps at one point of one phase, as if the scheduler had taken its core away. Each cell
+ * of a phase is made of two of the phase before. */
+enum { CELLS = 64, NAP_PHASES = 6, TRIES = 100 };
+#define SECOND_NS 1000000000u
+enum point { BEFORE_PHASE, IN_A_UNIT, BEFORE_BARRIER, POINTS };
+struct nap {
+    enum point point;
+    uint32_t at; /* the phase */
+    _Atomic bool asleep, over, missed, held_up, early;
+    _Atomic uint32_t begun; /* the last phase that a unit was begun of */
+    uint64_t cells[NAP_PHASES + 1][CELLS];
+};
+
+/* Computing, as a thread that counts on its core does. */
+static bool wait_until(_Atomic bool *flag, uint64_t most_ns)
+{
+    const uint64_t end = cm_clock_ns() + most_ns;
+    while (!*flag && cm_clock_ns() < end) {
+    }
+    return *flag;
+}
+
+static void cell_make(uint64_t (*cells)[CELLS], uint32_t phase, uint32_t i)
+{
+    uint64_t x = cells[phase][i] * 31 + cells[phase][(i + 7) % CELLS] + phase;
+    cells[phase + 1][i] = x * 0x9e3779b97f4a7c15u ^ x >> 29;
+}
+
+static void helper_sleeps(struct nap *nap, const struct cm_worker *worker, uint32_t phase,
+                          enum point point)
+{
+    if (worker->index == 0 || phase != nap->at || point != nap->point || nap->asleep) {
+        return;
+    }
+    nap->asleep = true;
+    if (point == BEFORE_PHASE) { /* it holds nothing: the others come to the end without it */
+        nap->held_up = !wait_until(&nap->over, 10u * (uint64_t)SECOND_NS);
+        return;
+    }
+    usleep(5000); /* it holds units: nothing of the next phase begins */
+    nap->early = nap->begun > phase;
+}
+
+static void nap_program(void *context, struct cm_worker *worker)
+{
+    struct nap *nap = context;
+    for (uint32_t phase = 0; phase < NAP_PHASES; phase++) {
+        uint32_t first, last;
+        helper_sleeps(nap, worker, phase, BEFORE_PHASE);
+        cm_pool_phase(worker, CELLS);
+        while (cm_pool_take(worker, &first, &last)) {
+            nap->begun = phase;
+            helper_sleeps(nap, worker, phase, IN_A_UNIT);
+            if (worker->index == 0 && phase == nap->at && !nap->missed) {
+                nap->missed = !wait_until(&nap->asleep, SECOND_NS / 10);
+            }
+            for (uint32_t i = first; i < last; i++) {
+                cell_make(nap->cells, phase, i);
+            }
+        }
+        helper_sleeps(nap, worker, phase, BEFORE_BARRIER);
+        cm_pool_barrier(worker);
+    }
+    nap->over = nap->over || worker->index == 0;
+}
+
+/* False: no helper found a core of its own. */
+static bool nap_check(enum point point, uint32_t at, const uint64_t *expected)
+{
+    struct nap nap = {.point = point, .at = at, .cells = {{1}}};
+    struct cm_pool *pool;
+    cr_assert_eq(cm_pool_new(2, &pool, &err), CM_OK, "%s", err.text);
+    cm_pool_run(pool, nap_program, &nap);
+    cm_pool_free(pool);
+    cr_assert(!nap.held_up, "phase %u waited for a thread that held nothing of it", at);
+    cr_assert(!nap.early, "point %d: phase %u ended before its units", point, at);
+    cr_assert_eq(memcmp(nap.cells[NAP_PHASES], expected, sizeof(nap.cells[0])), 0,
+                 "point %d of phase %u", point, at);
+    return nap.asleep;
+}
+
+Test(kernels_paths, a_sleeping_thread_holds_up_what_it_holds_alone)
+{
+    uint64_t cells[NAP_PHASES + 1][CELLS] = {{1}};
+    if (sysconf(_SC_NPROCESSORS_ONLN) < 2) {
+        cr_skip_test("one core: no helper has a core of its own");
+    }
+    for (uint32_t i = 0; i < NAP_PHASES * CELLS; i++) {
+        cell_make(cells, i / CELLS, i % CELLS);
+    }
+    for (uint32_t i = 0; i < POINTS * NAP_PHASES; i++) {
+        uint32_t tries = 0;
+        while (!nap_check(i / NAP_PHASES, i % NAP_PHASES, cells[NAP_PHASES])) {
+            cr_assert_lt(++tries, TRIES, "point %u: no helper ever came", i);
+        }
     }
 }
 
