@@ -9,6 +9,16 @@ import time
 import urllib.request
 
 
+def wait(until, seconds: float = 10, told=lambda: ""):
+    """What `until` gives once it is true of something; if it never is, `told` says what is instead."""
+    end = time.monotonic() + seconds
+    while not (found := until()):
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds} s: {told()}")
+        time.sleep(0.02)
+    return found
+
+
 class Node:
     def __init__(self, programs: pathlib.Path, state: pathlib.Path, owner: pathlib.Path):
         self.programs, self.state, self.owner = programs, state, owner

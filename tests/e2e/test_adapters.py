@@ -54,11 +54,14 @@ class Adapted(nodes.Node):
         return {row["name"]: row for row in json.loads(told)}
 
     def until(self, name, *states, seconds=15):
-        end = time.monotonic() + seconds
-        while (row := self.adapters().get(name)) is None or row["state"] not in states:
-            assert time.monotonic() < end, (row, self.tail())
-            time.sleep(0.05)
-        return row
+        def row():
+            found = self.adapters().get(name)
+            return found if found is not None and found["state"] in states else None
+        return nodes.wait(row, seconds, lambda: (self.adapters(), self.tail()))
+
+    def in_flight(self, count):
+        line = f"casemate_requests_in_flight {count}\n"
+        nodes.wait(lambda: line in self.get("/metrics", self.api_key)[1], 8, self.tail)
 
     def ask(self, model, text=PROMPT, tokens=16, **more):
         return self.client(self.api_key).chat.completions.create(
@@ -124,10 +127,7 @@ def test_adapters_come_and_go_while_the_node_serves(node):
     assert "not yet: adapters" not in status
     assert "max_lora=\"3\"" in node.get("/metrics", node.api_key)[1]
     node.remove("red")
-    end = time.monotonic() + 10
-    while not node.logged("adapter_wiped"):
-        assert time.monotonic() < end, node.tail()
-        time.sleep(0.05)
+    nodes.wait(lambda: node.logged("adapter_wiped"), 10, node.tail)
     assert refused(lambda: node.says("red")).status_code == 404
     assert node.get("/v1/models/red", node.api_key)[0] == 404
     assert node.says("blue") == told["blue"] and node.says("tiny") == plain
@@ -211,10 +211,7 @@ def test_evidence_names_the_adapters_and_a_verifier_judges_them(node, tmp_path):
         return sorted(adapter["name"] for adapter in evidence_reader.Evidence(blob).adapters)
 
     def own_until(*names):
-        end = time.monotonic() + 5
-        while own() != sorted(names):
-            assert time.monotonic() < end, own()
-            time.sleep(0.05)
+        nodes.wait(lambda: own() == sorted(names), 5, own)
     assert verify() == ("", []) and verify("adapter none") == ("", []) and own() == []
     for name, path in files.items():
         node.add(path)
@@ -231,25 +228,17 @@ def test_evidence_names_the_adapters_and_a_verifier_judges_them(node, tmp_path):
     # A new keeper knows them before it answers anybody; then a new gateway has its TLS key.
     pid = node.pid("keeper")
     os.kill(pid, signal.SIGKILL)
-    end = time.monotonic() + 20
-    while True:
-        done = node.run("casemate-verify", f"https://{node.address}", "--trust", tmp_path / "trust", "--json", check=False)
-        if done.stdout:  # evidence, whatever is thought of it
-            break
-        assert time.monotonic() < end, done.stderr
-    assert [a["name"] for a in json.loads(done.stdout)["adapters"]] == list(files)
+    told = nodes.wait(lambda: node.run("casemate-verify", f"https://{node.address}", "--trust", tmp_path / "trust",
+                                       "--json", check=False).stdout, 20)  # whatever is thought of the evidence
+    assert [a["name"] for a in json.loads(told)["adapters"]] == list(files)
     assert node.pid("keeper") not in (0, pid)
     pid = node.pid("gateway")
     os.kill(pid, signal.SIGKILL)
-    while node.pid("gateway") in (0, pid) or not node.status()["ready"]:
-        assert time.monotonic() < end, node.tail()
-        time.sleep(0.02)
+    nodes.wait(lambda: node.pid("gateway") not in (0, pid) and node.status()["ready"], 20, node.tail)
     node.address = node.status()["listen"]
     assert verify() == ("", shown)
     node.remove("red")
-    end = time.monotonic() + 5
-    while (told := verify("adapter " + digests["blue"])) != ("", shown[1:]):
-        assert time.monotonic() < end, told
+    nodes.wait(lambda: verify("adapter " + digests["blue"]) == ("", shown[1:]), 5, verify)
     own_until("blue")
     assert node.says("tiny") and not node.logged("key_page_not_wiped")
 
@@ -278,24 +267,16 @@ def test_what_has_begun_is_finished_before_an_adapter_goes(node):
     os.kill(node.pid("worker"), signal.SIGSTOP)  # until all of them have been sent
     with concurrent.futures.ThreadPoolExecutor(30) as pool:
         running = [pool.submit(node.says, "red", PROMPT, 380) for _ in range(30)]
-        end = time.monotonic() + 8
-        while "casemate_requests_in_flight 30\n" not in node.get("/metrics", node.api_key)[1]:
-            assert time.monotonic() < end
+        node.in_flight(30)
         os.kill(node.pid("worker"), signal.SIGCONT)
         next(concurrent.futures.as_completed(running))
         (node.state / "adapters.table").unlink()
-        end = time.monotonic() + 5
-        while not node.logged("adapter", state="unloading"):
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        nodes.wait(lambda: node.logged("adapter", state="unloading"), 5, node.tail)
         error = refused(lambda: node.says("red", tokens=1))
         assert error.status_code == 409 and error.code == "model_unloading", "too soon over to be seen"
         assert not node.logged("adapter_wiped")
         assert [future.result() for future in running] == [whole] * 30
-    end = time.monotonic() + 5
-    while not node.logged("adapter_wiped"):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    nodes.wait(lambda: node.logged("adapter_wiped"), 5, node.tail)
     assert refused(lambda: node.says("red")).status_code == 404
     node.well()
 
@@ -308,13 +289,9 @@ def test_a_request_that_crosses_with_the_unloading_is_refused(node):
     os.kill(node.pid("worker"), signal.SIGSTOP)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         crossing = pool.submit(refused, lambda: node.says("red"))
-        end = time.monotonic() + 5
-        while "casemate_requests_in_flight 1\n" not in node.get("/metrics", node.api_key)[1]:
-            assert time.monotonic() < end
+        node.in_flight(1)
         node.remove("red")
-        while not node.logged("adapter", state="unloading"):
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        nodes.wait(lambda: node.logged("adapter", state="unloading"), 5, node.tail)
         os.kill(node.pid("worker"), signal.SIGCONT)
         error = crossing.result()
     assert error.status_code == 409 and error.code == "model_unloading"
@@ -341,12 +318,9 @@ def test_no_byte_of_an_adapter_outlives_it(node, tmp_path):
     nobody = {"supervisor": set(), "gateway": set(), "devtpm": set()}
     assert found() == nobody | {"worker": set(needles) - {"key"}, "keeper": {"key"}}
     node.remove("red")
-    end = time.monotonic() + 10
-    while node.status()["adapters"]:
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    time.sleep(0.2)
-    assert found() == nobody | {"worker": set(), "keeper": set()}
+    nodes.wait(lambda: not node.status()["adapters"])
+    gone = nobody | {"worker": set(), "keeper": set()}
+    nodes.wait(lambda: found() == gone, 5, found)
     files = [p for p in node.state.rglob("*") if p.is_file()]
     assert not [p for p in files if any(needle in p.read_bytes() for needle in needles.values())]
 
@@ -370,10 +344,7 @@ def test_prefixes_are_kept_apart(node):
             assert (reply.usage.prompt_tokens_details.cached_tokens > 0) == cached, name
     # The same adapter, loaded anew, is another one.
     node.remove("red")
-    end = time.monotonic() + 10
-    while "red" in [m["id"] for m in json.loads(node.get("/v1/models", node.api_key)[1])["data"]]:
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    nodes.wait(lambda: "red" not in [m["id"] for m in json.loads(node.get("/v1/models", node.api_key)[1])["data"]])
     node.add(node.folder / "red.cmpkg")
     node.until("red", "serving")
     assert node.ask("red").usage.prompt_tokens_details.cached_tokens == 0
@@ -389,10 +360,7 @@ def test_adapters_come_back_with_a_new_worker_and_a_new_keeper(node):
     for role in ("worker", "keeper", "worker", "gateway"):
         pid = node.pid(role)
         os.kill(pid, signal.SIGKILL)
-        end = time.monotonic() + 20
-        while node.pid(role) in (0, pid) or not node.status()["ready"]:
-            assert time.monotonic() < end, node.tail()
-            time.sleep(0.05)
+        nodes.wait(lambda: node.pid(role) not in (0, pid) and node.status()["ready"], 20, node.tail)
         node.address = node.status()["listen"]
         for name in ("red", "blue"):
             node.until(name, "serving")
@@ -541,10 +509,7 @@ def test_a_changed_byte_anywhere_is_refused_and_nothing_is_loaded(node):
         assert refused(lambda: node.says("red")).status_code == 409
         assert node.says("tiny") == plain
         (node.state / "adapters.table").unlink()
-        end = time.monotonic() + 10
-        while node.status()["adapters"]:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        nodes.wait(lambda: not node.status()["adapters"])
     assert not node.logged("adapter_loaded")
     for cut in (100, 73728, len(data) - 1):
         path.write_bytes(data[:cut])
