@@ -5,14 +5,14 @@ import threading
 import time
 
 import pytest
-from test_gateway import KEYS, Gateway, chat, post
+from gateway_scene import KEYS, Gateway, chat, post
 
 SOURCES = {f"source{i}": f"cm-{0x100 + i:016x}-{secrets.token_urlsafe(32)}" for i in range(10)}
 
 
 @pytest.fixture
 def gateway(build, tmp_path, monkeypatch):
-    monkeypatch.setattr("test_gateway.KEYS", KEYS | SOURCES)
+    monkeypatch.setattr("gateway_scene.KEYS", KEYS | SOURCES)
     made = Gateway(build, tmp_path, requests_max=64, connections_max=64)
     yield made
     assert made.stop()["code"] == 0

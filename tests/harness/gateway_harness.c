@@ -1,4 +1,4 @@
-/* A supervisor and a scripted worker around a real casemate-gateway, for tests/e2e/test_gateway.py.
+/* A supervisor and a scripted worker around a real casemate-gateway, for tests/gateway_scene.py.
  *
  *     gateway_harness GATEWAY FOLDER [name=value …]
  *
