@@ -6,6 +6,7 @@ warm-up. Figures are medians [least … greatest] over the undisturbed rounds: a
 or spin all the time, so a round with less than 1.9 CPU seconds a second shared its cores with others.
 JSON and an SVG go to bench/results/, the table to standard output."""
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -356,6 +357,12 @@ class Bench:
 PARTS = ("engine", "adapters", "long", "growth", "gemma", "stolen", "load", "start", "service", "sandbox", "tls", "guard")
 
 
+def unused(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """NAME.json, or NAME-2.json …: no run takes the place of another's figures."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in (folder / f"{name}.json" for name in names) if not path.exists())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build")
@@ -384,7 +391,7 @@ def main() -> int:
         result["parts"][part]["load_before"] = load
         result["notes"] += [note for note in bench.notes if note not in result["notes"]]
     out = ROOT / "bench" / "results"
-    path = options.join or out / f"{time.strftime('%Y-%m-%d')}-{result['machine']['commit']}.json"
+    path = options.join or unused(out, f"{time.strftime('%Y-%m-%d')}-{result['machine']['commit']}")
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     rows = report.rows(result)
