@@ -8,8 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include "runtime/base/error.h"
 #include "sandbox/compile/policy.h"
 #include "sandbox/filter.h"
 #include "tests/unit/random.h"
@@ -268,4 +270,28 @@ Test(sandbox_filter, a_wrong_filter_is_found)
         cr_assert(found, "line %u", line);
     }
     cr_assert_gt(differ, 20u);
+}
+
+Test(sandbox_filter, a_bug_is_named_before_a_role_ends)
+{
+    for (size_t i = 0; i < CM_FILTER_COUNT; i++) {
+        char text[256] = "";
+        int ends[2], status = 0;
+        cr_assert_eq(pipe(ends), 0);
+        pid_t child = fork();
+        if (child == 0) {
+            if (dup2(ends[1], STDERR_FILENO) >= 0 &&
+                cm_filter_install((enum cm_filter_id)i, NULL) == CM_OK) {
+                cm_assert_failed("two == 3", "file.c", 7);
+            }
+            _exit(1);
+        }
+        close(ends[1]);
+        cr_assert_eq(waitpid(child, &status, 0), child);
+        cr_expect_gt(read(ends[0], text, sizeof(text) - 1), 0);
+        close(ends[0]);
+        cr_expect(WIFEXITED(status) && WEXITSTATUS(status) == 70, "%s: status 0x%x",
+                  cm_filters[i].name, (unsigned)status);
+        cr_expect(strstr(text, "two == 3 at file.c:7") != NULL, "%s", cm_filters[i].name);
+    }
 }
