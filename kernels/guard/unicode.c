@@ -1,4 +1,4 @@
-/* Composition, by whichever version's table. */
+/* Composition, of the views and of form C in the worker. */
 #include "kernels/guard/unicode.h"
 
 #define HANGUL_S       0xAC00u
@@ -23,13 +23,12 @@ static uint32_t hangul_compose(uint32_t first, uint32_t second)
     return 0;
 }
 
-uint32_t cm_unicode_compose(const struct cm_unicode_pair *pairs, uint32_t count, uint32_t first,
-                            uint32_t second)
+uint32_t cm_unicode_compose(uint32_t first, uint32_t second)
 {
-    uint32_t low = 0, high = count;
+    uint32_t low = 0, high = cm_unicode_pair_count;
     while (low < high) {
         uint32_t at = (low + high) / 2;
-        const struct cm_unicode_pair *pair = &pairs[at];
+        const struct cm_unicode_pair *pair = &cm_unicode_pairs[at];
         if (pair->first == first && pair->second == second) {
             return pair->composed;
         }

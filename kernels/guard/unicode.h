@@ -35,10 +35,9 @@ extern const struct cm_unicode_kind cm_unicode_kinds[];
 extern const struct cm_unicode_pair cm_unicode_pairs[];
 extern const uint32_t cm_unicode_pair_count;
 
-/* What two code points compose to, by pairs in order of (first, second) and by Hangul's arithmetic
- * (UAX #15). 0: they do not. */
-uint32_t cm_unicode_compose(const struct cm_unicode_pair *pairs, uint32_t count, uint32_t first,
-                            uint32_t second);
+/* What two code points compose to, by cm_unicode_pairs and by Hangul's arithmetic (UAX #15). 0:
+ * they do not. */
+uint32_t cm_unicode_compose(uint32_t first, uint32_t second);
 /* A Hangul syllable's two or three letters; 0: it is none. */
 uint32_t cm_unicode_hangul_decompose(uint32_t point, uint32_t ret_letters[3]);
 

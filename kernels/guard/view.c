@@ -157,8 +157,7 @@ static void composed_add(struct cm_views *views, const struct cm_view_point *in)
                    (count > 1 && views->composed[count - 1].combining >= in->combining);
     uint32_t kind = CM_UNICODE_ENTRY(kind, in->point);
     if (!blocked && (cm_unicode_kinds[kind].flags & CM_UNICODE_BACK) != 0) {
-        uint32_t both =
-            cm_unicode_compose(cm_unicode_pairs, cm_unicode_pair_count, starter->point, in->point);
+        uint32_t both = cm_unicode_compose(starter->point, in->point);
         if (both != 0) {
             starter->point = both;
             starter->end = in->end > starter->end ? in->end : starter->end;

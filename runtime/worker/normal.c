@@ -126,6 +126,17 @@ static bool peek(struct source *s, uint32_t *ret_point, uint32_t *ret_class)
 
 /* ------------------------------------------------------------------ composition */
 
+/* The guard's table is of a later version: what composes to a code point that is not known here
+ * stays apart. */
+static uint32_t compose(uint32_t first, uint32_t second)
+{
+    uint32_t letters[POINTS_MAX];
+    const uint32_t both = cm_unicode_compose(first, second);
+    const bool known = both != 0 && (canonical_find(both) != NULL ||
+                                     cm_unicode_hangul_decompose(both, letters) > 0);
+    return known ? both : 0;
+}
+
 static size_t point_put(uint8_t *out, uint32_t point)
 {
     size_t size = point < 0x80 ? 1 : point < 0x800 ? 2 : point < 0x10000 ? 3 : 4;
@@ -172,10 +183,7 @@ static void marks_add(struct cm_normalizer *n, uint32_t count)
     for (uint32_t i = 0; i < count; i++) {
         const uint32_t mark = n->marks[i];
         uint32_t class = cm_character_find(cm_combining_ranges, cm_combining_range_count, mark);
-        uint32_t both =
-            n->starter == 0 || class == blocked
-                ? 0
-                : cm_unicode_compose(cm_composites, cm_composite_count, n->starter, mark);
+        uint32_t both = n->starter == 0 || class == blocked ? 0 : compose(n->starter, mark);
         if (both != 0) {
             n->starter = both;
         } else {
@@ -192,9 +200,7 @@ static void marks_add(struct cm_normalizer *n, uint32_t count)
 
 static void starter_add(struct cm_normalizer *n, uint32_t point)
 {
-    uint32_t both = n->starter != 0
-                        ? cm_unicode_compose(cm_composites, cm_composite_count, n->starter, point)
-                        : 0;
+    uint32_t both = n->starter != 0 ? compose(n->starter, point) : 0;
     if (both == 0) {
         starter_flush(n);
     }

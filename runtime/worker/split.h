@@ -25,13 +25,11 @@ extern const uint32_t cm_character_range_count;
 enum cm_character cm_character_kind(uint32_t code_point);
 
 /* For form C (normal.c): canonical combining classes that are not 0; canonical decompositions in
- * order of what they compose (second 0: of one); primary composites in order of (first, second). */
+ * order of what they compose (second 0: of one). */
 extern const struct cm_character_range cm_combining_ranges[];
 extern const uint32_t cm_combining_range_count;
 extern const struct cm_unicode_pair cm_canonical[];
 extern const uint32_t cm_canonical_count;
-extern const struct cm_unicode_pair cm_composites[];
-extern const uint32_t cm_composite_count;
 
 /* The kind of the range that a code point lies in; 0: none. */
 uint32_t cm_character_find(const struct cm_character_range *ranges, uint32_t count,

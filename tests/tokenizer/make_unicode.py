@@ -74,8 +74,6 @@ def assured(pairs) -> None:
 def main() -> None:
     pairs = canonical()
     assured(pairs)
-    # Composites are what form C leaves whole.
-    composites = sorted(pair for pair in pairs if pair[1] and whole(pair[2]))
     ranges = ranges_of(kind)
     marks = ranges_of(lambda point: combining(point) if unicodedata2.combining(chr(point)) else None)
     rows = "\n".join(f"    {{0x{a:x}, 0x{b:x}, {k}}}," for a, b, k in ranges)
@@ -97,14 +95,10 @@ const struct cm_character_range cm_combining_ranges[] = {{
 const struct cm_unicode_pair cm_canonical[] = {{
 {four(pairs)}
 }};
-const struct cm_unicode_pair cm_composites[] = {{
-{four(composites)}
-}};
 /* clang-format on */
 const uint32_t cm_character_range_count = {len(ranges)};
 const uint32_t cm_combining_range_count = {len(marks)};
 const uint32_t cm_canonical_count = {len(pairs)};
-const uint32_t cm_composite_count = {len(composites)};
 """)
 
 

@@ -79,8 +79,8 @@ Test(worker_normal, pairs_are_as_icu_makes_them, .timeout = 240)
             }
         }
     }
-    for (uint32_t i = 0; i < cm_composite_count; i++) {
-        const struct cm_unicode_pair *pair = &cm_composites[i];
+    for (uint32_t i = 0; i < cm_unicode_pair_count; i++) {
+        const struct cm_unicode_pair *pair = &cm_unicode_pairs[i];
         const UChar32 parts[] = {(UChar32)pair->first, (UChar32)pair->second, 0x300, 0x345};
         const UChar32 apart[] = {(UChar32)pair->first, 0x327, (UChar32)pair->second};
         if (known(parts[0]) && known(parts[1]) && known((UChar32)pair->composed)) {
@@ -88,6 +88,17 @@ Test(worker_normal, pairs_are_as_icu_makes_them, .timeout = 240)
             same_as_icu(normalizer, apart, 3);
         }
     }
+    cm_normalizer_free(normalizer);
+}
+
+/* U+11938 is of Unicode 13: its parts were nothing to compose before. */
+Test(worker_normal, what_a_later_version_composes_stays_apart)
+{
+    static const uint8_t parts[] = "\xf0\x91\xa4\xb5\xf0\x91\xa4\xb0";
+    struct cm_normalizer *normalizer = normalizer_of(TEXT_MAX);
+    size_t size;
+    const uint8_t *found = cm_normalizer_run(normalizer, parts, sizeof(parts) - 1, &size);
+    cr_assert(size == sizeof(parts) - 1 && memcmp(found, parts, size) == 0);
     cm_normalizer_free(normalizer);
 }
 
