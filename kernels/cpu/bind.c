@@ -51,7 +51,7 @@ static enum cm_status place_check(const struct cm_device *device, const struct c
     uint64_t payload = device->limits.payload_bytes;
     if (tensor->offset % CM_TENSOR_ALIGN != 0 || tensor->bytes != quant + scale ||
         tensor->offset > payload || tensor->bytes > payload - tensor->offset ||
-        (scale > 0 && tensor->scale_offset != tensor->offset + quant)) {
+        tensor->scale_offset != (scale > 0 ? tensor->offset + quant : 0)) {
         return refuse(tensor, "place is outside the payload or planes do not follow each other",
                       err);
     }
