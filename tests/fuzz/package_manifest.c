@@ -1,4 +1,5 @@
-/* Fuzz target: a decrypted manifest. The last 8 bytes of the input are the payload's size. */
+/* Fuzz target: a decrypted manifest. The last 8 bytes of the input are the payload's size. What is
+ * accepted encodes to the same bytes: one model, one manifest. */
 #include "tests/fuzz/manifest_seed.h"
 
 #include "tests/fuzz/seed.h"
@@ -31,6 +32,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     }
     memcpy(&payload, data + size - 8, 8);
     if (cm_manifest_parse(data, size - 8, payload, &manifest, &err) == CM_OK) {
+        uint8_t *again;
+        size_t again_size;
+        if (cm_manifest_encode(&manifest, &again, &again_size, &err) != CM_OK ||
+            again_size != size - 8 || memcmp(again, data, again_size) != 0) {
+            abort();
+        }
+        free(again);
         cm_manifest_done(&manifest);
     }
     return 0;
