@@ -82,14 +82,23 @@ static size_t contraction_size(const uint8_t *text, size_t size, bool any_case)
     return 0;
 }
 
-/* A run of white space: the end, but for a last one that is left to what follows. */
-static size_t spaces_end(const uint8_t *text, size_t size)
+/* Does the text end at `at` for what stands before it? SmolLM's numbers are cut off before all
+ * else, so a text ends at one as it does at its end. */
+static bool ends_at(const uint8_t *text, size_t size, size_t at, bool numbers_apart)
 {
-    size_t last, end = run_end(text, size, 0, CM_CHARACTER_SPACE, &last);
-    return end < size && last > 0 ? last : end;
+    size_t bytes;
+    return at == size || (numbers_apart && kind_at(text, size, at, &bytes) == CM_CHARACTER_NUMBER);
 }
 
-static size_t gpt2_next(const uint8_t *text, size_t size)
+/* A run of white space: the end, but for a last one that is left to what follows. */
+static size_t spaces_end(const uint8_t *text, size_t size, bool numbers_apart)
+{
+    size_t last, end = run_end(text, size, 0, CM_CHARACTER_SPACE, &last);
+    return !ends_at(text, size, end, numbers_apart) && last > 0 ? last : end;
+}
+
+/* numbers_apart: each number is a piece of its own. */
+static size_t gpt2_next(const uint8_t *text, size_t size, bool numbers_apart)
 {
     size_t bytes, next_bytes, last;
     size_t contraction = contraction_size(text, size, false);
@@ -98,13 +107,15 @@ static size_t gpt2_next(const uint8_t *text, size_t size)
     }
     enum cm_character kind = kind_at(text, size, 0, &bytes);
     if (kind != CM_CHARACTER_SPACE) {
-        return run_end(text, size, 0, kind, &last);
+        const bool one = numbers_apart && kind == CM_CHARACTER_NUMBER;
+        return one ? bytes : run_end(text, size, 0, kind, &last);
     }
     enum cm_character next = kind_at(text, size, bytes, &next_bytes);
-    if (text[0] == ' ' && next != CM_CHARACTER_SPACE && next != CM_CHARACTER_END) {
+    if (text[0] == ' ' && next != CM_CHARACTER_SPACE &&
+        !ends_at(text, size, bytes, numbers_apart)) {
         return run_end(text, size, bytes, next, &last);
     }
-    return spaces_end(text, size);
+    return spaces_end(text, size, numbers_apart);
 }
 
 /* White space up to the last line end in it; 0: there is none. */
@@ -155,25 +166,13 @@ static size_t later_next(const uint8_t *text, size_t size, uint32_t numbers)
         return end;
     }
     end = lines_end(text, size);
-    return end > 0 ? end : spaces_end(text, size);
+    return end > 0 ? end : spaces_end(text, size, false);
 }
 
 size_t cm_split_next(uint32_t split, const uint8_t *text, size_t size)
 {
-    if (split == CM_SPLIT_SMOLLM) {
-        size_t at = 0, bytes;
-        enum cm_character kind;
-        while ((kind = kind_at(text, size, at, &bytes)) != CM_CHARACTER_END &&
-               kind != CM_CHARACTER_NUMBER) {
-            at += bytes;
-        }
-        if (at == 0) {
-            return bytes;
-        }
-        size = at;
-    }
     if (split == CM_SPLIT_QWEN2 || split == CM_SPLIT_QWEN2_NFC || split == CM_SPLIT_LLAMA3) {
         return later_next(text, size, split == CM_SPLIT_LLAMA3 ? 3 : 1);
     }
-    return gpt2_next(text, size);
+    return gpt2_next(text, size, split == CM_SPLIT_SMOLLM);
 }

@@ -427,10 +427,11 @@ static void plain_encode(struct cm_tokenizer *t, const uint8_t *text, size_t siz
         text = cm_normalizer_run(t->normalizer, text, size, &size);
     }
     for (size_t at = 0; at < size;) {
-        size_t piece = cm_split_next(t->manifest->split, text + at, size - at);
-        piece = piece < PIECE_BYTES_MAX ? piece : PIECE_BYTES_MAX;
-        piece_encode(t, text + at, (uint32_t)piece, list);
-        at += piece;
+        const size_t end = at + cm_split_next(t->manifest->split, text + at, size - at);
+        for (size_t part; at < end; at += part) {
+            part = end - at < PIECE_BYTES_MAX ? end - at : PIECE_BYTES_MAX;
+            piece_encode(t, text + at, (uint32_t)part, list);
+        }
     }
 }
 
