@@ -73,9 +73,9 @@ struct cm_device_reserve {
     uint32_t slots;               /* sequences at once, <= CM_STEP_ENTRIES_MAX */
     uint32_t kv_pages;
     enum cm_kv_kind kv_kind;
-    uint32_t context_max;      /* positions of one sequence */
-    uint32_t step_tokens_max;  /* tokens of one mixed step */
-    uint32_t adapters;         /* regions, <= CM_ADAPTERS_MAX; 0: none, and the two below are 0 */
+    uint32_t context_max;     /* positions of one sequence */
+    uint32_t step_tokens_max; /* tokens of one mixed step */
+    uint32_t adapters; /* regions, <= CM_ADAPTER_REGIONS_MAX; 0: none, and the two below are 0 */
     uint64_t adapter_bytes;    /* plaintext that one region can hold */
     uint32_t adapter_rank_max; /* <= CM_ADAPTER_RANK_MAX */
 };

@@ -20,9 +20,9 @@
 #define CM_COLUMNS_PAD  32u
 #define CM_TENSOR_ALIGN 4096u
 
-#define CM_ADAPTERS_MAX     8u
-#define CM_ADAPTER_NONE     0u /* regions of adapters are numbered from 1 */
-#define CM_ADAPTER_RANK_MAX 64u
+#define CM_ADAPTER_REGIONS_MAX 8u
+#define CM_ADAPTER_NONE        0u /* regions of adapters are numbered from 1 */
+#define CM_ADAPTER_RANK_MAX    64u
 
 /* Stored kinds; the numbers are part of the package format. */
 enum cm_tensor_kind {

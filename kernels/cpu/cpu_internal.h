@@ -438,7 +438,7 @@ struct cm_device {
     float *cosine, *sine;               /* [context_max][rope_width / 2] */
     float *window_cosine, *window_sine; /* of layers with a window; NULL: the same */
     struct cm_bound_layer *layers;
-    struct cm_adapter_region regions[CM_ADAPTERS_MAX];
+    struct cm_adapter_region regions[CM_ADAPTER_REGIONS_MAX];
     struct cm_matrix embedding, head;
     const float *out_norm;
     uint8_t *tables;             /* copies of the token tables */

@@ -275,14 +275,15 @@ static enum cm_status reserve_check(const struct cm_device_reserve *r, struct cm
             r->slots, r->kv_pages, r->context_max, r->step_tokens_max);
     }
     bool some = r->adapters > 0;
-    if (r->adapters > CM_ADAPTERS_MAX || r->adapter_bytes > 1ull << 36 ||
+    if (r->adapters > CM_ADAPTER_REGIONS_MAX || r->adapter_bytes > 1ull << 36 ||
         r->adapter_rank_max > CM_ADAPTER_RANK_MAX || some != (r->adapter_bytes > 0) ||
         some != (r->adapter_rank_max > 0)) {
         return cm_error_set(err, CM_E_CONFIG, "CM-DEV-RESERVE",
                             "impossible reservation: %u adapters (at most %u) of %llu bytes, rank "
                             "%u (at most %u)",
-                            r->adapters, CM_ADAPTERS_MAX, (unsigned long long)r->adapter_bytes,
-                            r->adapter_rank_max, CM_ADAPTER_RANK_MAX);
+                            r->adapters, CM_ADAPTER_REGIONS_MAX,
+                            (unsigned long long)r->adapter_bytes, r->adapter_rank_max,
+                            CM_ADAPTER_RANK_MAX);
     }
     return CM_OK;
 }

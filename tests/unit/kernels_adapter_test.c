@@ -367,12 +367,12 @@ Test(kernels_adapter, regions_are_counted_and_bounded)
     struct cm_device_reserve reserve = reserve_of(1, 4, CONTEXT, 64);
     uint64_t without, with, page;
     cr_assert_eq(cm_device_need(device, &reserve, &without, &page, &err), CM_OK);
-    reserve.adapters = CM_ADAPTERS_MAX;
+    reserve.adapters = CM_ADAPTER_REGIONS_MAX;
     reserve.adapter_bytes = 64u << 20;
     reserve.adapter_rank_max = CM_ADAPTER_RANK_MAX;
     cr_assert_eq(cm_device_need(device, &reserve, &with, &page, &err), CM_OK, "%s", err.text);
-    cr_assert_geq(with - without, (uint64_t)CM_ADAPTERS_MAX * (64u << 20));
-    cr_assert_leq(with - without, (uint64_t)CM_ADAPTERS_MAX * (64u << 20) + (8u << 20));
+    cr_assert_geq(with - without, (uint64_t)CM_ADAPTER_REGIONS_MAX * (64u << 20));
+    cr_assert_leq(with - without, (uint64_t)CM_ADAPTER_REGIONS_MAX * (64u << 20) + (8u << 20));
     const struct cm_device_reserve kept = reserve;
     reserve.adapters++;
     cr_assert_eq(cm_device_need(device, &reserve, &with, &page, &err), CM_E_CONFIG);
