@@ -56,23 +56,10 @@ INLINE void tokens_run(uint32_t count, const struct cm_matrix *matrix, const flo
                        uint32_t width, uint32_t tile, float *y, size_t stride)
 {
     switch (count) {
-        COUNT(1)
-        COUNT(2)
-        COUNT(3)
-        COUNT(4)
 #if LANES_TOKENS > 4
-        COUNT(5)
-        COUNT(6)
-        COUNT(7)
-        COUNT(8)
-        COUNT(9)
-        COUNT(10)
-        COUNT(11)
-        COUNT(12)
-        COUNT(13)
-        COUNT(14)
-        COUNT(15)
-        COUNT(16)
+        CM_COUNTS_16(COUNT)
+#else
+        CM_COUNTS_4(COUNT)
 #endif
     default:
         CM_ASSERT(false);

@@ -81,6 +81,11 @@ typedef void (*cm_gemm)(const struct cm_matrix *matrix, const struct cm_activati
 #define CM_QUANT_KINDS(X)                                                                          \
     X(CM_TENSOR_U4A) X(CM_TENSOR_U4S) X(CM_TENSOR_U5A) X(CM_TENSOR_U5S) X(CM_TENSOR_U8S)
 
+/* Each count of tokens up to 4, up to a panel: a product unrolls for a count that is constant. */
+#define CM_COUNTS_4(X) X(1) X(2) X(3) X(4)
+#define CM_COUNTS_16(X)                                                                            \
+    CM_COUNTS_4(X) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15) X(16)
+
 /* Row `row` of a matrix as floats (embedding look-up). */
 void cm_matrix_row(const struct cm_matrix *matrix, uint32_t row, float *ret, uint32_t columns);
 
