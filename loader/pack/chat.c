@@ -133,19 +133,11 @@ static enum cm_status system_set(struct cm_plan *plan, const char *text, size_t 
     return CM_OK;
 }
 
+#define FAMILY_ROW(name, chat) {name, chat},
 static const struct {
     const char *name;
     uint32_t chat;
-} formats[] = {{"chatml", CM_CHAT_CHATML},
-               {"gemma", CM_CHAT_GEMMA},
-               {"llama3", CM_CHAT_LLAMA3},
-               {"llama3.1", CM_CHAT_LLAMA31},
-               {"mistral", CM_CHAT_MISTRAL},
-               {"mistral-tekken", CM_CHAT_TEKKEN},
-               {"phi3", CM_CHAT_PHI3},
-               {"qwen3", CM_CHAT_QWEN3},
-               {"qwen3-direct", CM_CHAT_QWEN3_DIRECT},
-               {"none", CM_CHAT_NONE}};
+} formats[] = {CM_CHAT_FAMILIES(FAMILY_ROW){"none", CM_CHAT_NONE}};
 
 static enum cm_status format_given(const struct cm_plan_options *options, struct cm_plan *plan,
                                    struct cm_error *err)

@@ -11,9 +11,19 @@
 #include "runtime/base/error.h"
 #include "runtime/base/secret.h"
 
-/* What --chat-format knows (chat.c). */
-#define CM_CHAT_FORMATS                                                                            \
-    "chatml, gemma, llama3, llama3.1, mistral, mistral-tekken, phi3, qwen3, qwen3-direct, none"
+/* What --chat-format knows: X(name, enum cm_manifest_chat), and none; the names in one text. */
+#define CM_CHAT_FAMILIES(X)                                                                        \
+    X("chatml", CM_CHAT_CHATML)                                                                    \
+    X("gemma", CM_CHAT_GEMMA)                                                                      \
+    X("llama3", CM_CHAT_LLAMA3)                                                                    \
+    X("llama3.1", CM_CHAT_LLAMA31)                                                                 \
+    X("mistral", CM_CHAT_MISTRAL)                                                                  \
+    X("mistral-tekken", CM_CHAT_TEKKEN)                                                            \
+    X("phi3", CM_CHAT_PHI3)                                                                        \
+    X("qwen3", CM_CHAT_QWEN3)                                                                      \
+    X("qwen3-direct", CM_CHAT_QWEN3_DIRECT)
+#define CM_CHAT_FAMILY_NAME(name, chat) name ", "
+#define CM_CHAT_FORMATS                 CM_CHAT_FAMILIES(CM_CHAT_FAMILY_NAME) "none"
 
 struct cm_pack_arguments {
     const char *input; /* model or package */
