@@ -16,6 +16,8 @@
 #include "runtime/worker/bind.h"
 #include "runtime/worker/worker.h"
 
+_Static_assert(CM_ADAPTERS_MAX <= CM_ADAPTER_REGIONS_MAX, "each adapter has a region");
+
 #define HEAP_BYTES  (1u << 20) /* what libcrypto takes for a signature is some ten KiB */
 #define TENSORS_MAX CM_MANIFEST_ADAPTER_TENSORS_MAX
 
@@ -205,43 +207,16 @@ static enum cm_status segments_open(void *context, uint64_t index, const uint8_t
     return status;
 }
 
-static void tensor_place(struct cm_adapter_layer *layers, const struct cm_manifest_tensor *from)
-{
-    struct cm_adapter_layer *layer = &layers[from->layer];
-    cm_worker_tensor_copy(from, from->role % 2 == 0 ? &layer->a[from->role / 2]
-                                                    : &layer->b[from->role / 2]);
-}
-
 static enum cm_status bind(struct cm_worker *worker, struct cm_error *err)
 {
     struct cm_worker_adapters *a = &worker->adapters;
-    const struct cm_manifest_adapter *m = &a->manifest;
-    const uint32_t layers = worker->model.model.layers;
-    memset(a->layers, 0, layers * sizeof(*a->layers));
-    for (uint32_t i = 0; i < m->tensor_count; i++) {
-        if (m->tensors[i].layer >= layers || m->tensors[i].role >= CM_MANIFEST_ADAPTER_ROLES) {
-            return cm_error_set(err, CM_E_PACKAGE, "CM-WRK-TENSOR",
-                                "tensor '%.*s' has no place in this model",
-                                (int)m->tensors[i].name.size, m->tensors[i].name.bytes);
-        }
-        tensor_place(a->layers, &m->tensors[i]);
-    }
-    const struct cm_adapter adapter = {.rank = m->rank,
-                                       .scale = m->scale,
-                                       .layers = m->layers,
-                                       .width = m->width,
-                                       .heads = m->heads,
-                                       .kv_heads = m->kv_heads,
-                                       .head_width = m->head_width,
-                                       .rope_width = m->rope_width,
-                                       .ffn_width = m->ffn_width,
-                                       .layer = a->layers};
-    if (m->layers != layers) {
-        return cm_error_set(err, CM_E_PACKAGE, "CM-WRK-TENSOR",
-                            "the adapter is for %u layers, this model has %u", m->layers, layers);
-    }
-    return cm_device_adapter_bind(worker->device, region_of(a->load.place), &adapter,
-                                  cm_package_head_of(a->package)->core.payload_bytes, err);
+    struct cm_adapter adapter;
+    enum cm_status status =
+        cm_worker_adapter_make(&a->manifest, worker->model.model.layers, a->layers, &adapter, err);
+    return status == CM_OK
+               ? cm_device_adapter_bind(worker->device, region_of(a->load.place), &adapter,
+                                        cm_package_head_of(a->package)->core.payload_bytes, err)
+               : status;
 }
 
 static void load_done(struct cm_worker *worker)
@@ -357,7 +332,8 @@ void cm_adapters_bytes(struct cm_worker *worker, const struct cm_adapter_chunk *
 void cm_adapters_unload(struct cm_worker *worker, const struct cm_adapter_step *step)
 {
     struct cm_worker_adapters *a = &worker->adapters;
-    if (step->place >= a->max || a->each[step->place].serial != step->serial) {
+    if (step->place >= a->max || a->each[step->place].state == CM_ADAPTER_ABSENT ||
+        a->each[step->place].serial != step->serial) {
         struct cm_adapter_told told = {.serial = step->serial, .state = CM_ADAPTER_ABSENT};
         tell(worker, &told);
     } else if (a->each[step->place].state == CM_ADAPTER_LOADING) {

@@ -25,7 +25,8 @@ static struct cm_tensor *tensor_place(struct cm_worker_model *made,
     }
 }
 
-void cm_worker_tensor_copy(const struct cm_manifest_tensor *from, struct cm_tensor *ret_tensor)
+/* One tensor's facts, into zeroed memory. */
+static void tensor_copy(const struct cm_manifest_tensor *from, struct cm_tensor *ret_tensor)
 {
     const size_t most = sizeof(ret_tensor->name) - 1;
     memcpy(ret_tensor->name, from->name.bytes, from->name.size < most ? from->name.size : most);
@@ -49,7 +50,7 @@ static enum cm_status tensors_place(const struct cm_manifest *m, struct cm_worke
                 "manifest: tensor '%.*s' has no place in this model, or comes twice",
                 (int)from->name.size, from->name.bytes);
         }
-        cm_worker_tensor_copy(from, to);
+        tensor_copy(from, to);
     }
     const struct cm_manifest_decoder *d = &m->decoder;
     uint32_t layer = 6 + d->qkv_bias + 2 * d->qk_norm + 2 * d->post_norms;
@@ -116,6 +117,38 @@ enum cm_status cm_worker_model_make(const struct cm_manifest *m, struct cm_worke
         return status;
     }
     *ret_model = made;
+    return CM_OK;
+}
+
+enum cm_status cm_worker_adapter_make(const struct cm_manifest_adapter *m, uint32_t layers,
+                                      struct cm_adapter_layer *ret_layers,
+                                      struct cm_adapter *ret_adapter, struct cm_error *err)
+{
+    if (m->layers != layers) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-WRK-TENSOR",
+                            "the adapter is for %u layers, this model has %u", m->layers, layers);
+    }
+    memset(ret_layers, 0, layers * sizeof(*ret_layers));
+    for (uint32_t i = 0; i < m->tensor_count; i++) {
+        const struct cm_manifest_tensor *from = &m->tensors[i];
+        if (from->layer >= layers || from->role >= CM_MANIFEST_ADAPTER_ROLES) {
+            return cm_error_set(err, CM_E_PACKAGE, "CM-WRK-TENSOR",
+                                "tensor '%.*s' has no place in this model", (int)from->name.size,
+                                from->name.bytes);
+        }
+        struct cm_adapter_layer *layer = &ret_layers[from->layer];
+        tensor_copy(from, (from->role % 2 == 0 ? layer->a : layer->b) + from->role / 2);
+    }
+    *ret_adapter = (struct cm_adapter){.rank = m->rank,
+                                       .scale = m->scale,
+                                       .layers = m->layers,
+                                       .width = m->width,
+                                       .heads = m->heads,
+                                       .kv_heads = m->kv_heads,
+                                       .head_width = m->head_width,
+                                       .rope_width = m->rope_width,
+                                       .ffn_width = m->ffn_width,
+                                       .layer = ret_layers};
     return CM_OK;
 }
 

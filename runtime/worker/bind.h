@@ -16,8 +16,13 @@ struct cm_worker_model {
 CM_MUST_USE enum cm_status cm_worker_model_make(const struct cm_manifest *manifest,
                                                 struct cm_worker_model *ret_model,
                                                 struct cm_error *err);
-/* One tensor's facts, into zeroed memory. */
-void cm_worker_tensor_copy(const struct cm_manifest_tensor *from, struct cm_tensor *ret_tensor);
+/* An adapter to a model of `layers` layers; `ret_layers`, one for each, becomes its tensors. Fails:
+ * PACKAGE if it is for another number of layers, or a tensor has no place in them. */
+CM_MUST_USE enum cm_status cm_worker_adapter_make(const struct cm_manifest_adapter *manifest,
+                                                  uint32_t layers,
+                                                  struct cm_adapter_layer *ret_layers,
+                                                  struct cm_adapter *ret_adapter,
+                                                  struct cm_error *err);
 void cm_worker_model_done(struct cm_worker_model *model);
 
 #endif

@@ -53,32 +53,6 @@ static void model_open(struct engine *e, int fd, const char *key_path, struct cm
     engine_must(cm_worker_model_make(&e->manifest, &e->model, err), err);
 }
 
-static struct cm_adapter adapter_of(const struct cm_manifest_adapter *m,
-                                    struct cm_adapter_layer *layers)
-{
-    for (uint32_t i = 0; i < m->tensor_count; i++) {
-        const struct cm_manifest_tensor *from = &m->tensors[i];
-        struct cm_adapter_layer *layer = &layers[from->layer];
-        struct cm_tensor *to = (from->role % 2 == 0 ? layer->a : layer->b) + from->role / 2;
-        *to = (struct cm_tensor){.kind = from->kind,
-                                 .rows = from->rows,
-                                 .columns = from->columns,
-                                 .offset = from->offset,
-                                 .bytes = from->bytes};
-        snprintf(to->name, sizeof(to->name), "%.*s", (int)from->name.size, from->name.bytes);
-    }
-    return (struct cm_adapter){.rank = m->rank,
-                               .scale = m->scale,
-                               .layers = m->layers,
-                               .width = m->width,
-                               .heads = m->heads,
-                               .kv_heads = m->kv_heads,
-                               .head_width = m->head_width,
-                               .rope_width = m->rope_width,
-                               .ffn_width = m->ffn_width,
-                               .layer = layers};
-}
-
 static enum cm_status segment_open(void *context, uint64_t index, const uint8_t *ciphertext,
                                    size_t bytes, uint8_t *plaintext, struct cm_error *err)
 {
@@ -113,7 +87,9 @@ static void adapter_load(struct engine *e, const char *path, const char *key_pat
         engine_must(cm_device_adapter_submit(e->device, &cipher, e->adapter, i, place, bytes, &err),
                     &err);
     }
-    const struct cm_adapter adapter = adapter_of(&manifest, layers);
+    struct cm_adapter adapter;
+    engine_must(cm_worker_adapter_make(&manifest, e->model.model.layers, layers, &adapter, &err),
+                &err);
     engine_must(cm_device_adapter_bind(e->device, e->adapter, &adapter, core->payload_bytes, &err),
                 &err);
     cm_package_close(package);

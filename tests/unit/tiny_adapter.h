@@ -6,6 +6,12 @@
 
 #define ADAPTER_BYTES (16u * SEGMENT_BYTES)
 
+/* What it is an adapter to; device and manifest call the parts of a shape alike. */
+#define ADAPTER_SHAPE                                                                              \
+    .layers = model.layers, .width = model.width, .heads = model.heads,                            \
+    .kv_heads = model.kv_heads, .head_width = model.head_width, .rope_width = model.rope_width,    \
+    .ffn_width = model.ffn_width
+
 struct tiny_adapter {
     struct cm_adapter adapter;
     struct cm_adapter_layer layer;
@@ -54,15 +60,7 @@ static inline void adapter_make(struct tiny_adapter *made, uint32_t seed, uint32
         snprintf(name, sizeof(name), "%s.b", names[t]);
         factor_make(made, &made->layer.b[t], name, rows[t], rank);
     }
-    made->adapter = (struct cm_adapter){.rank = rank,
-                                        .scale = 2.0f,
-                                        .layers = model.layers,
-                                        .width = model.width,
-                                        .heads = model.heads,
-                                        .kv_heads = model.kv_heads,
-                                        .head_width = model.head_width,
-                                        .rope_width = model.rope_width,
-                                        .ffn_width = model.ffn_width};
+    made->adapter = (struct cm_adapter){.rank = rank, .scale = 2.0f, ADAPTER_SHAPE};
 }
 
 static inline enum cm_status adapter_load(struct cm_device *device, uint32_t region,

@@ -38,13 +38,7 @@ static struct cm_manifest_adapter manifest_make(struct cm_manifest_tensor *tenso
                                            .origin = {"", 0},
                                            .rank = RANK,
                                            .scale = 2.0f,
-                                           .layers = model.layers,
-                                           .width = model.width,
-                                           .heads = model.heads,
-                                           .kv_heads = model.kv_heads,
-                                           .head_width = model.head_width,
-                                           .rope_width = model.rope_width,
-                                           .ffn_width = model.ffn_width,
+                                           ADAPTER_SHAPE,
                                            .tensors = tensors};
     memcpy(manifest.base_digest, cm_package_head_of(worker.package)->core.core_digest,
            CM_DIGEST_BYTES);
@@ -290,6 +284,88 @@ Test(worker_adapters, a_load_out_of_order_is_refused)
     serial = 9;
     cr_assert_str_eq(told_next().error.id, "CM-WRK-ADAPTER");
     close(page);
+    cr_assert_eq(load_as("red").state, CM_ADAPTER_SERVING);
+    unload();
+}
+
+static bool nothing_is_told(void)
+{
+    static struct cm_frame frame;
+    return cm_channel_receive(&supervisor, &frame, &err) == CM_E_BUSY;
+}
+
+/* A request with the adapter that serves, or without one (generation 0), and its first step. */
+static void request_begin(uint64_t id, uint64_t generation)
+{
+    const struct cm_scheduler_request request = {
+        .id = id,
+        .tenant = 1,
+        .adapter = generation,
+        .slot = {.sampling = {.top_p = 1, .repetition_penalty = 1},
+                 .ignore_eos = true,
+                 .adapter = generation != 0 ? cm_adapters_region(&worker.adapters, generation)
+                                            : CM_ADAPTER_NONE}};
+    uint32_t *prompt = cm_scheduler_prompt(worker.scheduler);
+    cr_assert_not_null(prompt);
+    prompt[0] = 1;
+    cm_scheduler_submit(worker.scheduler, &request, 1);
+    cr_assert_eq(cm_scheduler_step(worker.scheduler, &err), CM_OK, "%s", err.text);
+    cr_assert(cm_scheduler_uses(worker.scheduler, generation));
+}
+
+/* What runs with an adapter ends first, however it ends; nothing new may use it meanwhile. */
+Test(worker_adapters, an_adapter_in_use_goes_when_its_last_request_is_over)
+{
+    const uint64_t generation = load_as("red").generation;
+    const struct cm_adapter_step step = {.serial = serial, .place = PLACE};
+    request_begin(1, generation);
+    request_begin(2, generation);
+    cm_adapters_unload(&worker, &step);
+    cm_adapters_tick(&worker);
+    cr_assert_eq(cm_adapters_region(&worker.adapters, generation), CM_ADAPTER_NONE);
+    cm_scheduler_cancel(worker.scheduler, 1);
+    cm_adapters_unload(&worker, &step); /* said twice */
+    cm_adapters_tick(&worker);
+    cr_assert(nothing_is_told());
+    cr_assert_eq(cm_scheduler_step(worker.scheduler, &err), CM_OK, "the other goes on");
+    cm_scheduler_cancel(worker.scheduler, 2);
+    cm_adapters_tick(&worker);
+    cr_assert_eq(told_next().state, CM_ADAPTER_ABSENT);
+    cr_assert_eq(load_as("red").generation, generation + 1);
+    unload();
+}
+
+/* A place where nothing is: what the model alone is doing is none of its business. */
+Test(worker_adapters, what_is_not_there_cannot_be_unloaded)
+{
+    request_begin(1, 0);
+    serial = 0;
+    unload();
+    cr_assert_eq(worker.adapters.each[PLACE].state, CM_ADAPTER_ABSENT);
+    cr_assert_eq(load_as("red").state, CM_ADAPTER_SERVING);
+    cm_scheduler_cancel(worker.scheduler, 1);
+    unload();
+}
+
+/* Its key is wiped, and what was read for it comes to nothing. */
+Test(worker_adapters, a_load_is_given_up_in_the_middle)
+{
+    static struct cm_frame frame;
+    struct cm_adapter_load load = {
+        .serial = ++serial, .place = PLACE, .file_bytes = file_bytes, .name = "red"};
+    struct cm_adapter_chunk chunk;
+    int page = key_page_make();
+    cm_adapters_load(&worker, &load, page);
+    cr_assert_eq(cm_channel_receive(&supervisor, &frame, &err), CM_OK);
+    cr_assert_eq(frame.type, CM_FRAME_ADAPTER_READ);
+    memcpy(&chunk, frame.payload, sizeof(chunk));
+    unload();
+    page_is_wiped(page);
+    close(page);
+    int fd = cm_memfd_sealed("chunk", file, chunk.bytes);
+    cm_adapters_bytes(&worker, &chunk, fd);
+    close(fd);
+    cr_assert(nothing_is_told());
     cr_assert_eq(load_as("red").state, CM_ADAPTER_SERVING);
     unload();
 }
