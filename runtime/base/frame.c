@@ -88,6 +88,8 @@ const struct cm_frame_row cm_frames[CM_FRAME_TYPE_COUNT] = {
     [CM_FRAME_ADAPTER_STATE] = {"adapter_state", W, S, P1 | P2, false,
                                 EXACT(struct cm_adapter_told), 0,
                                 "it serves, was refused, or is gone"},
+    [CM_FRAME_TLS_IDENTITY] = {"tls_identity", K | S, S | K, P0, true, EXACT(struct cm_tls_page), 1,
+                               "the service's TLS key and certificate, from keeper to keeper"},
     [CM_FRAME_STOP] = {"stop", S, C, P0 | P1 | P2, true, 0, 0, 0, "exit now with 0"},
 };
 
@@ -122,6 +124,11 @@ bool cm_name_valid(const char *name)
     return size >= 1 && size < CM_NAME_BYTES && name[0] != '.' &&
            strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._") ==
                size;
+}
+
+bool cm_keeper_replaceable(const struct cm_config_keeper *config)
+{
+    return config->development_tpm == 1 && config->strict == 0;
 }
 
 struct header {

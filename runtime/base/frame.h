@@ -89,6 +89,7 @@ enum cm_frame_type {
     CM_FRAME_ADAPTER_BYTES,  /* S -> worker: they, in sealed memory */
     CM_FRAME_ADAPTER_UNLOAD, /* S -> worker: finish with it, wipe it */
     CM_FRAME_ADAPTER_STATE,  /* worker -> S: loaded, failed, unloaded */
+    CM_FRAME_TLS_IDENTITY,   /* keeper -> S -> next keeper: TLS key page and certificate, to stay */
     CM_FRAME_TYPE_COUNT
 };
 
@@ -236,10 +237,13 @@ struct cm_config_keeper {
     uint32_t policy_bytes; /* … the policy list follows the head; 0: none */
     uint32_t enrolment_bytes;
     uint8_t enrolment[CM_ENROLMENT_BYTES_MAX];
+    uint32_t tls_given;      /* 1: an earlier keeper's TLS_IDENTITY is the next frame */
     uint32_t tls_name_count; /* subject alternative names of the certificate */
     char tls_names[8][CM_NAME_BYTES];
     struct cm_adapter_owners adapter_owners;
 };
+/* Another keeper may follow it within this boot. */
+bool cm_keeper_replaceable(const struct cm_config_keeper *config);
 
 struct cm_rules_info { /* CM_FRAME_RULES; its descriptor: policies/guard/FORMAT.md */
     uint32_t bytes;

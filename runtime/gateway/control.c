@@ -236,6 +236,7 @@ static void frame_handle(struct gateway *gateway)
     case CM_FRAME_ADAPTER_BYTES:
     case CM_FRAME_ADAPTER_UNLOAD:
     case CM_FRAME_ADAPTER_STATE:
+    case CM_FRAME_TLS_IDENTITY:
     case CM_FRAME_TYPE_COUNT:
         break; /* the channel's table lets none of these through */
     }

@@ -26,6 +26,13 @@ CM_MUST_USE enum cm_status cm_tls_identity_make(const char (*names)[CM_NAME_BYTE
                                                 struct cm_tls_identity *ret_identity,
                                                 struct cm_error *err);
 
+/* That of an earlier keeper: u32 LE size ‖ PKCS#8 DER, and the certificate, by which the key is
+ * named. Whether the two match the gateway checks, which serves with both. Fails: INPUT. */
+CM_MUST_USE enum cm_status cm_tls_identity_take(const uint8_t page[static CM_KEY_PAGE_BYTES],
+                                                const struct cm_tls_page *certificate,
+                                                struct cm_tls_identity *ret_identity,
+                                                struct cm_error *err);
+
 /* A key page, made before the filter closes and filled for each generation of its receiver: whoever
  * had it before is dead when the supervisor asks again. */
 struct cm_page {
@@ -73,6 +80,7 @@ struct cm_keeper {
     struct cm_secret *package_key;
     struct cm_tls_identity tls;
     struct cm_page key_page, tls_page;
+    struct cm_page identity_page; /* the TLS key, for the next keeper; none follows: not made */
     struct cm_keeper_evidence_memory evidence[2]; /* by kind, from CM_QUOTE_BOOT on */
     uint32_t handed_generation;
     struct cm_keeper_rate rate;
@@ -99,6 +107,11 @@ CM_MUST_USE enum cm_status cm_keeper_evidence(struct cm_keeper *keeper,
 
 /* Read head and policy list from CM_FD_INPUT, unseal, authenticate the head. */
 CM_MUST_USE enum cm_status cm_keeper_unseal(struct cm_keeper *keeper, struct cm_error *err);
+CM_MUST_USE enum cm_status cm_keeper_page_make(struct cm_page *page, struct cm_error *err);
+/* identity.c: the service's TLS identity, taken from an earlier keeper or made. `frame`: room. */
+CM_MUST_USE enum cm_status cm_keeper_identity(struct cm_keeper *keeper, struct cm_frame *frame,
+                                              struct cm_error *err);
+
 /* What serving needs and the serving filter does not let it make: two pages, heap enough. */
 CM_MUST_USE enum cm_status cm_keeper_prepare(struct cm_keeper *keeper, struct cm_error *err);
 /* Until STOP, or the supervisor is gone. */
@@ -118,7 +131,8 @@ CM_MUST_USE enum cm_status
 cm_keeper_adapter_key(struct cm_keeper *keeper, const struct cm_frame *frame, struct cm_error *err);
 void cm_keeper_adapter_close(struct cm_keeper *keeper, const struct cm_frame *frame);
 
-/* Wipe keys and pages; the process ends after it. */
-void cm_keeper_wipe(struct cm_keeper *keeper);
+/* Wipe keys and pages; the process ends after it. over: so does the service, and no keeper needs
+ * the identity any more. */
+void cm_keeper_wipe(struct cm_keeper *keeper, bool over);
 
 #endif

@@ -144,10 +144,7 @@ static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
     }
     if (status == CM_OK) {
         memcpy(&keeper->config, frame.payload, sizeof(keeper->config));
-        uint32_t names = keeper->config.tls_name_count;
-        status = names <= 8
-                     ? cm_tls_identity_make(keeper->config.tls_names, names, &keeper->tls, err)
-                     : cm_error_set(err, CM_E_BUG, "CM-KEEPER-CONFIG", "too many names");
+        status = cm_keeper_identity(keeper, &frame, err);
     }
     if (status == CM_OK) {
         status = cm_keeper_measure(keeper, err);
@@ -170,7 +167,7 @@ static enum cm_status serve(struct cm_keeper *keeper, struct cm_error *err)
         times_log(keeper);
         status = cm_keeper_serve(keeper, err);
     }
-    cm_keeper_wipe(keeper);
+    cm_keeper_wipe(keeper, status == CM_OK);
     if (status != CM_OK) {
         cm_log_error(&keeper->log, "failed", err);
         (void)!cm_channel_send(&keeper->channel, CM_FRAME_FAILED, err, sizeof(*err), NULL, 0, NULL);

@@ -26,7 +26,7 @@ enum cm_status cm_keeper_rate_check(struct cm_keeper_rate *rate, struct cm_error
     return CM_OK;
 }
 
-static enum cm_status page_make(struct cm_page *page, struct cm_error *err)
+enum cm_status cm_keeper_page_make(struct cm_page *page, struct cm_error *err)
 {
     enum cm_status status = cm_key_page_new(&page->fd, &page->secret_memory, err);
     return status == CM_OK ? cm_key_page_map(page->fd, &page->bytes, err) : status;
@@ -34,9 +34,9 @@ static enum cm_status page_make(struct cm_page *page, struct cm_error *err)
 
 enum cm_status cm_keeper_prepare(struct cm_keeper *keeper, struct cm_error *err)
 {
-    enum cm_status status = page_make(&keeper->key_page, err);
+    enum cm_status status = cm_keeper_page_make(&keeper->key_page, err);
     if (status == CM_OK) {
-        status = page_make(&keeper->tls_page, err);
+        status = cm_keeper_page_make(&keeper->tls_page, err);
     }
     if (status == CM_OK) {
         status = cm_keeper_evidence_prepare(keeper, err);
@@ -188,15 +188,18 @@ enum cm_status cm_keeper_serve(struct cm_keeper *keeper, struct cm_error *err)
     return CM_OK;
 }
 
-void cm_keeper_wipe(struct cm_keeper *keeper)
+void cm_keeper_wipe(struct cm_keeper *keeper, bool over)
 {
     cm_keeper_adapters_wipe(keeper);
-    uint8_t *const pages[] = {keeper->key_page.bytes, keeper->tls_page.bytes};
+    uint8_t *const pages[] = {keeper->key_page.bytes, keeper->tls_page.bytes,
+                              over ? keeper->identity_page.bytes : NULL};
     struct cm_secret *const secrets[] = {keeper->package_key, keeper->tls.key};
-    for (size_t i = 0; i < 2; i++) {
+    for (size_t i = 0; i < sizeof(pages) / sizeof(pages[0]); i++) {
         if (pages[i] != NULL) {
             cm_wipe(pages[i], CM_KEY_PAGE_BYTES);
         }
+    }
+    for (size_t i = 0; i < sizeof(secrets) / sizeof(secrets[0]); i++) {
         if (secrets[i] != NULL) {
             cm_wipe(cm_secret_bytes(secrets[i]), cm_secret_size(secrets[i]));
         }

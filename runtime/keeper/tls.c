@@ -1,6 +1,7 @@
 /* The TLS key is made here, before any gateway exists: the process that parses the network is given
  * it, generation after generation, and cannot choose it. */
 #include "runtime/keeper/keeper.h"
+#include "runtime/base/cursor.h"
 
 #include <arpa/inet.h>
 #include <stdio.h>
@@ -142,6 +143,34 @@ enum cm_status cm_tls_identity_make(const char (*names)[CM_NAME_BYTES], uint32_t
     X509_free(certificate);
     EVP_PKEY_free(key);
     if (status == CM_OK) {
+        *ret_identity = identity;
+    }
+    return status;
+}
+
+enum cm_status cm_tls_identity_take(const uint8_t page[static CM_KEY_PAGE_BYTES],
+                                    const struct cm_tls_page *certificate,
+                                    struct cm_tls_identity *ret_identity, struct cm_error *err)
+{
+    struct cm_tls_identity identity = {.certificate_bytes = certificate->certificate_bytes};
+    struct cm_cursor cursor = cm_cursor_init(page, CM_KEY_PAGE_BYTES);
+    uint32_t size = cm_cursor_u32(&cursor);
+    const uint8_t *at = certificate->certificate;
+    X509 *parsed = identity.certificate_bytes <= sizeof(identity.certificate)
+                       ? d2i_X509(NULL, &at, (long)identity.certificate_bytes)
+                       : NULL;
+    EVP_PKEY *public_key = parsed != NULL ? X509_get0_pubkey(parsed) : NULL;
+    bool sound = public_key != NULL && size > 0 && size <= CM_TLS_KEY_BYTES_MAX &&
+                 key_digest(public_key, identity.key_digest);
+    X509_free(parsed);
+    enum cm_status status =
+        sound ? cm_secret_new(size + sizeof(size), &identity.key, err)
+              : cm_error_set(err, CM_E_INPUT, "CM-KEEPER-TLS",
+                             "the earlier keeper's TLS identity is malformed: start the service "
+                             "again for a fresh one");
+    if (status == CM_OK) {
+        memcpy(identity.certificate, certificate->certificate, identity.certificate_bytes);
+        memcpy(cm_secret_bytes(identity.key), page, cm_secret_size(identity.key));
         *ret_identity = identity;
     }
     return status;

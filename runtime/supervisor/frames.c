@@ -185,6 +185,18 @@ static void on_tls_page(struct service *service, struct child *keeper)
     state_send(service, true);
 }
 
+/* The page stays unmapped here, as those that are passed on. */
+static void on_tls_identity(struct service *service, struct child *keeper)
+{
+    if (!cm_keeper_replaceable(&service->keeper_config) || service->identity_fd >= 0) {
+        violation(service, keeper, "a TLS identity that cannot be its own");
+        return;
+    }
+    memcpy(&service->tls, service->frame.payload, sizeof(service->tls));
+    service->identity_fd = service->frame.fds[0];
+    service->frame.fd_count = 0; /* taken */
+}
+
 static void on_key_page(struct service *service, struct child *keeper)
 {
     struct cm_key_page_info info;
@@ -280,6 +292,9 @@ static void frame_handle(struct service *service, struct child *child)
         return;
     case CM_FRAME_TLS_PAGE:
         on_tls_page(service, child);
+        return;
+    case CM_FRAME_TLS_IDENTITY:
+        on_tls_identity(service, child);
         return;
     case CM_FRAME_LOADED:
         on_loaded(service);

@@ -113,10 +113,9 @@ static bool policy_killed_again(struct child *child, uint64_t now)
 /* It is not replaced: the service ends, or goes on ending. */
 static bool end_is_final(struct service *service, struct child *child)
 {
-    bool development = service->keeper_config.development_tpm == 1;
     bool needed_once =
         child->role == CM_ROLE_DEVTPM ||
-        (child->role == CM_ROLE_KEEPER && (!development || service->keeper_config.strict == 1));
+        (child->role == CM_ROLE_KEEPER && !cm_keeper_replaceable(&service->keeper_config));
     struct cm_error why;
     if (policy_killed_again(child, clock_ms())) {
         cm_error_set(&why, CM_E_SANDBOX, cm_role_ends[CM_ROLE_END_POLICY].id,
@@ -205,8 +204,13 @@ static void keeper_start(struct service *service, struct child *keeper)
         service_fail(service, &err);
         return;
     }
+    service->keeper_config.tls_given = service->identity_fd >= 0;
     frame_send(service, keeper, CM_FRAME_CONFIG, &service->keeper_config,
                sizeof(service->keeper_config), NULL, 0);
+    if (service->identity_fd >= 0) {
+        frame_send(service, keeper, CM_FRAME_TLS_IDENTITY, &service->tls, sizeof(service->tls),
+                   &service->identity_fd, 1);
+    }
     measure_send(service, keeper);
 }
 
@@ -571,7 +575,7 @@ enum cm_status service_open(struct service *service, const struct cm_configurati
     service->listener_fd = service->package_fd = service->tpm_fd = service->head_fd = -1;
     service->devtpm_end_fd = service->devtpm_state_fd = service->signal_fd = -1;
     service->run_fd = service->lock_fd = service->keys_fd = service->launcher_fd = -1;
-    service->violation_fd = -1;
+    service->violation_fd = service->identity_fd = -1;
     service->sealed_fd = service->device_id_fd = service->filters_fd = service->rules_fd = -1;
     snprintf(service->state_path, sizeof(service->state_path), "%s", configuration->state);
     rings_init(&service->rings);
@@ -634,11 +638,11 @@ enum cm_status service_run(struct service *service, struct cm_error *err)
 
 void service_close(struct service *service)
 {
-    const int fds[] = {service->listener_fd,   service->package_fd,      service->tpm_fd,
-                       service->devtpm_end_fd, service->devtpm_state_fd, service->head_fd,
-                       service->signal_fd,     service->run_fd,          service->lock_fd,
-                       service->keys_fd,       service->sealed_fd,       service->device_id_fd,
-                       service->filters_fd,    service->violation_fd,    service->rules_fd};
+    const int fds[] = {
+        service->listener_fd,     service->package_fd,   service->tpm_fd,    service->devtpm_end_fd,
+        service->devtpm_state_fd, service->head_fd,      service->signal_fd, service->run_fd,
+        service->lock_fd,         service->keys_fd,      service->sealed_fd, service->device_id_fd,
+        service->filters_fd,      service->violation_fd, service->rules_fd,  service->identity_fd};
     for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
         if (fds[i] >= 0) {
             close(fds[i]);

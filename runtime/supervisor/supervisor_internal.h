@@ -183,7 +183,8 @@ struct service {
     uint64_t client_quote_ms;             /* since when; one at a time, whatever the gateway asks */
     uint32_t tls_generation, key_generation; /* of the pages that were asked for last */
     uint32_t tls_gateway, key_worker;        /* generations of the roles that they are for */
-    struct cm_tls_page tls;                  /* the last certificate */
+    struct cm_tls_page tls;                  /* the certificate */
+    int identity_fd; /* its key page, for the keeper's successor; -1: none was left */
     /* API keys */
     struct stat keys_seen;
     bool keys_known;

@@ -225,11 +225,12 @@ def test_evidence_names_the_adapters_and_a_verifier_judges_them(node, tmp_path):
     assert verify(*both) == ("", shown)
     for lines in (["adapter none"], both[:1], both[1:], ["adapter " + "0" * 64], ["adapter-owner 04" + "0" * 128]):
         assert verify(*lines)[0] == "CM-EVD-ADAPTER", lines
-    # A new keeper knows them before it answers anybody; then a new gateway has its TLS key.
+    # A new keeper knows them before it answers anybody, and has the gateway's TLS key; so has a new gateway.
     pid = node.pid("keeper")
     os.kill(pid, signal.SIGKILL)
     told = nodes.wait(lambda: node.run("casemate-verify", f"https://{node.address}", "--trust", tmp_path / "trust",
-                                       "--json", check=False).stdout, 20)  # whatever is thought of the evidence
+                                       "--json", check=False).stdout, 20)
+    assert json.loads(told)["id"] == "CM-EVD-ADAPTER", "the trust file names another; else all is well"
     assert [a["name"] for a in json.loads(told)["adapters"]] == list(files)
     assert node.pid("keeper") not in (0, pid)
     pid = node.pid("gateway")

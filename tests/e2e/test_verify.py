@@ -1,8 +1,10 @@
 """casemate-verify as its user runs it: a live host, a file, a relay, and one refusal for each reason."""
+import hashlib
 import json
 import os
 import pathlib
 import secrets
+import signal
 import socket
 import ssl
 import subprocess
@@ -18,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TESTS))
+import evidence_reader  # noqa: E402
 import node as nodes  # noqa: E402
 import tiny_model  # noqa: E402
 
@@ -154,6 +157,49 @@ def test_a_relay_with_a_key_of_its_own_is_refused(node, tmp_path):
     (tmp_path / "both").write_text((tmp_path / "key").read_text() + (tmp_path / "pem").read_text())
     done = relay_verify(node, tmp_path / "both")
     assert done.returncode == 7 and "CM-EVD-TLS-KEY" in done.stderr
+
+
+def test_a_keeper_dies_and_the_key_stays_the_one_that_connections_were_made_with(node, tmp_path):
+    """Twice, so that the second successor takes what the first one took."""
+    import http.client
+    pinned = node.context()
+    certificate = (node.state / "run/tls-certificate.pem").read_bytes()
+    key, gateway, worker = node.key("pinned"), node.pid("gateway"), node.pid("worker")
+    spki = x509.load_pem_x509_certificate(certificate).public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    old = http.client.HTTPSConnection(node.address, context=pinned, timeout=20)
+
+    def evidence(link) -> evidence_reader.Evidence:
+        link.request("GET", "/v1/attestation?nonce=" + secrets.token_hex(32))
+        answer = link.getresponse()
+        body = answer.read()
+        assert answer.status == 200, body
+        return evidence_reader.Evidence(body)
+
+    nodes.wait(lambda: node.get("/v1/models", key)[0] == 200, 5)
+    assert evidence(old).tls_key == hashlib.sha256(spki).digest()
+    for _ in range(2):
+        keeper = node.pid("keeper")
+        os.kill(worker, signal.SIGSTOP)  # the request is under way all the while
+        try:
+            flying = http.client.HTTPSConnection(node.address, context=pinned, timeout=20)
+            flying.request("POST", "/v1/chat/completions", json.dumps(
+                {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20,
+                 "ignore_eos": True, "stream": True}),
+                {"Authorization": f"Bearer {key}", "Content-Type": "application/json"})
+            nodes.wait(lambda: "casemate_requests_in_flight 1" in node.get("/metrics", key)[1], 3)
+            os.kill(keeper, signal.SIGKILL)
+            nodes.wait(lambda: node.pid("keeper") not in (0, keeper), 5, node.tail)
+            done = nodes.wait(lambda: (d := verify(node, f"https://{node.address}")).returncode != 9 and d, 5)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert done.returncode == 0, done.stderr
+        text = flying.getresponse().read().decode()
+        assert text.endswith("data: [DONE]\n\n") and "event: error" not in text
+        assert evidence(old).tls_key == hashlib.sha256(spki).digest()
+        assert (node.state / "run/tls-certificate.pem").read_bytes() == certificate
+        assert (node.pid("gateway"), node.pid("worker")) == (gateway, worker)
+        test_a_relay_with_a_key_of_its_own_is_refused(node, tmp_path)
 
 
 def gateway_key(node):
