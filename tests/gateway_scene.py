@@ -15,6 +15,8 @@ import time
 import openai
 import pytest
 
+from node import no_bug
+
 KEYS = {name: f"cm-{i:016x}-{secrets.token_urlsafe(32)}"
         for i, name in enumerate(("alice", "bob", "late"), 1)}
 FRESH = {"header_timeout_ms": 1000, "body_timeout_ms": 700, "write_timeout_ms": 1500}
@@ -84,12 +86,18 @@ class Gateway:
         self.event("did", command="memory")
         return told
 
+    def pid(self) -> int:
+        """Of the gateway itself, the harness's one child."""
+        me = self.harness.pid
+        return int(pathlib.Path(f"/proc/{me}/task/{me}/children").read_text())
+
     def stop(self) -> dict:
         if self.harness.poll() is None:
             self.harness.stdin.write("stop\n")
             self.harness.stdin.flush()
         told = self.event("exit")
         self.harness.wait(10)
+        no_bug((self.folder / "gateway.log").read_text(errors="replace"))
         return told
 
     def plain(self, seconds: float = 10) -> socket.socket:

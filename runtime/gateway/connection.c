@@ -230,22 +230,37 @@ static bool room_make(struct gateway *gateway)
     return idle != NULL;
 }
 
+static void connection_refuse(struct gateway *gateway, int fd, struct event *raw,
+                              struct connection *connection)
+{
+    gateway->metrics.connections_refused++;
+    if (raw != NULL) {
+        event_free(raw);
+    }
+    free(connection);
+    close(fd);
+}
+
 void connection_new(struct gateway *gateway, int fd)
 {
     gateway->metrics.connections++;
     if (!room_make(gateway)) {
-        gateway->metrics.connections_refused++;
-        close(fd);
+        connection_refuse(gateway, fd, NULL, NULL);
         return;
     }
     struct connection *connection = calloc(1, sizeof(*connection));
-    CM_ASSERT(connection != NULL);
+    struct event *raw = connection != NULL
+                            ? event_new(gateway->base, fd, EV_READ | EV_PERSIST, on_raw, connection)
+                            : NULL;
+    if (raw == NULL || event_add(raw, NULL) != 0) { /* no memory for one more */
+        connection_refuse(gateway, fd, raw, connection);
+        return;
+    }
     connection->gateway = gateway;
     connection->fd = fd;
+    connection->raw = raw;
     connection->state = CONNECTION_PEEK;
     connection->deadline_ms = clock_ms() + gateway->config.header_timeout_ms;
-    connection->raw = event_new(gateway->base, fd, EV_READ | EV_PERSIST, on_raw, connection);
-    CM_ASSERT(connection->raw != NULL && event_add(connection->raw, NULL) == 0);
     TAILQ_INSERT_TAIL(&gateway->connections, connection, entry);
     gateway->connection_count++;
 }

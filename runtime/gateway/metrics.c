@@ -179,8 +179,8 @@ static void verdicts_write(const struct cm_metrics *metrics, struct evbuffer *ou
 static void counters_write(const struct cm_metrics *metrics, struct evbuffer *out)
 {
     counter(out, "casemate_connections_total", "Connections accepted.", metrics->connections);
-    counter(out, "casemate_connections_refused_total", "Connections over connections_max.",
-            metrics->connections_refused);
+    counter(out, "casemate_connections_refused_total",
+            "Connections over connections_max, or without memory.", metrics->connections_refused);
     counter(out, "casemate_tls_failures_total", "Handshakes that failed.", metrics->tls_failures);
     counter(out, "casemate_plain_http_total", "Plain text on the TLS port.", metrics->plain_http);
     counter(out, "casemate_key_refusals_total", "Requests without a valid key.",

@@ -92,6 +92,7 @@ def life(build, node, key, trace):
     os.kill(node.pid("devtpm"), signal.SIGSTOP)  # it does not go when it is told: it is killed
     os.kill(pid, signal.SIGTERM)
     node.service.wait(60)
+    nodes.no_bug(node.log.read_text(errors="replace"))
     return calls(trace)
 
 

@@ -1,5 +1,9 @@
 """Clients that are slow, many, silent, or gone."""
+import contextlib
+import json
 import pathlib
+import resource
+import select
 import socket
 import sys
 import time
@@ -50,6 +54,42 @@ def test_a_connection_without_a_request(gateway):
         client.send(head("GET", "/livez"))
         client.reply()
         assert closed_within(client, 0.5, 2) == b""
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_of_single_bytes_takes_the_memory_of_its_bytes(own, chunked):
+    """One byte to a TLS record: what a record is read into must not be kept for it."""
+    gateway = own(body_timeout_ms=20000)
+    body = json.dumps(chat("echo " + "x" * 5000)).encode()
+    parts = [body[i:i + 1] for i in range(len(body))]
+    with gateway.connect() as client:
+        if chunked:
+            client.send(CHUNKED)
+            parts = [b"1\r\n" + part + b"\r\n" for part in parts]
+        else:
+            client.send(post(body)[:-len(body)])
+        before = gateway.memory()
+        for part in parts[:-1]:
+            client.send(part)
+        assert gateway.memory() - before < 2048, "KiB"
+        client.send(parts[-1] + (b"0\r\n\r\n" if chunked else b""))
+        assert client.reply().json["choices"][0]["message"]["content"] == "x" * 5000
+
+
+def test_without_memory_for_another_connection_it_is_refused_and_those_before_are_served(own):
+    gateway = own(connections_max=2000, header_timeout_ms=20000)
+    with gateway.connect() as client, contextlib.ExitStack() as stack:
+        most = resource.prlimit(gateway.pid(), resource.RLIMIT_AS)
+        size = int(pathlib.Path(f"/proc/{gateway.pid()}/statm").read_text().split()[0]) * 4096
+        resource.prlimit(gateway.pid(), resource.RLIMIT_AS, (size, most[1]))
+        many = [stack.enter_context(Client(gateway.plain(20))) for _ in range(900)]
+        shut = select.select([one.sock for one in many], [], [], 2)[0]
+        resource.prlimit(gateway.pid(), resource.RLIMIT_AS, most)
+        assert 0 < len(shut) < 900
+        client.send(head("GET", "/livez"))
+        assert client.reply().status == 200
+        assert gateway.figure("casemate_connections_refused_total") >= len(shut)
+        gateway.well()
 
 
 UNFINISHED = {"a head": head("GET", "/livez")[:-2], "a byte": b"G", "a body": post(GOOD)[:-1],
