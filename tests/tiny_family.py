@@ -239,7 +239,8 @@ def gguf_values(name, values, family):
     return values
 
 
-def write_gguf(path, family, bf16=False, scaling=None):
+def write_gguf(path, family, bf16=False, scaling=None, pre=None):
+    """pre: what GGUF calls the pre-tokenizer, if not the family's own."""
     shape, (tokens, types, merges) = FAMILIES[family], vocabulary(family)
     arch = "llama" if family == "mistral" else family
     out = gguf.GGUFWriter(str(path), arch)
@@ -261,7 +262,8 @@ def write_gguf(path, family, bf16=False, scaling=None):
         out.add_attn_logit_softcapping(shape["attn_logit_softcapping"])
         out.add_final_logit_softcapping(shape["final_logit_softcapping"])
     out.add_tokenizer_model("llama" if family in PIECES else "gpt2")
-    out.add_tokenizer_pre({"llama": "gpt-2"}.get(family, "default" if family in PIECES else "qwen2"))
+    out.add_tokenizer_pre(
+        pre or {"llama": "gpt-2"}.get(family, "default" if family in PIECES else "qwen2"))
     out.add_token_list(tokens)
     out.add_token_types(types)
     if family in PIECES:

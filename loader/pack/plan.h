@@ -148,7 +148,7 @@ struct cm_vocabulary {
     uint32_t ends[CM_MANIFEST_END_TOKENS_MAX];
     uint32_t end_count;
     uint32_t begin;
-    bool add_begin;
+    bool add_begin, whole_pieces;
     char *spare; /* memory of texts that no file has */
 };
 

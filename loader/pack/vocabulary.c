@@ -360,6 +360,7 @@ static enum cm_status ends_make(const struct cm_vocabulary *v, struct cm_plan *p
     }
     m->begin_token = v->begin;
     m->add_begin = v->add_begin;
+    m->whole_pieces = v->whole_pieces;
     return CM_OK;
 }
 

@@ -15,14 +15,24 @@ static enum cm_status refuse(struct cm_error *err, uint64_t index, const char *w
 static const struct {
     const char *model, *pre;
     uint32_t tokenizer, split;
+    bool whole; /* pieces; with llama.cpp these names add a begin token too, where no key says it */
 } tokenizers[] = {
-    {"gpt2", "smollm", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_SMOLLM},
-    {"gpt2", "gpt2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_GPT2},
-    {"gpt2", "gpt-2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_GPT2},
-    {"gpt2", "qwen2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_QWEN2_NFC},
-    {"gpt2", "llama-bpe", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_LLAMA3},
-    {"llama", "default", CM_TOKENIZER_SENTENCEPIECE, CM_SPLIT_SPACE_FIRST},
+    {"gpt2", "smollm", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_SMOLLM, false},
+    {"gpt2", "gpt2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_GPT2, false},
+    {"gpt2", "gpt-2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_GPT2, false},
+    {"gpt2", "qwen2", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_QWEN2_NFC, false},
+    {"gpt2", "deepseek-r1-qwen", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_QWEN2, false},
+    {"gpt2", "llama-bpe", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_LLAMA3, true},
+    {"gpt2", "llama-v3", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_LLAMA3, true},
+    {"gpt2", "llama3", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_LLAMA3, true},
+    {"gpt2", "smaug-bpe", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_LLAMA3, false},
+    {"gpt2", "tekken", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_TEKKEN, true},
+    {"gpt2", "gpt-4o", CM_TOKENIZER_BYTE_BPE, CM_SPLIT_GPT4O, false},
+    {"llama", "default", CM_TOKENIZER_SENTENCEPIECE, CM_SPLIT_SPACE_FIRST, false},
 };
+#define SUPPORTED                                                                                  \
+    "gpt2 / smollm, gpt2, qwen2, deepseek-r1-qwen, llama-bpe, smaug-bpe, tekken, gpt-4o; llama / " \
+    "default"
 
 static enum cm_status kinds_read(const struct cm_gguf *gguf, struct cm_vocabulary *v,
                                  struct cm_error *err)
@@ -40,19 +50,19 @@ static enum cm_status kinds_read(const struct cm_gguf *gguf, struct cm_vocabular
         if (cm_source_text_is(model, tokenizers[i].model) &&
             cm_source_text_is(pre, tokenizers[i].pre)) {
             v->tokenizer = tokenizers[i].tokenizer;
+            v->whole_pieces = tokenizers[i].whole;
             v->split = tokenizers[i].split == CM_SPLIT_SPACE_FIRST && !space_first
                            ? (uint32_t)CM_SPLIT_WHOLE
                            : tokenizers[i].split;
             return CM_OK;
         }
     }
-    return status != CM_OK
-               ? status
-               : cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TOKENIZER",
-                              "GGUF: tokenizer '%.*s' / '%.*s' is not supported; this host reads: "
-                              "gpt2 / smollm, gpt2, qwen2, llama-bpe; llama / default",
-                              (int)(model.size < 32 ? model.size : 32), model.bytes,
-                              (int)(pre.size < 32 ? pre.size : 32), pre.bytes);
+    return status != CM_OK ? status
+                           : cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-TOKENIZER",
+                                          "GGUF: tokenizer '%.*s' / '%.*s' is not supported; this "
+                                          "host reads: " SUPPORTED,
+                                          (int)(model.size < 32 ? model.size : 32), model.bytes,
+                                          (int)(pre.size < 32 ? pre.size : 32), pre.bytes);
 }
 
 static enum cm_status scores_read(const struct cm_gguf *gguf, struct cm_vocabulary *v,
@@ -128,7 +138,7 @@ static enum cm_status ids_read(const struct cm_gguf *gguf, struct cm_vocabulary 
     v->end_count = 1;
     enum cm_status status = cm_gguf_u32(gguf, "tokenizer.ggml.eos_token_id", &v->ends[0], err);
     /* What llama.cpp does where the key is missing. */
-    v->add_begin = v->tokenizer == CM_TOKENIZER_SENTENCEPIECE || v->split == CM_SPLIT_LLAMA3;
+    v->add_begin = v->tokenizer == CM_TOKENIZER_SENTENCEPIECE || v->whole_pieces;
     if (status == CM_OK && cm_gguf_has(gguf, "tokenizer.ggml.add_bos_token")) {
         status = cm_gguf_bool(gguf, "tokenizer.ggml.add_bos_token", &v->add_begin, err);
     }

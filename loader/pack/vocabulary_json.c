@@ -40,6 +40,11 @@ static const json_t *part_find(const json_t *value, const char *list, const char
 #define LATER(numbers)                                                                             \
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}" numbers                    \
     "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define FIRST "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
+#define LAST  "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+#define CAPITALS(ending, numbers)                                                                  \
+    "[^\\r\\n\\p{L}\\p{N}]?" FIRST "*" LAST "+" ending "|[^\\r\\n\\p{L}\\p{N}]?" FIRST "+" LAST    \
+    "*" ending "|\\p{N}" numbers "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 
 /* Which of our splits a byte-level pre-tokenizer is. */
 static bool split_find(const json_t *tokenizer, uint32_t *ret_split)
@@ -47,17 +52,25 @@ static bool split_find(const json_t *tokenizer, uint32_t *ret_split)
     static const struct {
         const char *regex;
         uint32_t split;
-    } patterns[] = {{LATER(""), CM_SPLIT_QWEN2}, {LATER("{1,3}"), CM_SPLIT_LLAMA3}};
+    } patterns[] = {{LATER(""), CM_SPLIT_QWEN2},
+                    {LATER("{1,3}"), CM_SPLIT_LLAMA3},
+                    {CAPITALS("", ""), CM_SPLIT_TEKKEN},
+                    {CAPITALS("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "{1,3}"), CM_SPLIT_GPT4O}};
     const json_t *pre = json_object_get(tokenizer, "pre_tokenizer");
     const json_t *level = part_find(pre, "pretokenizers", "ByteLevel");
     const json_t *digits = part_find(pre, "pretokenizers", "Digits");
     const json_t *split = part_find(pre, "pretokenizers", "Split");
-    if (level == NULL || json_is_true(json_object_get(level, "add_prefix_space"))) {
+    const size_t parts = json_array_size(json_object_get(pre, "pretokenizers"));
+    if (level == NULL || json_is_true(json_object_get(level, "add_prefix_space")) ||
+        (level != pre && parts != 1u + (digits != NULL) + (split != NULL))) {
         return false;
     }
     if (split != NULL) {
         const json_t *pattern = json_object_get(split, "pattern");
-        for (size_t i = 0; digits == NULL && i < sizeof(patterns) / sizeof(patterns[0]); i++) {
+        const bool alone = digits == NULL && is(split, "behavior", "Isolated") &&
+                           !json_is_true(json_object_get(split, "invert")) &&
+                           json_is_false(json_object_get(level, "use_regex"));
+        for (size_t i = 0; alone && i < sizeof(patterns) / sizeof(patterns[0]); i++) {
             if (is(pattern, "Regex", patterns[i].regex)) {
                 *ret_split = patterns[i].split;
                 return true;
@@ -93,12 +106,13 @@ static enum cm_status spaces_find(const json_t *tokenizer, struct cm_vocabulary 
     return CM_OK;
 }
 
-/* No normalizer, or form C before Qwen 2's split. */
+/* No normalizer (a sequence of none is none), or form C before Qwen 2's split. */
 static bool form_find(const json_t *normalizer, uint32_t *split)
 {
     const json_t *parts = json_object_get(normalizer, "normalizers");
     const json_t *form = json_array_size(parts) == 1 ? json_array_get(parts, 0) : normalizer;
-    if (normalizer == NULL || json_is_null(normalizer)) {
+    if (normalizer == NULL || json_is_null(normalizer) ||
+        (json_is_array(parts) && json_array_size(parts) == 0)) {
         return true;
     }
     if (!is(form, "type", "NFC") || *split != CM_SPLIT_QWEN2) {
@@ -119,8 +133,10 @@ static enum cm_status kind_find(const json_t *tokenizer, const json_t *model,
         return spaces_find(tokenizer, v, err);
     }
     v->tokenizer = CM_TOKENIZER_BYTE_BPE;
+    v->whole_pieces = json_is_true(json_object_get(model, "ignore_merges"));
     if (!split_find(tokenizer, &v->split)) {
-        return refuse(err, "its pre-tokenizer is none of GPT-2's, SmolLM's, Qwen 2's, Llama 3's");
+        return refuse(err, "its pre-tokenizer is none of GPT-2's, SmolLM's, Qwen 2's, Llama 3's, "
+                           "Tekken's, GPT-4o's");
     }
     return form_find(json_object_get(tokenizer, "normalizer"), &v->split)
                ? CM_OK

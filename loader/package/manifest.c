@@ -8,6 +8,8 @@
 
 #include "runtime/base/cursor.h"
 
+enum { ADD_BEGIN = 1u, WHOLE_PIECES = 2u }; /* flags of the tokenizer */
+
 struct parser {
     struct cm_manifest *manifest;
     uint64_t payload_bytes;
@@ -204,6 +206,8 @@ static bool split_ok(uint32_t tokenizer, uint32_t split)
     case CM_SPLIT_QWEN2:
     case CM_SPLIT_LLAMA3:
     case CM_SPLIT_QWEN2_NFC:
+    case CM_SPLIT_TEKKEN:
+    case CM_SPLIT_GPT4O:
         return tokenizer == CM_TOKENIZER_BYTE_BPE;
     case CM_SPLIT_WHOLE:
     case CM_SPLIT_SPACE_FIRST:
@@ -218,11 +222,15 @@ static enum cm_status tokenizer_parse(struct parser *parser, struct cm_cursor *b
     struct cm_manifest *m = parser->manifest;
     m->tokenizer = cm_cursor_u32(body);
     m->split = cm_cursor_u32(body);
-    uint32_t add_begin = cm_cursor_u32(body);
-    m->add_begin = add_begin == 1;
+    uint32_t flags = cm_cursor_u32(body);
+    uint32_t flags_all =
+        m->tokenizer == CM_TOKENIZER_BYTE_BPE ? ADD_BEGIN | WHOLE_PIECES : ADD_BEGIN;
+    m->add_begin = (flags & ADD_BEGIN) != 0;
+    m->whole_pieces = (flags & WHOLE_PIECES) != 0;
     m->begin_token = cm_cursor_u32(body);
     m->end_token_count = cm_cursor_u32(body);
-    if (!split_ok(m->tokenizer, m->split) || add_begin > 1 || m->begin_token >= m->vocabulary ||
+    if (!split_ok(m->tokenizer, m->split) || (flags & ~flags_all) != 0 ||
+        m->begin_token >= m->vocabulary ||
         !within(m->end_token_count, 1, CM_MANIFEST_END_TOKENS_MAX)) {
         return refuse(parser, "tokenizer's kind or token ids are impossible");
     }
@@ -528,7 +536,7 @@ static void tokenizer_put(struct cm_writer *writer, const struct cm_manifest *m)
     cm_manifest_record_put(writer, TAG_TOKENIZER, 4 * (5 + CM_MANIFEST_END_TOKENS_MAX));
     cm_writer_u32(writer, m->tokenizer);
     cm_writer_u32(writer, m->split);
-    cm_writer_u32(writer, m->add_begin);
+    cm_writer_u32(writer, (m->add_begin ? ADD_BEGIN : 0) | (m->whole_pieces ? WHOLE_PIECES : 0));
     cm_writer_u32(writer, m->begin_token);
     cm_writer_u32(writer, m->end_token_count);
     for (uint32_t i = 0; i < CM_MANIFEST_END_TOKENS_MAX; i++) {

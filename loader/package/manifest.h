@@ -47,6 +47,8 @@ enum cm_manifest_split { /* pre-tokenizer */
                          CM_SPLIT_SPACE_ONE =
                              7, /* the same, where the text does not begin with one */
                          CM_SPLIT_QWEN2_NFC = 8, /* Qwen 2's, of the text in form C */
+                         CM_SPLIT_TEKKEN = 9,
+                         CM_SPLIT_GPT4O = 10,
 };
 enum cm_manifest_chat {
     CM_CHAT_NONE = 0,
@@ -132,6 +134,7 @@ struct cm_manifest {
     uint32_t tokenizer; /* enum cm_manifest_tokenizer */
     uint32_t split;     /* enum cm_manifest_split */
     bool add_begin;     /* put begin_token before every prompt */
+    bool whole_pieces;  /* a piece that spells a token is that token, whatever merges make of it */
     uint32_t begin_token;
     uint32_t end_tokens[CM_MANIFEST_END_TOKENS_MAX];
     uint32_t end_token_count;

@@ -3,7 +3,12 @@
  * (Radford et al. 2019). SmolLM first cuts every number character off by itself. Qwen 2 and Llama 3
  * have a later one (numbers in ones, in threes at most):
  *     (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,n}| ?[^\s\p{L}\p{N}]+[\r\n]*|
- *     \s*[\r\n]+|\s+(?!\S)|\s+ */
+ *     \s*[\r\n]+|\s+(?!\S)|\s+
+ * Tekken (tokenizer.json of Mistral-Nemo-2407) and GPT-4o (o200k_base of tiktoken) cut words at
+ * their capitals too: with F for Lu, Lt, Lm, Lo and M, and L for Ll, Lm, Lo and M,
+ *     [^\r\n\p{L}\p{N}]?F*L+e?|[^\r\n\p{L}\p{N}]?F+L*e?|\p{N}{1,n}| ?[^\s\p{L}\p{N}]+[\r\n/]*|
+ *     \s*[\r\n]+|\s+(?!\S)|\s+
+ * where e is GPT-4o's (?i:'s|'t|'re|'ve|'m|'ll|'d); Tekken has none. */
 #include "runtime/worker/split.h"
 
 #include <stdbool.h>
@@ -69,8 +74,12 @@ static size_t run_end(const uint8_t *text, size_t size, size_t at, enum cm_chara
     return at;
 }
 
+/* In any case: U+017F, the long s, is a lower case of S. */
 static size_t contraction_size(const uint8_t *text, size_t size, bool any_case)
 {
+    if (any_case && size >= 3 && memcmp(text, "'\xc5\xbf", 3) == 0) {
+        return 3;
+    }
     static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (size_t i = 0; i < sizeof(endings) / sizeof(endings[0]); i++) {
         size_t bytes = strlen(endings[i]);
@@ -139,28 +148,28 @@ static size_t numbers_end(const uint8_t *text, size_t size, uint32_t greatest)
     return at;
 }
 
-static size_t later_next(const uint8_t *text, size_t size, uint32_t numbers)
+/* What sets the later patterns apart. */
+struct later {
+    uint32_t numbers; /* in a piece, at most */
+    bool capitals;    /* cut words; else contractions do */
+    bool endings;     /* a word takes a contraction along */
+};
+
+/* What comes after words: numbers, other characters (with capitals, slashes too follow them), white
+ * space. */
+static size_t rest_next(const struct later *l, const uint8_t *text, size_t size)
 {
-    size_t bytes, next_bytes, last, end = contraction_size(text, size, true);
-    if (end > 0) {
-        return end;
-    }
+    size_t bytes, next_bytes, last, end;
     enum cm_character kind = kind_at(text, size, 0, &bytes);
     enum cm_character next = kind_at(text, size, bytes, &next_bytes);
-    bool line_end = text[0] == '\r' || text[0] == '\n';
-    if (kind == CM_CHARACTER_LETTER) {
-        return run_end(text, size, 0, CM_CHARACTER_LETTER, &last);
-    }
     if (kind == CM_CHARACTER_NUMBER) {
-        return numbers_end(text, size, numbers);
-    }
-    if (!line_end && next == CM_CHARACTER_LETTER) {
-        return run_end(text, size, bytes, CM_CHARACTER_LETTER, &last);
+        return numbers_end(text, size, l->numbers);
     }
     if (kind == CM_CHARACTER_OTHER || (text[0] == ' ' && next == CM_CHARACTER_OTHER)) {
         end =
             run_end(text, size, kind == CM_CHARACTER_OTHER ? 0 : bytes, CM_CHARACTER_OTHER, &last);
-        while (end < size && (text[end] == '\r' || text[end] == '\n')) {
+        while (end < size &&
+               (text[end] == '\r' || text[end] == '\n' || (l->capitals && text[end] == '/'))) {
             end++;
         }
         return end;
@@ -169,10 +178,94 @@ static size_t later_next(const uint8_t *text, size_t size, uint32_t numbers)
     return end > 0 ? end : spaces_end(text, size, false);
 }
 
+/* The end of a word; a character may stand before it that is no letter, number or line end. 0:
+ * there is none. */
+static size_t letters_next(const uint8_t *text, size_t size)
+{
+    size_t bytes, next_bytes, last;
+    enum cm_character kind = kind_at(text, size, 0, &bytes);
+    bool line_end = text[0] == '\r' || text[0] == '\n';
+    if (kind == CM_CHARACTER_LETTER) {
+        return run_end(text, size, 0, CM_CHARACTER_LETTER, &last);
+    }
+    return kind != CM_CHARACTER_NUMBER && !line_end &&
+                   kind_at(text, size, bytes, &next_bytes) == CM_CHARACTER_LETTER
+               ? run_end(text, size, bytes, CM_CHARACTER_LETTER, &last)
+               : 0;
+}
+
+/* Runs of a word that a character may stand in (enum cm_word); 0: none, or the end of the text. */
+static uint32_t word_at(const uint8_t *text, size_t size, size_t at, size_t *ret_bytes)
+{
+    *ret_bytes = 0;
+    return at < size ? cm_character_find(cm_word_ranges, cm_word_range_count,
+                                         cm_point_read(text + at, size - at, ret_bytes))
+                     : 0;
+}
+
+/* F*L+ at `at`: its end, 0: there is none. F* gives back to L+ what it may: the last of F that is L
+ * too. */
+static size_t small_end(const uint8_t *text, size_t size, size_t at)
+{
+    size_t bytes, given = 0;
+    uint32_t runs;
+    while (((runs = word_at(text, size, at, &bytes)) & CM_WORD_FIRST) != 0) {
+        at += bytes;
+        given = (runs & CM_WORD_LAST) != 0 ? at : given;
+    }
+    if ((runs & CM_WORD_LAST) == 0) {
+        return given;
+    }
+    while ((word_at(text, size, at, &bytes) & CM_WORD_LAST) != 0) {
+        at += bytes;
+    }
+    return at;
+}
+
+/* F+L* at `at`, where F*L+ is not: no L follows. */
+static size_t capitals_end(const uint8_t *text, size_t size, size_t at)
+{
+    size_t bytes, end = at;
+    while ((word_at(text, size, end, &bytes) & CM_WORD_FIRST) != 0) {
+        end += bytes;
+    }
+    return end > at ? end : 0;
+}
+
+/* Both alternatives, each first with a character before it: that one may be a mark, which is part
+ * of a word, too. */
+static size_t capitals_next(const struct later *l, const uint8_t *text, size_t size)
+{
+    size_t bytes, end = 0;
+    enum cm_character kind = kind_at(text, size, 0, &bytes);
+    const bool before = kind != CM_CHARACTER_LETTER && kind != CM_CHARACTER_NUMBER &&
+                        text[0] != '\r' && text[0] != '\n';
+    size_t (*const alternatives[])(const uint8_t *, size_t, size_t) = {small_end, capitals_end};
+    for (size_t i = 0; end == 0 && i < 2; i++) {
+        end = before ? alternatives[i](text, size, bytes) : 0;
+        end = end == 0 ? alternatives[i](text, size, 0) : end;
+    }
+    return end > 0 && l->endings ? end + contraction_size(text + end, size - end, true) : end;
+}
+
+static size_t later_next(const struct later *l, const uint8_t *text, size_t size)
+{
+    size_t end = l->capitals ? 0 : contraction_size(text, size, true);
+    if (end == 0) {
+        end = l->capitals ? capitals_next(l, text, size) : letters_next(text, size);
+    }
+    return end > 0 ? end : rest_next(l, text, size);
+}
+
 size_t cm_split_next(uint32_t split, const uint8_t *text, size_t size)
 {
-    if (split == CM_SPLIT_QWEN2 || split == CM_SPLIT_QWEN2_NFC || split == CM_SPLIT_LLAMA3) {
-        return later_next(text, size, split == CM_SPLIT_LLAMA3 ? 3 : 1);
+    static const struct later laters[] = {
+        [CM_SPLIT_QWEN2] = {1, false, false},  [CM_SPLIT_QWEN2_NFC] = {1, false, false},
+        [CM_SPLIT_LLAMA3] = {3, false, false}, [CM_SPLIT_TEKKEN] = {1, true, false},
+        [CM_SPLIT_GPT4O] = {3, true, true},
+    };
+    if (split < sizeof(laters) / sizeof(laters[0]) && laters[split].numbers > 0) {
+        return later_next(&laters[split], text, size);
     }
     return gpt2_next(text, size, split == CM_SPLIT_SMOLLM);
 }

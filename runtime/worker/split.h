@@ -24,6 +24,16 @@ extern const uint32_t cm_character_range_count;
 
 enum cm_character cm_character_kind(uint32_t code_point);
 
+/* Where in a word a character stands for patterns that cut words at their capitals: in its first
+ * run, in its last, or in either. */
+enum cm_word {
+    CM_WORD_FIRST = 1, /* Lu, Lt */
+    CM_WORD_LAST = 2,  /* Ll */
+    CM_WORD_BOTH = 3,  /* Lm, Lo, M */
+};
+extern const struct cm_character_range cm_word_ranges[];
+extern const uint32_t cm_word_range_count;
+
 /* For form C (normal.c): canonical combining classes that are not 0; canonical decompositions in
  * order of what they compose (second 0: of one). */
 extern const struct cm_character_range cm_combining_ranges[];

@@ -1,7 +1,8 @@
 /* Byte-pair encoding: the pair of lowest rank first, leftmost among equals (Sennrich et al. 2016),
  * with a linked list and a heap, so that a long word costs n log n.
  *
- * Byte-level: nodes start as bytes, a pair is one of the manifest's merges. SentencePiece (Kudo and
+ * Byte-level: nodes start as bytes, a pair is one of the manifest's merges; where the manifest says
+ * so, a piece that is a token is taken whole before any merge. SentencePiece (Kudo and
  * Richardson 2018): nodes start as characters, a pair is whatever spells a token together, that
  * token's rank counts, and characters that no token spells end as tokens of their bytes. Tokens of
  * the user kind are matched whole, the longest at each place, before anything else. */
@@ -47,7 +48,7 @@ struct byte_map {
 struct cm_tokenizer {
     const struct cm_manifest *manifest;
     uint32_t byte_ids[256];
-    struct byte_map map;  /* SentencePiece */
+    struct byte_map map;  /* SentencePiece, and where pieces are taken whole */
     struct merge *merges; /* byte-level */
     uint32_t mask;
     uint32_t *user_ids;               /* tokens of the user kind by first byte, the longest first */
@@ -225,25 +226,27 @@ static enum cm_status users_make(struct cm_tokenizer *t, struct cm_error *err)
 
 static enum cm_status tables_make(struct cm_tokenizer *t, struct cm_error *err)
 {
-    struct byte_map map = {.places = NULL};
+    const struct byte_map *map = &t->map;
     t->nodes = malloc(PIECE_BYTES_MAX * sizeof(*t->nodes));
     t->heap = malloc(3 * PIECE_BYTES_MAX * sizeof(*t->heap));
     t->spaced = malloc(PIECE_BYTES_MAX);
     enum cm_status status = CM_OK;
-    if (t->spaced == NULL || t->nodes == NULL || t->heap == NULL || !map_make(&map, t->manifest)) {
-        free(map.places);
+    if (t->spaced == NULL || t->nodes == NULL || t->heap == NULL ||
+        !map_make(&t->map, t->manifest)) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "tokenizer");
     }
-    bytes_fill(t, &map);
+    bytes_fill(t, map);
     status = users_make(t, err);
     if (t->manifest->tokenizer == CM_TOKENIZER_SENTENCEPIECE) {
-        t->map = map;
         return status;
     }
     if (status == CM_OK) {
-        status = merges_make(t, &map, err);
+        status = merges_make(t, map, err);
     }
-    free(map.places);
+    if (!t->manifest->whole_pieces) {
+        free(t->map.places);
+        t->map.places = NULL;
+    }
     return status;
 }
 
@@ -390,6 +393,11 @@ static void node_add(struct cm_tokenizer *t, const struct node *node, struct cm_
 static void piece_encode(struct cm_tokenizer *t, const uint8_t *text, uint32_t bytes,
                          struct cm_token_list *list)
 {
+    const uint32_t whole = t->manifest->whole_pieces ? map_find(&t->map, text, bytes) : NONE;
+    if (whole != NONE) {
+        cm_token_add(list, whole);
+        return;
+    }
     t->piece = text;
     uint32_t size = nodes_make(t, bytes);
     t->heap_size = 0;

@@ -167,7 +167,8 @@ def dump(package, out, chat=0, names=()):
     kind, split = numpy.frombuffer(m.records[8], "<u4")[:2]
     tokens = [dict(names).get(token, token) for token in m.tokens]
     return oracles.dump(out, int(kind), int(split), chat, "", tokens, m.records[11],
-                        [int(i) for i in m.merges.reshape(-1)], [int(i) for i in m.ranks])
+                        [int(i) for i in m.merges.reshape(-1)], [int(i) for i in m.ranks],
+                        whole=m.records[8][8] & 2 != 0)
 
 
 LINES = ["e\u0301 A\u030a\u0327 \u1112\u1161\u11ab \u212b \u2126 \U0001d15e a\u0301\u0301\u0327",
@@ -211,6 +212,44 @@ def test_mistrals_chats_in_pieces(build, both, tmp_path):
         assert ids == wanted, chat
 
 
+def split_by(pattern, **facts):
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split | facts, {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}
+
+
+# What GGUF calls it, our number, and whether llama.cpp takes a piece whole that is a token.
+PRE = [("tekken", 9, True), ("gpt-4o", 10, False), ("llama-bpe", 4, True), ("llama3", 4, True),
+       ("llama-v3", 4, True), ("smaug-bpe", 4, False), ("deepseek-r1-qwen", 3, False)]
+
+
+@pytest.mark.parametrize("pre,number,whole", PRE, ids=[pre for pre, *_ in PRE])
+def test_pre_tokenizers_by_name_and_by_pattern(build, tmp_path, pre, number, whole):
+    """From GGUF and from tokenizer.json: the same tokens, which are those of `tokenizers`."""
+    (tmp_path / "a").mkdir()
+    a = opened(seal(build, tiny_family.write_gguf(tmp_path / "tiny.gguf", "llama", pre=pre), tmp_path / "a"))
+    model = tiny_family.write_directory(tmp_path / "model", "llama")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["ignore_merges"] = whole
+    tokenizer_change(model=tokenizer["model"], normalizer={"type": "Sequence", "normalizers": []},
+                     pre_tokenizer=split_by(oracles.PATTERNS[number]))(model)
+    b = opened(seal(build, model, tmp_path))
+    assert a.manifest.records[8] == b.manifest.records[8] and a.payload == b.payload
+    assert a.manifest.records[8][4:12] == bytes([number, 0, 0, 0, 2 * whole, 0, 0, 0])
+    oracle = Tokenizer.from_file(str(model / "tokenizer.json"))
+    found = runner(build, dump(b, tmp_path / "dump"))([(0, [(0, line)]) for line in LINES])
+    assert found == [oracle.encode(line, add_special_tokens=False).ids for line in LINES]
+
+
+@pytest.mark.parametrize("pre", ["deepseek-llm", "deepseek-v3", "gpt-4", "tekken2", "default"])
+def test_a_pre_tokenizer_of_another_name_is_refused(build, tmp_path, pre):
+    path = tiny_family.write_gguf(tmp_path / "tiny.gguf", "llama", pre=pre)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        seal(build, path, tmp_path)
+    said = caught.value.stderr.decode()
+    assert caught.value.returncode == 4 and f"'gpt2' / '{pre}'" in said and "tekken" in said
+
+
 # ---------------------------------------------------------------- refusals
 
 def tokenizer_change(**facts):
@@ -238,6 +277,28 @@ def test_a_sequence_of_form_c_alone_is_form_c(build, both, tmp_path):
     sealed = opened(seal(build, tmp_path / "model", tmp_path))
     assert sealed.manifest.records[8] == opened(both("qwen2")[1]).manifest.records[8]
     assert sealed.manifest.records[8][4] == 8
+
+
+TEKKEN = split_by(oracles.PATTERNS[9])
+PUNCTUATION = {"type": "Punctuation", "behavior": "Isolated"}
+
+
+@pytest.mark.parametrize("pre", [
+    split_by(oracles.PATTERNS[9] + " "), split_by(oracles.PATTERNS[9].replace("{Lt}", "{Lo}")),
+    split_by(oracles.PATTERNS[9], behavior="Removed"), split_by(oracles.PATTERNS[9], invert=True),
+    TEKKEN | {"pretokenizers": [PUNCTUATION, *TEKKEN["pretokenizers"]]},
+    TEKKEN | {"pretokenizers": TEKKEN["pretokenizers"][:1] * 2 + TEKKEN["pretokenizers"][1:]},
+    TEKKEN | {"pretokenizers": [TEKKEN["pretokenizers"][0],
+                                TEKKEN["pretokenizers"][1] | {"use_regex": True}]},
+    {"type": "Sequence", "pretokenizers": [PUNCTUATION, {"type": "ByteLevel", "add_prefix_space": False,
+                                                         "use_regex": True}]}])
+def test_a_pre_tokenizer_that_the_host_does_not_have_is_refused(build, both, tmp_path, pre):
+    tiny_family.write_directory(tmp_path / "model", "llama")
+    tokenizer_change(pre_tokenizer=pre)(tmp_path / "model")
+    done = subprocess.run([build / "bin" / "casemate-pack", "pack", tmp_path / "model", "--out",
+                           tmp_path / "x.cmpkg", "--owner", both("mistral")[0] / "owner"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 4 and "CM-DIR-TOKENIZER" in done.stderr and "Tekken's" in done.stderr
 
 
 META = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}

@@ -74,20 +74,36 @@ def test_identical_to_tokenizers(encode, smollm_gguf, capsys):
     assert not different, different[:3]
 
 
-@pytest.mark.parametrize("split,numbers", [(3, ""), (4, "{1,3}"), (8, "")],
-                         ids=["qwen2", "llama3", "qwen2 of form C"])
-def test_later_splits_are_identical_to_tokenizers(build, smollm_gguf, tmp_path, split, numbers):
+SPLITS = {3: "qwen2", 4: "llama3", 8: "qwen2 of form C", 9: "tekken", 10: "gpt-4o"}
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=SPLITS.values())
+def test_later_splits_are_identical_to_tokenizers(build, smollm_gguf, tmp_path, split):
     vocabulary = oracles.vocabulary_of(smollm_gguf)
-    oracle = oracles.later_split_of(vocabulary.tokens, vocabulary.merges(), numbers)
+    oracle = oracles.later_split_of(vocabulary.tokens, vocabulary.merges(), split)
     run = runner(build, oracles.dump_bytes(smollm_gguf, tmp_path / "dump", split, 0))
-    texts = oracles.lines()
+    texts = oracles.lines() + oracles.words() + oracles.code_points()
     if split == 8:
         oracle.normalizer = normalizers.NFC()
-        texts = texts + [unicodedata.normalize("NFD", text) for text in texts] + oracles.code_points()
+        texts = texts + [unicodedata.normalize("NFD", text) for text in texts]
     wanted = [e.ids for e in oracle.encode_batch(texts, add_special_tokens=False)]
     found = run([(0, [(0, text)]) for text in texts])
     different = [(t, w, f) for t, w, f in zip(texts, wanted, found) if w != f]
     assert len(found) == len(texts) and not different, (len(different), different[:3])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_piece_that_no_merge_makes(build, smollm_gguf, tmp_path, whole):
+    """Most tokens are beyond merges here: they come where pieces are taken whole, and only there."""
+    vocabulary, kept = oracles.vocabulary_of(smollm_gguf), 3000
+    oracle = oracles.later_split_of(vocabulary.tokens, vocabulary.merges()[:kept], 4, whole)
+    run = runner(build, oracles.dump_bytes(smollm_gguf, tmp_path / "dump", 4, 0, kept=kept, whole=whole))
+    texts = oracles.lines()[:9000]
+    wanted = [e.ids for e in oracle.encode_batch(texts, add_special_tokens=False)]
+    assert run([(0, [(0, text)]) for text in texts]) == wanted
+    made = {a + b for a, b in vocabulary.merges()[:kept]}
+    beyond = {i for i, t in enumerate(vocabulary.tokens) if len(t) > 1 and t not in made}
+    assert bool(beyond & {i for ids in wanted for i in ids}) == whole
 
 
 def test_gemma_is_identical_to_sentencepiece(encode_gemma, gemma_gguf, capsys):

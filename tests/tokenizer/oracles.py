@@ -17,6 +17,15 @@ QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\
          r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
+FIRST, LAST, ENDING = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
+                       r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?")
+# As tokenizer.json of Mistral-Nemo-Instruct-2407 and tiktoken's o200k_base have them.
+CAPITALS = (r"[^\r\n\p{L}\p{N}]?" + FIRST + "*" + LAST + r"+%s|[^\r\n\p{L}\p{N}]?" + FIRST + "+" + LAST +
+            r"*%s|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PATTERNS = {3: QWEN2 % "", 4: QWEN2 % "{1,3}", 8: QWEN2 % "", 9: CAPITALS % ("", "", ""),
+            10: CAPITALS % (ENDING, ENDING, "{1,3}")}  # by our numbers of splits
+
+
 def byte_alphabet() -> list[str]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = iter(range(256, 324))
@@ -46,26 +55,26 @@ class Vocabulary:
         return [tuple(m.split(" ")) for m in self.texts("tokenizer.ggml.merges")]
 
 
-def dump(out, kind, split, chat, system, raw, kinds, merges=(), ranks=()):
+def dump(out, kind, split, chat, system, raw, kinds, merges=(), ranks=(), whole=False):
     offsets = [0]
     for token in raw:
         offsets.append(offsets[-1] + len(token))
     out.write_bytes(struct.pack("<6I", kind, split, chat, len(raw), len(merges) // 2, len(system)) +
-                    system.encode() + struct.pack(f"<{len(offsets)}I", *offsets) + b"".join(raw) +
+                    system.encode() + struct.pack("<I", whole) + struct.pack(f"<{len(offsets)}I", *offsets) + b"".join(raw) +
                     bytes(kinds) + struct.pack(f"<{len(merges)}I", *merges) +
                     struct.pack(f"<{len(ranks)}I", *ranks))
     return out
 
 
-def dump_bytes(path, out, split, chat, system=""):
-    """Byte-level BPE."""
+def dump_bytes(path, out, split, chat, system="", kept=None, whole=False):
+    """Byte-level BPE, of the first `kept` merges."""
     vocabulary = vocabulary_of(path)
     undo = {c: b for b, c in enumerate(byte_alphabet())}
     raw = [bytes(undo[c] for c in t) if k == NORMAL else t.encode()
            for t, k in zip(vocabulary.tokens, vocabulary.kinds)]
     ids = {t: i for i, t in enumerate(vocabulary.tokens)}
-    merges = [ids[part] for merge in vocabulary.merges() for part in merge]
-    return dump(out, 1, split, chat, system, raw, vocabulary.kinds, merges)
+    merges = [ids[part] for merge in vocabulary.merges()[:kept] for part in merge]
+    return dump(out, 1, split, chat, system, raw, vocabulary.kinds, merges, whole=whole)
 
 
 def dump_pieces(path, out, split, chat, system=""):
@@ -110,11 +119,11 @@ def sentencepiece_of(path):
     return sentencepiece.SentencePieceProcessor(model_proto=b"".join(model))
 
 
-def later_split_of(tokens, merges, numbers):
-    """`tokenizers` with the pattern of Qwen 2 (numbers "") or Llama 3 ("{1,3}")."""
-    made = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+def later_split_of(tokens, merges, split, whole=False):
+    """`tokenizers` with one of PATTERNS. whole: a piece that is a token is not merged."""
+    made = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=whole))
     made.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN2 % numbers), "isolated"),
+        pre_tokenizers.Split(Regex(PATTERNS[split]), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return made
 
@@ -148,6 +157,19 @@ def lines():
                   for _ in range(source.randint(1, 30)))
         out.append("".join(map(chr, points)))
     return [line.replace("\0", "") for line in out]
+
+
+def words():
+    """Of letters in each case and in none, marks, and what stands around words; the same on each run."""
+    source = random.Random(21)
+    kinds: dict[str, list[str]] = {}
+    for point in range(0x20, 0x20000):
+        kinds.setdefault(unicodedata.category(chr(point)), []).append(chr(point))
+    pieces = ["'s", "'LL", "'\u017f", "'RE", "'", "/", "//\r\n", "\n", " ", "  ", "\t", "1", "1234", "-", "a", "Z",
+              "aB", "HTTPServer", "\u01c5", "\u02b0", "\u4e2d", "\u0301", "\u0903", "\u20dd", "\u03a3\u03c2", "\u00df"]
+    letters = [kinds[k] for k in ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me")]
+    return ["".join(source.choice(source.choice(letters) if source.random() < 0.5 else pieces)
+                    for _ in range(source.randint(1, 20))) for _ in range(20000)]
 
 
 def code_points():

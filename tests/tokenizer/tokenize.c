@@ -1,4 +1,4 @@
-/* Tokenizer for tests: a plain dump of a vocabulary (see dump.py) in argv[1]; on stdin records of
+/* Tokenizer for tests: a plain dump of a vocabulary (oracles.py) in argv[1]; on stdin records of
  * u32 kind (0 text, 1 chat), u32 parts, parts × (u32 role, u32 bytes, bytes); on stdout per record
  * u32 count and ids. */
 #include <stdio.h>
@@ -42,6 +42,7 @@ int main(int count, char **words)
     m.vocabulary = u32_read(dump);
     m.merge_count = u32_read(dump);
     m.default_system.size = u32_read(dump);
+    m.whole_pieces = u32_read(dump) != 0;
     m.default_system.bytes = bytes_read(dump, m.default_system.size);
     m.token_offsets = bytes_read(dump, (m.vocabulary + 1) * 4ull);
     m.token_bytes = bytes_read(dump, m.token_offsets[m.vocabulary]);

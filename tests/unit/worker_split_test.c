@@ -10,7 +10,8 @@
 
 #define LONG_BYTES (8u << 20) /* body_bytes_max can be no more */
 
-static const uint32_t splits[] = {CM_SPLIT_SMOLLM, CM_SPLIT_GPT2, CM_SPLIT_QWEN2, CM_SPLIT_LLAMA3};
+static const uint32_t splits[] = {CM_SPLIT_SMOLLM, CM_SPLIT_GPT2,   CM_SPLIT_QWEN2,
+                                  CM_SPLIT_LLAMA3, CM_SPLIT_TEKKEN, CM_SPLIT_GPT4O};
 
 static size_t first_number(const uint8_t *text, size_t size, size_t *ret_bytes)
 {
@@ -63,7 +64,8 @@ static uint8_t *long_text(const char *unit)
 /* As long as a request can be, without what would end a search early. */
 Test(worker_split, no_text_costs_a_square, .timeout = 120)
 {
-    static const char *const units[] = {"words without numbers, ", "a", " ", "\n ", "!", "1"};
+    static const char *const units[] = {
+        "words without numbers, ", "a", " ", "\n ", "!", "1", "A", "你A", "\u0301A", "AAé"};
     for (size_t u = 0; u < sizeof(units) / sizeof(units[0]); u++) {
         uint8_t *text = long_text(units[u]);
         for (size_t s = 0; s < sizeof(splits) / sizeof(splits[0]); s++) {
