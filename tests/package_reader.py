@@ -134,11 +134,13 @@ class Manifest:
         if 7 in self.records:
             self.adapter_read()
             return
-        assert [t for t in self.records if t not in (5, 6, 13, 14)] == [1, 2, 3, 4, 8, 9, 10, 11, 12, 16]
+        assert [t for t in self.records if t not in (5, 6, 13, 14, 15)] == [1, 2, 3, 4, 8, 9, 10, 11, 12, 16]
         assert list(self.records) == sorted(self.records)
         self.decoder = struct.unpack("<6I6f", self.records[5]) if 5 in self.records else None
         self.loss = struct.unpack("<If", self.records[6]) if 6 in self.records else None
         self.rope_factors = numpy.frombuffer(self.records.get(14, b""), "<f4")
+        self.long_context, = struct.unpack_from("<I", self.records.get(15, bytes(4)))
+        self.long_factors = numpy.frombuffer(self.records.get(15, b"")[4:], "<f4")
         self.ranks = numpy.frombuffer(self.records.get(13, b""), "<u4")
         self.shape = dict(zip(self.SHAPE, struct.unpack_from("<11I", self.records[4])))
         lengths = struct.unpack(f"<{self.shape['vocabulary']}H", self.records[9])

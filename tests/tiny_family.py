@@ -178,6 +178,9 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 # Each number that YaRN's authors leave open, said.
 YARN_SAID = YARN | {"factor": 8.0, "beta_fast": 10.0, "beta_slow": 0.5, "attention_factor": 1.5}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 128,
+        "short_factor": [round(1 + 0.02 * i, 2) for i in range(12)],
+        "long_factor": [round(1.1 ** i, 4) for i in range(12)]}
 YARN_GGUF = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
 
 
@@ -288,6 +291,14 @@ def write_gguf(path, family, bf16=False, scaling=None, pre=None):
         if "attention_factor" in scaling:  # GGUF's stands beside what follows from the factor
             out.add_rope_scaling_attn_factors(
                 scaling["attention_factor"] / (0.1 * math.log(scaling["factor"]) + 1))
+    elif scaling and scaling["rope_type"] == "longrope":  # as llama.cpp converts Phi-3: no type
+        original = scaling["original_max_position_embeddings"]
+        out.add_rope_scaling_orig_ctx_len(original)
+        factor = shape["max_position_embeddings"] / original
+        out.add_rope_scaling_attn_factors(
+            math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0)
+        for kind in ("long", "short"):
+            out.add_tensor(f"rope_factors_{kind}.weight", numpy.array(scaling[kind + "_factor"], "<f4"))
     elif scaling:
         out.add_tensor("rope_freqs.weight",
                        llama3_factors(head_width(family), shape["rope_theta"], scaling))

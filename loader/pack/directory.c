@@ -311,6 +311,64 @@ static enum cm_status yarn_read(const json_t *scaling, struct cm_plan *plan, str
     return status == CM_OK ? cm_rope_yarn(&numbers, plan, err) : status;
 }
 
+/* One factor for each pair that RoPE turns. */
+static enum cm_status factors_read(const json_t *scaling, const char *key, uint32_t count,
+                                   float *ret_factors, struct cm_error *err)
+{
+    const json_t *found = json_object_get(scaling, key);
+    bool ok = json_array_size(found) == count && count <= CM_MANIFEST_ROPE_PAIRS_MAX;
+    for (uint32_t i = 0; ok && i < count; i++) {
+        ok = json_is_number(json_array_get(found, i));
+        ret_factors[i] = (float)json_number_value(json_array_get(found, i));
+    }
+    return ok ? CM_OK
+              : cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                             "config.json: RoPE scaled by 'longrope': '%s' is not %u numbers, one "
+                             "for each pair that RoPE turns",
+                             key, count);
+}
+
+/* The context that the model was trained on stands beside rope_scaling, or within. */
+static enum cm_status long_read(const json_t *config, const json_t *scaling, struct cm_plan *plan,
+                                struct cm_error *err)
+{
+    static const char *const absent[] = {"short_mscale", "long_mscale"};
+    static const char original[] = "original_max_position_embeddings";
+    struct cm_manifest *m = &plan->manifest;
+    const uint32_t count = m->rope_width / 2;
+    float factor = 0.0f;
+    for (size_t i = 0; i < sizeof(absent) / sizeof(absent[0]); i++) {
+        if (json_object_get(scaling, absent[i]) != NULL) {
+            return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                                "config.json: RoPE scaled by 'longrope' with '%s' is not supported",
+                                absent[i]);
+        }
+    }
+    enum cm_status status =
+        number_read(config, original, true, 1u << 22, &m->rope_long_context, err);
+    if (status == CM_OK) {
+        status = number_read(scaling, original, true, 1u << 22, &m->rope_long_context, err);
+    }
+    if (status == CM_OK) {
+        status = real_read(scaling, "factor", &factor, err);
+    }
+    if (status == CM_OK) {
+        status = real_read(scaling, "attention_factor", &plan->rope_attention, err);
+    }
+    if (status == CM_OK) {
+        status = factors_read(scaling, "short_factor", count, m->rope_factors, err);
+    }
+    if (status == CM_OK) {
+        status = factors_read(scaling, "long_factor", count, m->rope_long_factors, err);
+    }
+    if (status == CM_OK && plan->rope_attention == 0.0f) {
+        const double context = m->rope_long_context;
+        plan->rope_attention = cm_rope_long_attention(
+            factor > 0.0f ? (double)factor : m->context_max / context, context);
+    }
+    return status == CM_OK ? cm_rope_long(plan, err) : status;
+}
+
 /* rope_theta and rope_scaling, or the newer rope_parameters, which may differ by kind of layer. */
 static enum cm_status rope_read(const json_t *config, struct cm_plan *plan, struct cm_error *err)
 {
@@ -343,6 +401,9 @@ static enum cm_status rope_read(const json_t *config, struct cm_plan *plan, stru
     }
     if (strcmp(name, "yarn") == 0) {
         return yarn_read(scaling, plan, err);
+    }
+    if (strcmp(name, "longrope") == 0 || strcmp(name, "su") == 0) { /* its first name */
+        return long_read(config, scaling, plan, err);
     }
     status = real_read(scaling, "factor", &factor, err);
     if (status == CM_OK && (strcmp(name, "linear") != 0 || factor < 1.0f || factor > 1024.0f)) {

@@ -381,7 +381,7 @@ enum cm_status cm_plan_tensors(const struct cm_source *from, struct cm_plan *pla
     }
     m->tensors = plan->tensors;
     m->tied_head = cm_source_find(from, "output.weight") == NULL;
-    enum cm_status status = cm_rope_tensor(from, m, err);
+    enum cm_status status = cm_rope_tensors(from, plan, err);
     if (status == CM_OK) {
         status = global_add(from, plan, "token_embd.weight", CM_GLOBAL_EMBEDDING, err);
     }

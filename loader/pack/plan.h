@@ -123,13 +123,20 @@ struct cm_rope_yarn {
 };
 /* What YaRN multiplies attention by, of which the factor's logarithm has that weight. */
 float cm_rope_yarn_attention(float factor, float weight);
+/* LongRoPE: factors and contexts are in the plan's manifest; rope_attention is of the plan, too.
+ * Drops the long factors where the model's context is not longer. */
+CM_MUST_USE enum cm_status cm_rope_long(struct cm_plan *plan, struct cm_error *err);
+/* What LongRoPE multiplies queries and keys by: sqrt(1 + ln(factor) / ln(context)). */
+float cm_rope_long_attention(double factor, double context);
 /* RoPE's base, width and the context must be known. The context grows to what YaRN makes of it. */
 CM_MUST_USE enum cm_status cm_rope_yarn(const struct cm_rope_yarn *scaling, struct cm_plan *plan,
                                         struct cm_error *err);
 CM_MUST_USE enum cm_status cm_rope_llama3(const struct cm_rope_scaling *scaling,
                                           struct cm_manifest *m, struct cm_error *err);
-CM_MUST_USE enum cm_status cm_rope_tensor(const struct cm_source *source, struct cm_manifest *m,
-                                          struct cm_error *err);
+/* A file's tensors of factors: rope_freqs, or LongRoPE's pair where the plan has its context. */
+CM_MUST_USE enum cm_status cm_rope_tensors(const struct cm_source *source, struct cm_plan *plan,
+                                           struct cm_error *err);
+bool cm_rope_tensors_long(const struct cm_source *source);
 bool cm_rope_tensor_is(struct cm_source_text name);
 
 /* A tokenizer as its file has it. Texts are borrowed from the file. */

@@ -125,14 +125,40 @@ static enum cm_status yarn_read(struct keys *keys, struct cm_plan *plan, struct 
     return status == CM_OK ? cm_rope_yarn(&numbers, plan, err) : status;
 }
 
+/* LongRoPE's factors are tensors, which are read with the others. Converters of Phi-3 leave the
+ * type out. */
+static enum cm_status long_read(struct keys *keys, struct cm_plan *plan, struct cm_error *err)
+{
+    const struct cm_source source = cm_gguf_tensors(keys->gguf);
+    if (!cm_rope_tensors_long(&source)) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                            "GGUF: RoPE scaled by 'longrope' without tensors of its factors");
+    }
+    enum cm_status status = number_read(keys, "rope.scaling.original_context_length", false,
+                                        1u << 22, &plan->manifest.rope_long_context, err);
+    plan->rope_attention = 1.0f;
+    return status == CM_OK ? real_read(keys, "rope.scaling.attn_factor", &plan->rope_attention, err)
+                           : status;
+}
+
 static enum cm_status rope_scaling_read(struct keys *keys, struct cm_plan *plan,
                                         struct cm_error *err)
 {
     struct cm_source_text type;
+    const struct cm_source source = cm_gguf_tensors(keys->gguf);
     if (!cm_gguf_has(keys->gguf, key(keys, "rope.scaling.type"))) {
-        return CM_OK;
+        return cm_rope_tensors_long(&source) ? long_read(keys, plan, err) : CM_OK;
     }
     enum cm_status status = cm_gguf_text(keys->gguf, keys->name, &type, err);
+    if (status == CM_OK && cm_source_text_is(type, "longrope")) {
+        return long_read(keys, plan, err);
+    }
+    if (status == CM_OK && cm_rope_tensors_long(&source)) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                            "GGUF: key '%s' is not 'longrope', and there are tensors of LongRoPE's "
+                            "factors",
+                            keys->name);
+    }
     if (status != CM_OK || cm_source_text_is(type, "none")) {
         return status;
     }
@@ -142,10 +168,11 @@ static enum cm_status rope_scaling_read(struct keys *keys, struct cm_plan *plan,
     if (cm_source_text_is(type, "yarn")) {
         return yarn_read(keys, plan, err);
     }
-    return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
-                        "GGUF: key '%s' is '%.*s'; RoPE scaled other than linear or by yarn is not "
-                        "supported",
-                        keys->name, (int)(type.size < 32 ? type.size : 32), type.bytes);
+    return cm_error_set(
+        err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+        "GGUF: key '%s' is '%.*s'; RoPE scaled other than linear, by yarn or by longrope is "
+        "not supported",
+        keys->name, (int)(type.size < 32 ? type.size : 32), type.bytes);
 }
 
 static enum cm_status shape_read(struct keys *keys, struct cm_plan *plan, struct cm_error *err)

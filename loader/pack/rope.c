@@ -1,16 +1,25 @@
 /* Factors that divide the turns of RoPE's pairs: from Llama 3.1's four numbers, from YaRN's, or as
- * GGUF has them. */
+ * files have them: GGUF's rope_freqs, LongRoPE's two rows. */
 #include <math.h>
 #include <string.h>
 
 #include "loader/pack/plan.h"
 #include "loader/pack/quant.h"
 
-#define FREQUENCIES "rope_freqs.weight"
+#define FREQUENCIES   "rope_freqs.weight"
+#define FACTORS_SHORT "rope_factors_short.weight"
+#define FACTORS_LONG  "rope_factors_long.weight"
 
 bool cm_rope_tensor_is(struct cm_source_text name)
 {
-    return cm_source_text_is(name, FREQUENCIES);
+    return cm_source_text_is(name, FREQUENCIES) || cm_source_text_is(name, FACTORS_SHORT) ||
+           cm_source_text_is(name, FACTORS_LONG);
+}
+
+bool cm_rope_tensors_long(const struct cm_source *source)
+{
+    return cm_source_find(source, FACTORS_SHORT) != NULL ||
+           cm_source_find(source, FACTORS_LONG) != NULL;
 }
 
 /* Factors of 1 alone are no factors: one model, one encoding. */
@@ -49,6 +58,19 @@ enum cm_status cm_rope_llama3(const struct cm_rope_scaling *s, struct cm_manifes
     }
     factors_settle(m, count);
     return CM_OK;
+}
+
+/* Attention's scale is one for all layers, and for what RoPE leaves alone too. */
+static enum cm_status attention_check(const struct cm_manifest *m, const char *scaled_by,
+                                      struct cm_error *err)
+{
+    return m->rope_width == m->head_width && m->decoder.window_rope_base == 0.0f
+               ? CM_OK
+               : cm_error_set(
+                     err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                     "model: RoPE scaled by '%s' and turning %u of %u values of a head, or "
+                     "another RoPE of layers with a window: not supported",
+                     scaled_by, m->rope_width, m->head_width);
 }
 
 float cm_rope_yarn_attention(float factor, float weight)
@@ -104,13 +126,9 @@ enum cm_status cm_rope_yarn(const struct cm_rope_yarn *scaling, struct cm_plan *
                             (double)s.factor, (double)s.context, (double)s.fast, (double)s.slow,
                             (double)s.attention);
     }
-    /* Attention's scale is one for all layers, and for what RoPE leaves alone too. */
-    if (m->rope_width != m->head_width || m->decoder.window_rope_base != 0.0f) {
-        return cm_error_set(
-            err, CM_E_PACKAGE, "CM-GGUF-ROPE",
-            "model: RoPE scaled by 'yarn' and turning %u of %u values of a head, or "
-            "another RoPE of layers with a window: not supported",
-            m->rope_width, m->head_width);
+    enum cm_status status = attention_check(m, "yarn", err);
+    if (status != CM_OK) {
+        return status;
     }
     factors_settle(m, m->rope_width / 2);
     plan->rope_attention = s.attention;
@@ -119,31 +137,82 @@ enum cm_status cm_rope_yarn(const struct cm_rope_yarn *scaling, struct cm_plan *
     return CM_OK;
 }
 
-enum cm_status cm_rope_tensor(const struct cm_source *source, struct cm_manifest *m,
-                              struct cm_error *err)
+/* Ding et al. 2024; transformers, modeling_rope_utils.py, `_compute_longrope_parameters`. */
+float cm_rope_long_attention(double factor, double context)
 {
-    const struct cm_source_tensor *tensor = cm_source_find(source, FREQUENCIES);
+    return factor > 1.0 && context > 1.0 ? (float)sqrt(1.0 + log(factor) / log(context)) : 1.0f;
+}
+
+enum cm_status cm_rope_long(struct cm_plan *plan, struct cm_error *err)
+{
+    struct cm_manifest *m = &plan->manifest;
     const uint32_t count = m->rope_width / 2;
-    if (tensor == NULL) {
-        return CM_OK;
+    uint32_t bad = 0;
+    while (bad < count && cm_manifest_rope_factor_ok(m->rope_factors[bad]) &&
+           cm_manifest_rope_factor_ok(m->rope_long_factors[bad])) {
+        bad++;
     }
-    if (tensor->type != CM_QUANT_F32 || tensor->rows != 1 || tensor->columns != count ||
-        count > CM_MANIFEST_ROPE_PAIRS_MAX) {
+    if (m->rope_long_context == 0 || bad < count ||
+        !(plan->rope_attention >= 0x1p-4f && plan->rope_attention <= 16.0f)) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                            "model: RoPE scaled by 'longrope' with original context %u, attention "
+                            "factor %g, short and long factors %g and %g of pair %u: out of bounds",
+                            m->rope_long_context, (double)plan->rope_attention,
+                            (double)m->rope_factors[bad < count ? bad : 0],
+                            (double)m->rope_long_factors[bad < count ? bad : 0],
+                            bad < count ? bad : 0);
+    }
+    factors_settle(m, count);
+    m->rope_long_context = m->rope_long_context < m->context_max ? m->rope_long_context : 0;
+    return attention_check(m, "longrope", err);
+}
+
+static enum cm_status tensor_read(const struct cm_source *source, const char *name,
+                                  const struct cm_manifest *m, float *ret_factors,
+                                  struct cm_error *err)
+{
+    const struct cm_source_tensor *tensor = cm_source_find(source, name);
+    const uint32_t count = m->rope_width / 2;
+    if (tensor == NULL || tensor->type != CM_QUANT_F32 || tensor->rows != 1 ||
+        tensor->columns != count || count > CM_MANIFEST_ROPE_PAIRS_MAX) {
         return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
                             "model: tensor '%s' is not %u F32 values, one for each pair that RoPE "
                             "turns",
-                            FREQUENCIES, count);
+                            name, count);
     }
-    enum cm_status status = cm_source_rows_read(tensor, 0, 1, m->rope_factors, err);
+    enum cm_status status = cm_source_rows_read(tensor, 0, 1, ret_factors, err);
     for (uint32_t i = 0; status == CM_OK && i < count; i++) {
-        if (!cm_manifest_rope_factor_ok(m->rope_factors[i])) {
+        if (!cm_manifest_rope_factor_ok(ret_factors[i])) {
             status = cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
                                   "model: tensor '%s' has %g at %u, which can't divide a turn",
-                                  FREQUENCIES, (double)m->rope_factors[i], i);
+                                  name, (double)ret_factors[i], i);
         }
     }
-    if (status == CM_OK) {
-        factors_settle(m, count);
+    return status;
+}
+
+enum cm_status cm_rope_tensors(const struct cm_source *source, struct cm_plan *plan,
+                               struct cm_error *err)
+{
+    struct cm_manifest *m = &plan->manifest;
+    const bool one = cm_source_find(source, FREQUENCIES) != NULL;
+    const bool two = cm_rope_tensors_long(source);
+    if (one && two) {
+        return cm_error_set(err, CM_E_PACKAGE, "CM-GGUF-ROPE",
+                            "model: tensor '%s' beside LongRoPE's: not supported", FREQUENCIES);
+    }
+    enum cm_status status = CM_OK;
+    if (one || two) {
+        status = tensor_read(source, one ? FREQUENCIES : FACTORS_SHORT, m, m->rope_factors, err);
+    }
+    if (status == CM_OK && two) {
+        status = tensor_read(source, FACTORS_LONG, m, m->rope_long_factors, err);
+    }
+    if (status == CM_OK && two) {
+        return cm_rope_long(plan, err);
+    }
+    if (status == CM_OK && one) {
+        factors_settle(m, m->rope_width / 2);
     }
     return status;
 }

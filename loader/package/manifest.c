@@ -182,19 +182,39 @@ bool cm_manifest_rope_factor_ok(float factor)
     return factor >= 0x1p-10f && factor <= 0x1p20f;
 }
 
+/* One for each pair. False: they are not that many, or out of bounds. */
+static bool factors_read(const struct cm_manifest *m, struct cm_cursor *body, float *ret_factors)
+{
+    bool ok = cm_cursor_left(body) == (size_t)m->rope_width * 2 &&
+              m->rope_width / 2 <= CM_MANIFEST_ROPE_PAIRS_MAX;
+    for (uint32_t i = 0; ok && i < m->rope_width / 2; i++) {
+        ret_factors[i] = cm_cursor_f32(body);
+        ok = cm_manifest_rope_factor_ok(ret_factors[i]);
+    }
+    return ok;
+}
+
 static enum cm_status rope_factors_parse(struct parser *parser, struct cm_cursor *body)
 {
     struct cm_manifest *m = parser->manifest;
-    bool ok = cm_cursor_left(body) == (size_t)m->rope_width * 2 &&
-              m->rope_width / 2 <= CM_MANIFEST_ROPE_PAIRS_MAX;
+    const bool ok = factors_read(m, body, m->rope_factors);
     bool other = false;
-    for (uint32_t i = 0; ok && i < m->rope_width / 2; i++) {
-        m->rope_factors[i] = cm_cursor_f32(body);
-        ok = cm_manifest_rope_factor_ok(m->rope_factors[i]);
+    m->rope_factor_count = m->rope_width / 2;
+    for (uint32_t i = 0; ok && i < m->rope_factor_count; i++) {
         other = other || m->rope_factors[i] != 1.0f;
     }
-    m->rope_factor_count = m->rope_width / 2;
     return ok && other ? CM_OK : refuse(parser, "RoPE factors are out of bounds, or all 1");
+}
+
+static enum cm_status rope_long_parse(struct parser *parser, struct cm_cursor *body)
+{
+    struct cm_manifest *m = parser->manifest;
+    m->rope_long_context = cm_cursor_u32(body);
+    return within(m->rope_long_context, 1, m->context_max - 1) &&
+                   factors_read(m, body, m->rope_long_factors)
+               ? CM_OK
+               : refuse(parser,
+                        "RoPE factors of a longer context are out of bounds, or it is none");
 }
 
 /* Is it one of that kind's pre-tokenizers? */
@@ -426,6 +446,7 @@ static const struct {
     {TAG_MERGES, ONCE, merges_parse},
     {TAG_RANKS, MAYBE, ranks_parse},
     {TAG_ROPE_FACTORS, MAYBE, rope_factors_parse},
+    {TAG_ROPE_LONG, MAYBE, rope_long_parse},
     {TAG_CHAT, ONCE, chat_parse},
     {TAG_TENSOR, MANY, tensor_parse},
 };
@@ -566,6 +587,13 @@ static void tokenizer_put(struct cm_writer *writer, const struct cm_manifest *m)
             cm_manifest_f32_put(writer, m->rope_factors[i]);
         }
     }
+    if (m->rope_long_context > 0) {
+        cm_manifest_record_put(writer, TAG_ROPE_LONG, 4 + (size_t)m->rope_width / 2 * 4);
+        cm_writer_u32(writer, m->rope_long_context);
+        for (uint32_t i = 0; i < m->rope_width / 2; i++) {
+            cm_manifest_f32_put(writer, m->rope_long_factors[i]);
+        }
+    }
 }
 
 static void decoder_put(struct cm_writer *writer, const struct cm_manifest_decoder *d)
@@ -642,7 +670,8 @@ static void manifest_put(struct cm_writer *writer, const struct cm_manifest *m)
 enum cm_status cm_manifest_encode(const struct cm_manifest *manifest, uint8_t **ret_bytes,
                                   size_t *ret_size, struct cm_error *err)
 {
-    size_t size = 4096 + (size_t)manifest->model_name.size + manifest->license.size +
+    size_t size = 4096 + sizeof(manifest->rope_factors) + sizeof(manifest->rope_long_factors) +
+                  (size_t)manifest->model_name.size + manifest->license.size +
                   manifest->origin.size + manifest->default_system.size +
                   (size_t)manifest->vocabulary * 7 + manifest->token_offsets[manifest->vocabulary] +
                   (size_t)manifest->merge_count * 8 +

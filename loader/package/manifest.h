@@ -126,6 +126,10 @@ struct cm_manifest {
      * else rope_width / 2 of them */
     uint32_t rope_factor_count;
     float rope_factors[CM_MANIFEST_ROPE_PAIRS_MAX];
+    /* LongRoPE: a host that serves a longer context than this many positions divides by these
+     * instead; 0: there are none, else rope_width / 2 of them */
+    uint32_t rope_long_context;
+    float rope_long_factors[CM_MANIFEST_ROPE_PAIRS_MAX];
     /* what rounding the weights cost: mean KL divergence of the next token; 0 positions: not
      * measured, or nothing was rounded */
     uint32_t loss_positions;

@@ -20,6 +20,7 @@ enum tag {
     TAG_MERGES = 12,
     TAG_RANKS = 13,
     TAG_ROPE_FACTORS = 14,
+    TAG_ROPE_LONG = 15,
     TAG_CHAT = 16,
     TAG_TENSOR = 32,
 };

@@ -77,8 +77,19 @@ static struct cm_decoder decoder_make(const struct cm_manifest_decoder *d)
                                .rope_scale = d->rope_scale};
 }
 
-enum cm_status cm_worker_model_make(const struct cm_manifest *m, struct cm_worker_model *ret_model,
-                                    struct cm_error *err)
+/* NULL: none. */
+static const float *rope_factors(const struct cm_manifest *m, uint32_t context_max)
+{
+    const uint32_t context =
+        context_max != 0 && context_max < m->context_max ? context_max : m->context_max;
+    if (m->rope_long_context > 0 && context > m->rope_long_context) {
+        return m->rope_long_factors;
+    }
+    return m->rope_factor_count > 0 ? m->rope_factors : NULL;
+}
+
+enum cm_status cm_worker_model_make(const struct cm_manifest *m, uint32_t context_max,
+                                    struct cm_worker_model *ret_model, struct cm_error *err)
 {
     struct cm_worker_model made = {.layers = calloc(m->layers, sizeof(*made.layers)),
                                    .token_control = calloc(m->vocabulary, 1)};
@@ -90,26 +101,25 @@ enum cm_status cm_worker_model_make(const struct cm_manifest *m, struct cm_worke
         made.token_control[i] =
             m->token_types[i] == CM_TOKEN_CONTROL || m->token_types[i] == CM_TOKEN_UNUSED;
     }
-    made.model =
-        (struct cm_model){.vocabulary = m->vocabulary,
-                          .width = m->width,
-                          .layers = m->layers,
-                          .heads = m->heads,
-                          .kv_heads = m->kv_heads,
-                          .head_width = m->head_width,
-                          .rope_width = m->rope_width,
-                          .ffn_width = m->ffn_width,
-                          .context_max = m->context_max,
-                          .rope_base = m->rope_base,
-                          .rope_factors = m->rope_factor_count > 0 ? m->rope_factors : NULL,
-                          .norm_epsilon = m->norm_epsilon,
-                          .decoder = decoder_make(&m->decoder),
-                          .tied_head = m->tied_head,
-                          .layer = made.layers,
-                          .token_offsets = m->token_offsets,
-                          .token_bytes = m->token_bytes,
-                          .token_control = made.token_control,
-                          .end_token_count = m->end_token_count};
+    made.model = (struct cm_model){.vocabulary = m->vocabulary,
+                                   .width = m->width,
+                                   .layers = m->layers,
+                                   .heads = m->heads,
+                                   .kv_heads = m->kv_heads,
+                                   .head_width = m->head_width,
+                                   .rope_width = m->rope_width,
+                                   .ffn_width = m->ffn_width,
+                                   .context_max = m->context_max,
+                                   .rope_base = m->rope_base,
+                                   .rope_factors = rope_factors(m, context_max),
+                                   .norm_epsilon = m->norm_epsilon,
+                                   .decoder = decoder_make(&m->decoder),
+                                   .tied_head = m->tied_head,
+                                   .layer = made.layers,
+                                   .token_offsets = m->token_offsets,
+                                   .token_bytes = m->token_bytes,
+                                   .token_control = made.token_control,
+                                   .end_token_count = m->end_token_count};
     memcpy(made.model.end_tokens, m->end_tokens, sizeof(made.model.end_tokens));
     enum cm_status status = tensors_place(m, &made, err);
     if (status != CM_OK) {

@@ -12,8 +12,12 @@ struct cm_worker_model {
     uint8_t *token_control;
 };
 
-/* Fails: PACKAGE if a tensor is missing or comes twice. The manifest must outlive the result. */
+/* context_max: of the configuration, 0: the model's. Where it is longer than what LongRoPE's short
+ * factors are for, the long ones serve every request, short ones too: K is kept turned, and what is
+ * kept of one prompt begins another. Fails: PACKAGE if a tensor is missing or comes twice. The
+ * manifest must outlive the result. */
 CM_MUST_USE enum cm_status cm_worker_model_make(const struct cm_manifest *manifest,
+                                                uint32_t context_max,
                                                 struct cm_worker_model *ret_model,
                                                 struct cm_error *err);
 /* An adapter to a model of `layers` layers; `ret_layers`, one for each, becomes its tensors. Fails:

@@ -82,7 +82,9 @@ static enum cm_status package_open(struct cm_worker *worker, struct cm_error *er
         const uint8_t *manifest = cm_package_manifest(worker->package, &bytes);
         status = cm_manifest_parse(manifest, bytes, core->payload_bytes, &worker->manifest, err);
     }
-    return status == CM_OK ? cm_worker_model_make(&worker->manifest, &worker->model, err) : status;
+    return status == CM_OK ? cm_worker_model_make(&worker->manifest, worker->config.context_max,
+                                                  &worker->model, err)
+                           : status;
 }
 
 /* Beside the arena: manifest, tokenizer, scheduler, rings, program. Held to by test_pressure.py. */

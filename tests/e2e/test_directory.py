@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import gguf
 import numpy
 import pytest
 
@@ -113,6 +114,77 @@ def test_scaled_rope(build, tmp_path, family, name):
         assert part / len(tokens) < 2e-6
     plain = reference.Decoder(tiny_family.write_gguf(tmp_path / "plain.gguf", family, True))
     assert reference.compare(wanted, plain.logits(tokens))[0] / len(tokens) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_longrope(build, tmp_path, family):
+    """From config.json and from GGUF, beside float64, by the long factors and by the short ones."""
+    tokens = tiny_family.tokens(family) * 3
+    path = tiny_family.write_gguf(tmp_path / "tiny.gguf", family, True, tiny_family.LONG)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, model in zip(folders, (path, tiny_family.write_directory(
+            tmp_path / "model", family, True, tiny_family.LONG))):
+        folder.mkdir()
+        seal(build, model, folder, "--matrices", "bf16")
+        manifest = opened(folder).manifest
+        assert manifest.long_context == 128
+        for kind, found in (("short", manifest.rope_factors), ("long", manifest.long_factors)):
+            assert (found == numpy.array(tiny_family.LONG[kind + "_factor"], "<f4")).all()
+        scale = (1 + numpy.log(512 / 128) / numpy.log(128)) / tiny_family.head_width(family) ** 0.5
+        assert numpy.isclose(manifest.decoder[7], scale, rtol=3e-7, atol=0)
+    assert opened(folders[0]).payload == opened(folders[1]).payload
+    wanted = {context: reference.Decoder(path, context).logits(tokens) for context in (128, 129)}
+    assert reference.compare(wanted[128], wanted[129])[0] / len(tokens) > 1e-3
+    for context, logits in wanted.items():
+        for folder in folders:
+            found = numpy.frombuffer(engine(build, folder, "logits", tokens=tokens,
+                                            CASEMATE_CONTEXT=str(context)), "<f4")
+            part, _ = reference.compare(logits, found.reshape(logits.shape))
+            assert part / len(tokens) < 2e-6
+        assert len({engine(build, folder, "greedy", 40, 16, tokens=tokens, CASEMATE_CONTEXT=str(context))
+                    for folder in folders}) == 1
+
+
+class Changed(gguf.GGUFWriter):
+    """Leaves tensors out, or puts other values or keys in."""
+    change: dict = {}
+
+    def add_tensor(self, name, tensor, **more):
+        if name in self.change.get("without", ()):
+            return
+        super().add_tensor(name, self.change.get(name, tensor), **more)
+
+    def add_rope_scaling_orig_ctx_len(self, value):
+        if "original" not in self.change.get("without", ()):
+            super().add_rope_scaling_orig_ctx_len(value)
+        for key, put in self.change.get("keys", {}).items():
+            getattr(self, key)(*put)
+
+
+SHORT, FREQUENCIES = "rope_factors_short.weight", numpy.full(12, 2, "<f4")
+
+
+@pytest.mark.parametrize("change,says", [
+    ({"without": [SHORT]}, "'rope_factors_short.weight' is not 12 F32"),
+    ({"without": ["rope_factors_long.weight"]}, "'rope_factors_long.weight' is not 12 F32"),
+    ({SHORT: numpy.ones(11, "<f4")}, "is not 12 F32"),
+    ({SHORT: numpy.ones(12, "<f2")}, "is not 12 F32"),
+    ({SHORT: numpy.array([1] * 11 + [0], "<f4")}, "has 0 at 11"),
+    ({"without": ["original"]}, "original_context_length"),
+    ({"keys": {"add_tensor": ("rope_freqs.weight", FREQUENCIES)}}, "beside LongRoPE's"),
+    ({"keys": {"add_rope_scaling_type": (gguf.RopeScalingType.LINEAR,)}}, "is not 'longrope'"),
+    ({"keys": {"add_rope_scaling_type": (gguf.RopeScalingType.LONGROPE,)},
+      "without": [SHORT, "rope_factors_long.weight"]}, "without tensors"),
+    ({"keys": {"add_rope_dimension_count": (12,)}, SHORT: FREQUENCIES[:6],
+      "rope_factors_long.weight": FREQUENCIES[:6]}, "12 of 24"),
+])
+def test_a_wrong_longrope_in_gguf_is_refused(build, tmp_path, monkeypatch, change, says):
+    monkeypatch.setattr(tiny_family.gguf, "GGUFWriter", type("Writer", (Changed,), {"change": change}))
+    path = tiny_family.write_gguf(tmp_path / "tiny.gguf", "llama", scaling=tiny_family.LONG)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        seal(build, path, tmp_path)
+    said = caught.value.stderr.decode()
+    assert caught.value.returncode == 4 and says in said and len(said.strip().splitlines()) == 1
 
 
 YARN = json.loads((TESTS / "golden" / "engine" / "yarn.json").read_text())["cases"]
@@ -408,7 +480,18 @@ NORM = "model.norm.weight"
     (config_change(rope_scaling=tiny_family.YARN | {"attention_factor": -1}), "CM-DIR-CONFIG", "negative"),
     (config_change(rope_scaling=tiny_family.YARN, partial_rotary_factor=0.5), "CM-GGUF-ROPE", "12 of 24"),
     (config_change(rope_scaling=tiny_family.YARN, rope_theta=1.0), "CM-GGUF-ROPE", "yarn"),
-    (config_change(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "CM-GGUF-ROPE", "longrope"),
+    (config_change(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "CM-GGUF-ROPE", "dynamic"),
+    (config_change(rope_scaling={"rope_type": "longrope", "factor": 4.0}), "CM-GGUF-ROPE", "short_factor"),
+    (config_change(rope_scaling=tiny_family.LONG | {"long_factor": [1.0] * 11}), "CM-GGUF-ROPE", "long_factor"),
+    (config_change(rope_scaling=tiny_family.LONG | {"long_factor": [1.0] * 11 + ["1"]}), "CM-GGUF-ROPE", "long"),
+    (config_change(rope_scaling=tiny_family.LONG | {"short_factor": [1.0, 0] + [1.0] * 10}), "CM-GGUF-ROPE",
+     "0 and 1.1 of pair 1"),
+    (config_change(rope_scaling=tiny_family.LONG | {"attention_factor": 17}), "CM-GGUF-ROPE", "17"),
+    (config_change(rope_scaling=tiny_family.LONG | {"long_mscale": 1.2}), "CM-GGUF-ROPE", "long_mscale"),
+    (config_change(rope_scaling=tiny_family.LONG | {"original_max_position_embeddings": None}), "CM-GGUF-ROPE",
+     "original context 0"),
+    (config_change(rope_scaling=tiny_family.LONG | {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
+                   partial_rotary_factor=0.5), "CM-GGUF-ROPE", "12 of 24"),
     (config_change(rope_scaling={"rope_type": "llama3", "factor": 4.0}), "CM-GGUF-ROPE", "out of bounds"),
     (config_change(rope_scaling=tiny_family.LLAMA3 | {"factor": 0.5}), "CM-GGUF-ROPE", "0.5"),
     (config_change(eos_token_id=[2] * 9), "CM-DIR-MODEL", "eos_token_id"),

@@ -71,7 +71,7 @@ static void load_one(const struct inputs *in, bool plain, double ret_ms[FIGURES]
     const struct cm_package_core *core = &cm_package_head_of(package)->core;
     const uint8_t *sealed = cm_package_manifest(package, &bytes);
     must(cm_manifest_parse(sealed, bytes, core->payload_bytes, &manifest, &err));
-    must(cm_worker_model_make(&manifest, &model, &err));
+    must(cm_worker_model_make(&manifest, 0, &model, &err));
     double head = now_ms();
     const struct cm_device_reserve reserve = {.model = &model.model,
                                               .payload_bytes = core->payload_bytes,

@@ -50,7 +50,9 @@ static void model_open(struct engine *e, int fd, const char *key_path, struct cm
     const uint8_t *manifest = cm_package_manifest(e->package, &bytes);
     const uint64_t payload_bytes = cm_package_head_of(e->package)->core.payload_bytes;
     engine_must(cm_manifest_parse(manifest, bytes, payload_bytes, &e->manifest, err), err);
-    engine_must(cm_worker_model_make(&e->manifest, &e->model, err), err);
+    const char *context = getenv("CASEMATE_CONTEXT");
+    const uint32_t context_max = context != NULL ? (uint32_t)strtoul(context, NULL, 10) : 0;
+    engine_must(cm_worker_model_make(&e->manifest, context_max, &e->model, err), err);
 }
 
 static enum cm_status segment_open(void *context, uint64_t index, const uint8_t *ciphertext,

@@ -23,7 +23,8 @@ struct engine_limits {
 
 /* CASEMATE_ADAPTER and CASEMATE_ADAPTER_KEY name an adapter's package and key: it is bound, and
  * slots get it. CASEMATE_CPU and CASEMATE_THREADS force path and threads, CASEMATE_KV=int8 what K
- * and V are kept as, CASEMATE_PROMPTS=bf16 class P. Errors end the process with their text and
+ * and V are kept as, CASEMATE_PROMPTS=bf16 class P, CASEMATE_CONTEXT the context of a
+ * configuration, by which RoPE's factors are chosen. Errors end the process with their text and
  * exit code. */
 void engine_must(enum cm_status status, const struct cm_error *err);
 void engine_open(struct engine *e, const char *path, const char *key_path,

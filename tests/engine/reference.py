@@ -15,7 +15,8 @@ def silu(x):
 
 
 class Decoder:
-    def __init__(self, path):
+    def __init__(self, path, context=None):
+        """context: what is served, if not the model's, by which LongRoPE's factors are chosen."""
         reader = gguf.GGUFReader(path)
         self.tensors = {t.name: t for t in reader.tensors}
         self.fields = reader.fields
@@ -37,6 +38,9 @@ class Decoder:
         factor = float(self.number("rope.scaling.factor", 1))
         self.linear = factor if kind == "linear" else 0
         self.yarn = factor if kind == "yarn" else 0
+        original = int(self.number("rope.scaling.original_context_length", 0))
+        context = context or int(self.number("context_length"))
+        self.long = "rope_factors_" + ("long" if context > original else "short") + ".weight"
         gemma = self.family.startswith("gemma")
         self.period = {"gemma2": 2, "gemma3": 6}.get(self.family, 0)
         self.local_base = 10000.0 if self.family == "gemma3" else self.rope_base
@@ -79,6 +83,9 @@ class Decoder:
         if self.linear and base == self.rope_base:
             turn = turn / self.linear
         size = 1.0
+        if self.has(self.long):
+            turn = turn / self.weight(self.long)
+            size = float(self.number("rope.scaling.attn_factor", 1))
         if self.yarn:
             turn, size = self.stretched(turn, base)
         cosine, sine = size * numpy.cos(turn)[:, None, :], size * numpy.sin(turn)[:, None, :]

@@ -137,6 +137,30 @@ Test(package_mutation, rope_factors)
             cm_manifest_done(&again);
         }
     }
+    m->rope_factor_count = 0;
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]) + 4; i++) { /* those of a longer context */
+        static const uint32_t contexts[] = {127, 128, 0xffffffffu, 1}; /* the model's is 128 */
+        const bool good = i == 0 || i == 3;
+        m->rope_long_context = i < 4 ? contexts[i] : 64;
+        for (uint32_t k = 0; k < 16; k++) {
+            m->rope_long_factors[k] = 1.0f + 0.25f * (float)k;
+        }
+        if (i >= 4) {
+            m->rope_long_factors[15] = bad[i - 4];
+        }
+        cr_assert_eq(cm_manifest_encode(m, &bytes, &size, &err), CM_OK);
+        enum cm_status status = cm_manifest_parse(bytes, size, 4096, &again, &err);
+        cr_assert_eq(status, good ? CM_OK : CM_E_PACKAGE, "case %zu", i);
+        free(bytes);
+        if (status == CM_OK) {
+            cr_assert_eq(again.rope_long_context, m->rope_long_context);
+            cr_assert_arr_eq(again.rope_long_factors, m->rope_long_factors, 16 * sizeof(float));
+            cm_manifest_done(&again);
+        } else {
+            cr_assert_not_null(strstr(err.text, "longer context"), "%s", err.text);
+        }
+    }
+    m->rope_long_context = 0;
     m->rope_factor_count = 15; /* of 16 pairs */
     cr_assert_eq(cm_manifest_encode(m, &bytes, &size, &err), CM_OK);
     cr_assert_eq(cm_manifest_parse(bytes, size, 4096, &again, &err), CM_E_PACKAGE);

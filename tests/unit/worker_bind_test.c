@@ -80,7 +80,7 @@ static enum cm_status taken(void)
     cr_assert_eq(cm_manifest_encode(&manifest, &bytes, &size, &err), CM_OK, "%s", err.text);
     enum cm_status status = cm_manifest_parse(bytes, size, payload_bytes, &parsed, &err);
     if (status == CM_OK) {
-        status = cm_worker_model_make(&parsed, &made, &err);
+        status = cm_worker_model_make(&parsed, 0, &made, &err);
         if (status == CM_OK) {
             struct cm_device *device = device_load(1, 1, 32, 32);
             status = cm_device_model_bind(device, &made.model, &err);
@@ -152,6 +152,29 @@ Test(worker_bind, a_wrong_number_in_a_record_of_any_kind_is_refused_by_name)
         record_break(&tensors[3]); /* Q, K and V */
         record_break(&tensors[7]); /* down: the last */
         cr_assert_eq(taken(), CM_OK, "kind %u: %s", kinds[i], err.text);
+    }
+}
+
+/* LongRoPE's factors by the context that is served: the long ones where it is longer, by one. */
+Test(worker_bind, factors_by_context)
+{
+    static const struct {
+        uint32_t context_max, original;
+        bool is_long;
+    } rows[] = {{0, 100, true},
+                {100, 100, false},
+                {101, 100, true},
+                {0, CONTEXT - 1, true},
+                {CONTEXT - 1, CONTEXT - 1, false},
+                {1u << 20, 100, true}};
+    manifest_make(CM_TENSOR_U8S);
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        struct cm_worker_model made;
+        manifest.rope_long_context = rows[i].original;
+        cr_assert_eq(cm_worker_model_make(&manifest, rows[i].context_max, &made, &err), CM_OK);
+        cr_assert_eq(made.model.rope_factors, rows[i].is_long ? manifest.rope_long_factors : NULL,
+                     "row %zu", i);
+        cm_worker_model_done(&made);
     }
 }
 
