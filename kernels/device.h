@@ -42,8 +42,9 @@ enum cm_prompts {
 };
 
 struct cm_device_options {
-    uint32_t threads; /* 0: from cpu.max and affinity */
-    const char *path; /* NULL: best there is; else "avx2", "avx512vnni", "amx" (tests) */
+    uint32_t threads;  /* 0: as many as affinity, cpu.max and cpus_max allow */
+    uint32_t cpus_max; /* of a quota that this process cannot see itself; 0: none */
+    const char *path;  /* NULL: best there is; else "avx2", "avx512vnni", "amx" (tests) */
     enum cm_prompts prompts;
 };
 

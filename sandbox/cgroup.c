@@ -80,29 +80,84 @@ static void own_folder(const char *controller, char ret_folder[static CM_CGROUP_
     snprintf(ret_folder, CM_CGROUP_PATH_BYTES, "%s%s", mount, mount[0] != '\0' ? path : "");
 }
 
+/* From a folder to the one above it. False: it was the last. */
+static bool folder_up(char *folder)
+{
+    char *slash = strrchr(folder, '/');
+    if (slash != NULL) {
+        *slash = '\0';
+    }
+    return slash != NULL && folder[0] != '\0';
+}
+
+/* Up to two numbers of a group's file; returns how many there are. "max" is no number, and no
+ * limit. */
+static int numbers_read(const char *folder, const char *file, long long ret[2])
+{
+    char path[CM_CGROUP_PATH_BYTES + 64];
+    snprintf(path, sizeof(path), "%s/%s", folder, file);
+    FILE *in = fopen(path, "re");
+    int count = in != NULL ? fscanf(in, "%lld %lld", &ret[0], &ret[1]) : 0;
+    if (in != NULL) {
+        fclose(in);
+    }
+    return count;
+}
+
 uint64_t cm_cgroup_least(const char *folder, const char *file)
 {
     uint64_t least = UINT64_MAX;
-    char at[CM_CGROUP_PATH_BYTES], path[CM_CGROUP_PATH_BYTES + 64];
+    char at[CM_CGROUP_PATH_BYTES];
     snprintf(at, sizeof(at), "%s", folder);
-    while (at[0] != '\0') {
-        unsigned long long number = 0;
-        snprintf(path, sizeof(path), "%s/%s", at, file);
-        FILE *limit = fopen(path, "re");
-        /* "max" is no number, and no limit. */
-        if (limit != NULL && fscanf(limit, "%llu", &number) == 1 && number < least) {
-            least = number;
+    for (bool more = at[0] != '\0'; more; more = folder_up(at)) {
+        long long numbers[2];
+        if (numbers_read(at, file, numbers) >= 1 && (uint64_t)numbers[0] < least) {
+            least = (uint64_t)numbers[0];
         }
-        if (limit != NULL) {
-            fclose(limit);
-        }
-        char *slash = strrchr(at, '/');
-        if (slash == NULL) {
-            break;
-        }
-        *slash = '\0';
     }
     return least;
+}
+
+/* A group's CPU time and the period that it is for, as either version writes them. */
+static bool quota_read(const char *folder, long long *ret_quota, long long *ret_period)
+{
+    long long both[2], period[2];
+    bool found = numbers_read(folder, "cpu.max", both) == 2;
+    if (!found && numbers_read(folder, "cpu.cfs_quota_us", both) >= 1 &&
+        numbers_read(folder, "cpu.cfs_period_us", period) >= 1) {
+        both[1] = period[0];
+        found = true;
+    }
+    if (found) {
+        *ret_quota = both[0];
+        *ret_period = both[1];
+    }
+    return found && both[0] > 0 && both[1] > 0; /* version 1 says -1 for none */
+}
+
+uint32_t cm_cgroup_least_cpus(const char *folder)
+{
+    uint32_t least = 0;
+    char at[CM_CGROUP_PATH_BYTES];
+    snprintf(at, sizeof(at), "%s", folder);
+    for (bool more = at[0] != '\0'; more; more = folder_up(at)) {
+        long long quota, period;
+        if (quota_read(at, &quota, &period)) {
+            const long long cpus = quota < period ? 1 : quota / period;
+            least = least == 0 || cpus < least ? (uint32_t)cpus : least;
+        }
+    }
+    return least;
+}
+
+uint32_t cm_cgroup_cpus(void)
+{
+    char folder[CM_CGROUP_PATH_BYTES];
+    own_folder(NULL, folder);
+    uint32_t unified = cm_cgroup_least_cpus(folder);
+    own_folder("cpu", folder);
+    uint32_t first = cm_cgroup_least_cpus(folder);
+    return unified == 0 || (first != 0 && first < unified) ? first : unified;
 }
 
 uint64_t cm_cgroup_memory_limit(void)

@@ -48,6 +48,12 @@ uint64_t cm_cgroup_memory_limit(void);
 /* The least number in `file` of `folder` and of each folder above it; UINT64_MAX: none. For tests.
  */
 uint64_t cm_cgroup_least(const char *folder, const char *file);
+/* Whole CPUs that the quotas of the groups above us, of either version, allow, at least 1; 0: no
+ * quota. Rounded down: a thread too many runs into the quota and stalls everybody for the rest of
+ * the period. */
+uint32_t cm_cgroup_cpus(void);
+/* The same of `folder` and of each folder above it. For tests. */
+uint32_t cm_cgroup_least_cpus(const char *folder);
 /* How many processes of this group the kernel has killed for memory; 0 where it cannot be told. */
 uint64_t cm_cgroup_oom_kills(const struct cm_cgroup *group);
 /* Remove the folders; they must be empty. False: not yet. */

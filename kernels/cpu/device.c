@@ -15,6 +15,17 @@
 #define HUGE_PAGE   (2ull << 20)
 #define SPARE_BYTES (512ull << 20) /* addresses behind what is prepared: scratch and tables */
 
+static uint32_t threads_choose(const struct cm_device_options *options)
+{
+    uint32_t threads = options->threads;
+    if (threads == 0) {
+        threads = cm_threads_available();
+        threads =
+            options->cpus_max > 0 && options->cpus_max < threads ? options->cpus_max : threads;
+    }
+    return threads > CM_THREADS_MAX ? CM_THREADS_MAX : threads;
+}
+
 enum cm_status cm_device_open(const char *backend, const struct cm_device_options *options,
                               struct cm_device **ret_device, struct cm_error *err)
 {
@@ -35,8 +46,7 @@ enum cm_status cm_device_open(const char *backend, const struct cm_device_option
                             "kernel does not give: say `prompts: exact`");
     }
     struct cm_device *device = calloc(1, sizeof(*device));
-    uint32_t threads = options->threads != 0 ? options->threads : cm_threads_available();
-    threads = threads > CM_THREADS_MAX ? CM_THREADS_MAX : threads;
+    const uint32_t threads = threads_choose(options);
     if (device == NULL) {
         return cm_error_errno(err, ENOMEM, "CM-SYS-MEMORY", "device");
     }

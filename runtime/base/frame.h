@@ -203,7 +203,7 @@ struct cm_config_gateway { /* CM_FRAME_CONFIG to the gateway */
 };
 
 struct cm_config_worker {
-    uint32_t threads;       /* 0: from cpu.max and affinity */
+    uint32_t threads;       /* 0: from cpus_max and affinity */
     uint32_t sequences_max; /* running at once: slots */
     uint32_t queue_max;     /* waiting requests */
     uint32_t kv_pages;      /* pages of 32 positions; 0: from kv_bytes */
@@ -218,7 +218,7 @@ struct cm_config_worker {
     uint32_t adapter_rank_max;
     uint32_t kv_int8;      /* 1: keys and values are kept as int8; 0: fp16 */
     uint32_t prompts_bf16; /* 1: class P of kernels/NUMERICS.md */
-    uint32_t reserved;
+    uint32_t cpus_max;     /* what control groups allow by quota; 0: no quota */
     uint64_t adapter_bytes_max;
     struct cm_adapter_owners adapter_owners;
     char device[CM_NAME_BYTES];             /* "cpu" */

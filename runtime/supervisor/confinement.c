@@ -92,6 +92,7 @@ static void groups_open(struct service *service)
                                               process_bound(service, i)};
     }
     service->memory_limit = cm_cgroup_memory_limit();
+    service->cpus = cm_cgroup_cpus();
     cm_cgroups_make(limits, CHILD_COUNT, &service->groups);
     if (service->groups.lacks[0] == '\0') {
         sandbox->host.available |= CM_LAYER_BIT(CM_LAYER_CGROUP);

@@ -248,6 +248,7 @@ static void worker_configure(struct service *service, struct child *worker)
         .kv_pages = (uint32_t)from->kv_pages,
         .kv_bytes = from->kv_bytes,
         .memory_bytes_max = service->memory_limit,
+        .cpus_max = service->cpus,
         .context_max = (uint32_t)from->context_max,
         .step_tokens_max = (uint32_t)from->step_tokens_max,
         .prefix_cache = (uint32_t)from->prefix_cache,

@@ -167,8 +167,8 @@ struct service {
     struct cm_config_keeper keeper_config;
     struct sandbox sandbox;
     struct cm_cgroups groups;
-    uint64_t memory_limit;
-    /* of all roles together, by control groups or the machine */ /* by enum child_index */
+    uint64_t memory_limit; /* of all roles together, by control groups or the machine */
+    uint32_t cpus;         /* of all roles together, by quota; 0: no quota */
     int launcher_fd, violation_fd;
     pid_t launcher_pid, pid; /* pid: our own */
     struct ring_set rings;

@@ -293,6 +293,7 @@ enum cm_status cm_worker_prepare(struct cm_worker *worker, struct cm_error *err)
 {
     const struct cm_device_options options = {
         .threads = worker->config.threads,
+        .cpus_max = worker->config.cpus_max,
         .prompts = worker->config.prompts_bf16 == 1 ? CM_PROMPTS_BF16 : CM_PROMPTS_EXACT};
     const uint64_t start = cm_clock_us();
     enum cm_status status = cm_device_open(worker->config.device, &options, &worker->device, err);

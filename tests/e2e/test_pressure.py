@@ -2,6 +2,7 @@
 mixed up, and what is refused is refused by name."""
 import concurrent.futures
 import json
+import os
 import pathlib
 import sys
 import time
@@ -173,6 +174,59 @@ def test_more_memory_than_there_is_is_refused_with_both_numbers(build, folder):
     total = int(next(row for row in open("/proc/meminfo") if row.startswith("MemTotal")).split()[1])
     assert numbers[0] > numbers[-1]  # MiB: what is needed, what is allowed
     assert numbers[-1] <= total >> 10
+
+
+@pytest.fixture
+def quota():
+    """quota(percent): from now on we, and whom we start, have so much of a CPU, by a control group."""
+    version2 = pathlib.Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    above = pathlib.Path("/sys/fs/cgroup" if version2 else "/sys/fs/cgroup/cpu")
+    folder = above / f"casemate-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError as why:
+        pytest.skip(f"no control group can be made: {why}")
+    if not (folder / ("cpu.max" if version2 else "cpu.cfs_quota_us")).exists():
+        folder.rmdir()
+        pytest.skip("the cpu controller is not given to groups")
+
+    def give(percent):
+        if version2:
+            (folder / "cpu.max").write_text(f"{1000 * percent} 100000")
+        else:
+            (folder / "cpu.cfs_quota_us").write_text(str(1000 * percent))
+        (folder / "cgroup.procs").write_text(str(os.getpid()))
+    yield give
+    (above / "cgroup.procs").write_text(str(os.getpid()))
+    nodes.wait(lambda: not (folder / "cgroup.procs").read_text().split())
+    folder.rmdir()
+
+
+def threads(started, *options) -> int:
+    node = started(*options)
+    count = len(os.listdir(f"/proc/{node.pid('worker')}/task"))
+    assert node.stop() == 0 and f", {count} threads" in node.log.read_text()
+    return count
+
+
+def test_threads_are_those_of_affinity(started):
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        one = threads(started)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert one == 1 and threads(started) == len(allowed)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one CPU is all there is")
+def test_threads_are_no_more_than_a_quota_allows(started, quota):
+    """The worker cannot see its control group; the supervisor can, and tells it."""
+    quota(160)
+    assert threads(started) == 1
+    assert threads(started, "--threads", "2") == 2  # who says a number gets it
+    quota(100 * len(os.sched_getaffinity(0)))
+    assert threads(started) == len(os.sched_getaffinity(0))
 
 
 def test_the_worker_holds_weights_cache_and_little_else(started):
