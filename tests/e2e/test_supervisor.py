@@ -144,6 +144,8 @@ def test_state_follows_the_load_and_loaded_reaches_the_keeper(service):
     assert any("stage=4" in s for s in states), states
     service.until(lambda: service.seen("gateway .* state ready=1 stage=6"))
     assert service.seen(r"^keeper \d+ frame 11$")  # LOADED
+    told = next(json.loads(line) for line in service.log().splitlines() if '"event":"loading"' in line)
+    assert 0 < told["done_bytes"] <= told["total_bytes"], told
 
 
 @pytest.mark.parametrize("role", ["worker", "gateway"])
