@@ -216,8 +216,10 @@ struct cm_step_verdict {
 struct cm_step_result {
     uint32_t slot;
     bool sampled;
-    uint32_t token;        /* drawn; the next step's input */
-    enum cm_finish finish; /* NONE: goes on; STOP, LENGTH, FILTER: over, nothing is held any more */
+    uint32_t token; /* drawn; the next step's input */
+    enum cm_finish
+        finish; /* NONE: goes on; STOP, LENGTH, FILTER: over, nothing is held any more;
+                   FAILED: its numbers overflowed, no token, no text; the others are well */
     uint32_t completion_tokens;
     uint32_t verdict_count, verdicts_lost; /* what rules have found since the last step */
     struct cm_step_verdict verdicts[CM_STEP_VERDICTS_MAX];

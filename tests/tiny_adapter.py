@@ -12,11 +12,11 @@ CONFIG = {"model_type": "llama", "hidden_size": tiny_model.WIDTH, "num_hidden_la
 
 
 def pack(node, folder: pathlib.Path, name: str, seed: int, *words, owner=None, base=None, rank=4,
-         config=CONFIG):
+         alpha=None, config=CONFIG):
     """Sealed to this node in its present state, for its package; strong enough that replies differ."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    source = peft.write(folder / f"peft-{name}", peft.adapter_config(rank, rank),
+    source = peft.write(folder / f"peft-{name}", peft.adapter_config(rank, alpha or rank),
                         peft.tensors(config, rank, seed=seed, size=2.0))
     out = folder / f"{name}.cmpkg"
     node.run("casemate-pack", "adapter", source, "--config", folder / "config.json", "--name", name, "--out", out,

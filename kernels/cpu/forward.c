@@ -554,7 +554,18 @@ static void entry_finish(struct run *run, const struct cm_step_entry *entry, flo
     result->finish = finish;
 }
 
-/* Logits and tokens of the entries that want one. */
+/* Whether a residual can be normed: its squares' sum is a number. Weights are finite, sums of them
+ * may still overflow, and an infinity or a NaN that is rounded to int8 would become a token. */
+static bool sound(const float *x, uint32_t size)
+{
+    float sum = 0.0f;
+    for (uint32_t i = 0; i < size; i++) {
+        sum += x[i] * x[i];
+    }
+    return isfinite(sum);
+}
+
+/* Logits and tokens of the entries that want one; who cannot have one fails alone. */
 static void sample_run(struct run *run)
 {
     struct cm_device *device = run->device;
@@ -563,10 +574,16 @@ static void sample_run(struct run *run)
     cm_pool_phase(run->worker, device->wanted_count);
     while (cm_pool_take(run->worker, &first, &last)) {
         for (uint32_t i = first; i < last; i++) {
-            uint32_t entry = device->wanted[i];
+            const uint32_t entry = device->wanted[i], width = device->model.width;
+            struct cm_step_result *result = &device->results[entry];
+            if (!sound(run->scratch->x + (size_t)device->wanted_token[i] * width, width)) {
+                result->sampled = true;
+                result->finish = CM_FINISH_FAILED;
+                result->completion_tokens = device->slots[device->entries[entry].slot].drawn;
+                continue;
+            }
             entry_finish(run, &device->entries[entry],
-                         run->scratch->logits + i * padded_rows(&device->head),
-                         &device->results[entry]);
+                         run->scratch->logits + i * padded_rows(&device->head), result);
         }
     }
     cm_pool_barrier(run->worker);

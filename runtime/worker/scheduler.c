@@ -341,7 +341,7 @@ static void result_take(struct cm_scheduler *s, struct request *r,
     memcpy(r->verdicts, result->verdicts, result->verdict_count * sizeof(r->verdicts[0]));
     r->verdict_count = result->verdict_count;
     r->held_tokens = result->completion_tokens;
-    s->stats.completion_tokens_total++;
+    s->stats.completion_tokens_total += result->finish != CM_FINISH_FAILED;
     uint64_t now = cm_clock_us();
     r->first_us = r->first_us == 0 ? now : r->first_us;
     if (result->finish == CM_FINISH_NONE) {

@@ -141,6 +141,28 @@ def test_adapters_come_and_go_while_the_node_serves(node):
     assert node.says("red") == told["red"] and node.says("tiny") == plain
 
 
+def test_an_adapter_whose_numbers_overflow_fails_alone(node):
+    """Each of its values is finite; what they make of a sequence is not. Nobody beside it loses a token."""
+    for path in (node.seal("red", 1), node.seal("hot", 2, alpha=3e38)):
+        node.add(path)
+    node.start()
+    for name in ("red", "hot"):
+        node.until(name, "serving")
+    told = {name: node.says(name) for name in ("tiny", "red")}
+
+    def answer(name):
+        if name == "hot":
+            error = refused(lambda: node.says(name))
+            return error.status_code, error.code
+        return node.says(name)
+    names = ["tiny", "hot", "red"] * 6
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(answer, names))
+    assert replies == [told.get(name, (500, "worker_failed")) for name in names]
+    node.in_flight(0)
+    node.well()
+
+
 def test_a_key_uses_the_adapters_that_it_is_granted(node):
     """To others an adapter is as one that does not exist; what is changed holds within a second."""
     node.add(node.seal("red", 1))

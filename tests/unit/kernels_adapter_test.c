@@ -46,6 +46,7 @@ struct sequence {
 struct outcome {
     float logits[PROMPT][VOCABULARY];
     uint32_t tokens[REPLY];
+    enum cm_finish ends[REPLY];
 };
 
 static void sequence_open(struct cm_device *device, struct sequence *s, uint32_t number,
@@ -95,6 +96,7 @@ static void sequences_run(struct cm_device *device, struct sequence *all, uint32
                 memcpy(ret[s].logits[at], probe[s * take], take * sizeof(probe[0]));
             } else {
                 ret[s].tokens[at - PROMPT] = results[s].token;
+                ret[s].ends[at - PROMPT] = results[s].finish;
             }
         }
     }
@@ -171,6 +173,42 @@ Test(kernels_adapter, each_gets_its_own_over_keys_and_values_of_int8_too)
 {
     kv_kind = CM_KV_INT8;
     neighbours_run();
+}
+
+/* One whose numbers overflow fails, says so and says nothing; nobody beside it loses a bit. */
+Test(kernels_adapter, a_sequence_that_overflows_fails_and_disturbs_no_neighbour)
+{
+    static struct outcome wanted[2], found[SEQUENCES];
+    static struct sequence all[SEQUENCES];
+    static struct tiny_adapter hot;
+    hot = large;
+    hot.adapter.scale = 3e38f;
+    alone_run(NULL, &wanted[0]);
+    alone_run(&small, &wanted[1]);
+    for (uint32_t i = 0; i < 4 * sizeof(paths) / sizeof(paths[0]); i++) {
+        const struct cm_device_options options = {.threads = 1 + i % 2, .path = paths[i / 4]};
+        const uint32_t chunk = i % 4 < 2 ? 7 : 64;
+        if (cm_path_choose(options.path) == NULL) {
+            continue;
+        }
+        struct cm_device *device = device_of(&options, 2);
+        cr_assert_eq(adapter_load(device, 1, &small), CM_OK, "%s", err.text);
+        cr_assert_eq(adapter_load(device, 2, &hot), CM_OK, "%s", err.text);
+        for (uint32_t s = 0; s < SEQUENCES; s++) {
+            sequence_open(device, &all[s], s, (s + i) % 3);
+        }
+        sequences_run(device, all, SEQUENCES, chunk, found);
+        for (uint32_t s = 0; s < SEQUENCES; s++) {
+            if ((s + i) % 3 == 2) {
+                cr_assert_eq(found[s].ends[0], CM_FINISH_FAILED, "%s, sequence %u", options.path,
+                             s);
+            } else {
+                cr_assert_eq(memcmp(&found[s], &wanted[(s + i) % 3], sizeof(found[s])), 0,
+                             "%s, %u threads, sequence %u", options.path, options.threads, s);
+            }
+        }
+        cm_device_close(device);
+    }
 }
 
 /* B of zeros adds nothing: the bits are the plain model's. */
