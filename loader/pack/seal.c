@@ -3,6 +3,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <libgen.h>
+#include <limits.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -134,13 +137,31 @@ enum cm_status cm_recovery_open(const struct cm_pack_arguments *arguments, int f
     return CM_OK;
 }
 
+/* Before the hours of packing: a package whose recovery file fails at the end has lost its key. */
+static enum cm_status recovery_check(const struct cm_pack_arguments *arguments,
+                                     struct cm_error *err)
+{
+    char passphrase[PASSPHRASE_BYTES_MAX + 1], folder[PATH_MAX];
+    enum cm_status status = passphrase_read(arguments->passphrase_file, passphrase, err);
+    cm_wipe(passphrase, sizeof(passphrase));
+    if (status != CM_OK) {
+        return status;
+    }
+    snprintf(folder, sizeof(folder), "%s", arguments->recovery);
+    if (access(dirname(folder), W_OK | X_OK) != 0) {
+        return cm_error_errno(err, errno, "CM-PKG-CREATE", "cannot write %s", arguments->recovery);
+    }
+    return CM_OK;
+}
+
 enum cm_status cm_pack_seal_check(const struct cm_pack_arguments *arguments, struct cm_error *err)
 {
     if ((arguments->recovery != NULL) != (arguments->passphrase_file != NULL)) {
         return cm_error_set(err, CM_E_USAGE, "CM-PACK-USAGE",
                             "--recovery and --passphrase-file go together");
     }
-    return cm_nodes_check(arguments, err);
+    enum cm_status status = arguments->recovery != NULL ? recovery_check(arguments, err) : CM_OK;
+    return status == CM_OK ? cm_nodes_check(arguments, err) : status;
 }
 
 enum cm_status cm_pack_seal_begin(const struct cm_pack_arguments *arguments,

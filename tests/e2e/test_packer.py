@@ -171,6 +171,19 @@ def test_a_tiny_model_of_other_shapes(build, owner, tmp_path, suite):
     assert "payload segment" in done.stderr and "CM-PKG-HASH" in done.stderr
 
 
+@pytest.mark.parametrize("fault,words", [
+    ("short", "shorter than 8 bytes"), ("no pass", "cannot read"), ("no folder", "cannot write")])
+def test_no_package_is_written_whose_recovery_file_cannot_be(build, owner, tmp_path, fault, words):
+    tiny_model.write(str(tmp_path / "tiny.gguf"))
+    (tmp_path / "short").write_text("secret\n")
+    recovery = tmp_path / "gone" / "t.recovery" if fault == "no folder" else tmp_path / "t.recovery"
+    secret = owner / "pass" if fault == "no folder" else tmp_path / fault
+    before = sorted(tmp_path.iterdir())
+    done = run(build, "pack", tmp_path / "tiny.gguf", "--out", tmp_path / "t.cmpkg", "--owner", owner,
+               "--recovery", recovery, "--passphrase-file", secret, code=2 if fault == "short" else 9)
+    assert words in done.stderr and sorted(tmp_path.iterdir()) == before
+
+
 def test_inspect_needs_no_key(build, owner, tmp_path):
     tiny_model.write(str(tmp_path / "tiny.gguf"))
     pack(build, owner, tmp_path / "tiny.gguf", tmp_path / "t.cmpkg")
