@@ -123,6 +123,10 @@ static enum cm_status tpm_start(struct cm_error *err)
                                           .tpm_io_getphysicalpresence = io_presence};
     unsigned char *response = NULL;
     uint32_t size = 0, capacity = 0;
+    size_t state_size;
+    if (cm_state_load(&state_file, state_bytes, &state_size, err) != CM_OK) {
+        return CM_E_TPM; /* libtpms would write to stderr as no filter allows, and not say why */
+    }
     if (TPMLIB_RegisterCallbacks(&callbacks) != TPM_SUCCESS ||
         TPMLIB_ChooseTPMVersion(TPMLIB_TPM_VERSION_2) != TPM_SUCCESS ||
         TPMLIB_MainInit() != TPM_SUCCESS) {

@@ -110,6 +110,16 @@ def test_the_last_word_of_a_service_that_ended_stays(node, role, code, words):
     node.service = None
 
 
+def test_a_development_tpm_with_a_damaged_state_says_so(node):
+    assert node.stop() == 0
+    os.truncate(node.state / "devtpm.state", 1000)
+    node.start(wait=False)
+    assert node.service.wait(10) == 6
+    told = status(node).stderr
+    assert "both copies of its state are damaged" in told and "restore the file" in told
+    node.service = None
+
+
 def test_in_strict_mode_the_keeper_ends_the_service_with_its_own_code(build, tmp_path):
     tiny_model.write(str(tmp_path / "tiny.gguf"))
     node = nodes.Node(build / "bin", tmp_path / "node", tmp_path / "owner")
