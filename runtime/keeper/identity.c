@@ -30,21 +30,6 @@ static enum cm_status identity_take(struct cm_keeper *keeper, struct cm_frame *f
                            : status;
 }
 
-static enum cm_status identity_leave(struct cm_keeper *keeper, struct cm_error *err)
-{
-    static struct cm_tls_page frame;
-    struct cm_page *page = &keeper->identity_page;
-    enum cm_status status = cm_keeper_page_make(page, err);
-    if (status != CM_OK) {
-        return status;
-    }
-    memcpy(page->bytes, cm_secret_view(keeper->tls.key), cm_secret_size(keeper->tls.key));
-    frame.certificate_bytes = keeper->tls.certificate_bytes;
-    memcpy(frame.certificate, keeper->tls.certificate, keeper->tls.certificate_bytes);
-    return cm_channel_send(&keeper->channel, CM_FRAME_TLS_IDENTITY, &frame, sizeof(frame),
-                           &page->fd, 1, err);
-}
-
 enum cm_status cm_keeper_identity(struct cm_keeper *keeper, struct cm_frame *frame,
                                   struct cm_error *err)
 {
@@ -55,8 +40,23 @@ enum cm_status cm_keeper_identity(struct cm_keeper *keeper, struct cm_frame *fra
     if (names > sizeof(keeper->config.tls_names) / sizeof(keeper->config.tls_names[0])) {
         return cm_error_set(err, CM_E_BUG, "CM-KEEPER-CONFIG", "too many names");
     }
-    enum cm_status status =
-        cm_tls_identity_make(keeper->config.tls_names, names, &keeper->tls, err);
-    return status == CM_OK && cm_keeper_replaceable(&keeper->config) ? identity_leave(keeper, err)
-                                                                     : status;
+    return cm_tls_identity_make(keeper->config.tls_names, names, &keeper->tls, err);
+}
+
+enum cm_status cm_keeper_identity_leave(struct cm_keeper *keeper, struct cm_error *err)
+{
+    static struct cm_tls_page frame;
+    struct cm_page *page = &keeper->identity_page;
+    if (!cm_keeper_replaceable(&keeper->config) || keeper->config.tls_given == 1) {
+        return CM_OK;
+    }
+    enum cm_status status = cm_keeper_page_make(page, err);
+    if (status != CM_OK) {
+        return status;
+    }
+    memcpy(page->bytes, cm_secret_view(keeper->tls.key), cm_secret_size(keeper->tls.key));
+    frame.certificate_bytes = keeper->tls.certificate_bytes;
+    memcpy(frame.certificate, keeper->tls.certificate, keeper->tls.certificate_bytes);
+    return cm_channel_send(&keeper->channel, CM_FRAME_TLS_IDENTITY, &frame, sizeof(frame),
+                           &page->fd, 1, err);
 }

@@ -111,6 +111,10 @@ CM_MUST_USE enum cm_status cm_keeper_page_make(struct cm_page *page, struct cm_e
 /* identity.c: the service's TLS identity, taken from an earlier keeper or made. `frame`: room. */
 CM_MUST_USE enum cm_status cm_keeper_identity(struct cm_keeper *keeper, struct cm_frame *frame,
                                               struct cm_error *err);
+/* Leave it for the next keeper, if one may follow. Not before what is measured has been received:
+ * the kernel counts the descriptors under way of all of a user's processes, and an ordinary user's
+ * roles share one (ETOOMANYREFS, sendmsg(2)). */
+CM_MUST_USE enum cm_status cm_keeper_identity_leave(struct cm_keeper *keeper, struct cm_error *err);
 
 /* What serving needs and the serving filter does not let it make: two pages, heap enough. */
 CM_MUST_USE enum cm_status cm_keeper_prepare(struct cm_keeper *keeper, struct cm_error *err);

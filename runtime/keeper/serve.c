@@ -44,6 +44,9 @@ enum cm_status cm_keeper_prepare(struct cm_keeper *keeper, struct cm_error *err)
     if (status == CM_OK) {
         status = cm_keeper_adapters_prepare(keeper, err);
     }
+    if (status == CM_OK) {
+        status = cm_keeper_identity_leave(keeper, err);
+    }
     /* From here on malloc only takes from what is there and never gives back. */
     if (mallopt(M_TRIM_THRESHOLD, INT32_MAX) != 1 || mallopt(M_MMAP_THRESHOLD, HEAP_BYTES) != 1) {
         return cm_error_set(err, CM_E_SYSTEM, "CM-KEEPER-HEAP", "cannot fix the heap's size");
