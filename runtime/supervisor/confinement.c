@@ -25,24 +25,42 @@ static const struct role_row {
     uint64_t memory_bytes; /* 0: from the package and the configuration */
     uint32_t files, processes;
 } rows[CHILD_COUNT] = {
-    [CHILD_GATEWAY] = {CM_FILTER_GATEWAY_START, CM_FILTER_GATEWAY, 0, 1024 * MIB, 64, 4},
+    [CHILD_GATEWAY] = {CM_FILTER_GATEWAY_START, CM_FILTER_GATEWAY, 0, 0, 64, 4},
     [CHILD_WORKER] = {CM_FILTER_WORKER_LOAD, CM_FILTER_WORKER_SERVE, 0, 0, 32, 0},
     [CHILD_KEEPER] = {CM_FILTER_KEEPER_START, CM_FILTER_KEEPER, 64u << 10, 256 * MIB, 32, 4},
     [CHILD_DEVTPM] = {CM_FILTER_DEVTPM_START, CM_FILTER_DEVTPM, 8 * MIB, 256 * MIB, 24, 4},
 };
 
+/* What callers can make it hold, by the limits that the configuration sets them: for each
+ * connection an unread reply, of small events that take three times their bytes, and a head; for
+ * each request its body, read and in one piece, its record, and a whole reply in the making; and
+ * once the parsed form of a body, at worst ("{},{},…") 81 bytes for each of its own. Beyond it an
+ * allocation would fail, and with it the role. */
+static uint64_t gateway_memory(const struct cm_configuration *configuration)
+{
+    uint64_t body = configuration->body_bytes_max;
+    return 256 * MIB + 4 * (uint64_t)cm_config_ring_bytes(configuration) + 96 * body +
+           configuration->connections_max * (4 * MIB + 4 * configuration->header_bytes_max) +
+           configuration->requests_max * (4 * MIB + 4 * body);
+}
+
 /* The arena is the payload, the cache and scratch that grows with neither; twice the package covers
  * ciphertext that is being read. */
-static uint64_t memory_bound(const struct service *service, size_t child)
+static uint64_t worker_memory(const struct service *service)
 {
     const struct cm_configuration *configuration = service->configuration;
     struct stat facts = {.st_size = 0};
-    if (rows[child].memory_bytes != 0) {
-        return rows[child].memory_bytes;
-    }
     (void)fstat(service->package_fd, &facts);
     return 2 * (uint64_t)facts.st_size + configuration->kv_bytes +
            configuration->kv_pages * 16 * MIB + 2048 * MIB;
+}
+
+static uint64_t memory_bound(const struct service *service, size_t child)
+{
+    if (rows[child].memory_bytes != 0) {
+        return rows[child].memory_bytes;
+    }
+    return child == CHILD_GATEWAY ? gateway_memory(service->configuration) : worker_memory(service);
 }
 
 static uint32_t process_bound(const struct service *service, size_t child)

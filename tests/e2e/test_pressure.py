@@ -1,9 +1,11 @@
 """Too much of everything: KV pages run out, queues fill, clients leave; nothing crashes, grows or is
 mixed up, and what is refused is refused by name."""
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
+import socket
 import sys
 import time
 
@@ -87,6 +89,34 @@ def test_pages_and_queue_exhausted_is_429_and_passes(started):
     worker = node.pid("worker")
     assert ask(node, "long", max_tokens=380).choices[0].message.content == alone
     assert node.pid("worker") == worker and node.status()["roles"]["worker"]["restarts"] == 0
+
+
+def test_what_the_limits_permit_fits_into_the_gateways_memory(started):
+    """Sixty bodies but for their last byte, and beside them the one whose parsed form is largest: 81 times its bytes."""
+    most = 8 << 20
+    node = started("--body_bytes_max", most, "--requests_max", "64", "--requests_per_key_max", "64")
+    host, port = node.address.split(":")
+    head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {node.api_key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {most}\r\n\r\n").encode()
+    gateway, context = node.pid("gateway"), node.context()
+
+    def begin(body):
+        link = context.wrap_socket(socket.create_connection((host, int(port)), 20), server_hostname=host)
+        link.sendall(head + body)
+        return link
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(begin(b" " * (most - 1)))
+        body = b'{"x":[' + b"{}," * ((most - 10) // 3) + b"{}]}"
+        link = stack.enter_context(begin(body.ljust(most)))
+        reply = b""
+        while more := link.recv(4096):
+            reply += more
+            if b"}}" in reply:
+                break
+        assert reply.startswith(b"HTTP/1.1 400 ") and b"unknown_parameter" in reply, reply
+        assert ask(node, "well", max_tokens=4).choices[0].finish_reason == "length"
+    assert node.pid("gateway") == gateway
 
 
 def test_too_long_a_prompt_names_both_lengths(started):
