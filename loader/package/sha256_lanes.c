@@ -95,7 +95,16 @@ static inline __attribute__((always_inline)) __m512i word_next(const __m512i w[1
                             _mm512_add_epi32(w[(i + 9) % 16], small1));
 }
 
-static void blocks_take(__m512i state[8], const uint8_t *const at[16], size_t bytes)
+/* gcc orders instructions better before it gives out registers than behind it: a block takes 1,025
+ * cycles in place of 1,118 (Zen 4). clang, which does not know these words, takes 1,020. */
+#ifdef __clang__
+#define ORDERED_EARLY
+#else
+#define ORDERED_EARLY                                                                              \
+    __attribute__((optimize("schedule-insns", "sched-pressure", "no-schedule-insns2")))
+#endif
+
+ORDERED_EARLY static void blocks_take(__m512i state[8], const uint8_t *const at[16], size_t bytes)
 {
     for (size_t offset = 0; offset < bytes; offset += 64) {
         __m512i w[16], s[8];
