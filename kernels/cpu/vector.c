@@ -165,7 +165,7 @@ void LANES_NAME(value_put)(enum cm_kv_kind kind, const float *value, uint32_t he
     }
 }
 
-uint32_t LANES_NAME(greatest)(const float *x, uint32_t size)
+static float piece_greatest(const float *x, uint32_t size)
 {
     lanes most = lanes_set(-INFINITY);
     uint32_t i = 0;
@@ -176,7 +176,24 @@ uint32_t LANES_NAME(greatest)(const float *x, uint32_t size)
     for (; i < size; i++) {
         greatest = x[i] > greatest ? x[i] : greatest;
     }
-    for (i = 0; i < size && x[i] != greatest; i++) {
+    return greatest;
+}
+
+/* Only the piece that holds it is searched for its place. */
+uint32_t LANES_NAME(greatest)(const float *x, uint32_t size)
+{
+    const uint32_t piece = 1024;
+    float greatest = -INFINITY;
+    uint32_t at = 0;
+    for (uint32_t i = 0; i < size; i += piece) {
+        const float own = piece_greatest(x + i, size - i < piece ? size - i : piece);
+        at = own > greatest ? i : at;
+        greatest = own > greatest ? own : greatest;
     }
-    return i < size ? i : 0;
+    for (uint32_t i = at; i < size; i++) {
+        if (x[i] == greatest) {
+            return i;
+        }
+    }
+    return 0;
 }

@@ -184,6 +184,29 @@ Test(kernels_paths, vectors_equal_the_definitions)
     }
 }
 
+/* Wherever it stands: in the first of the pieces that are searched, in a later one, in the rest. */
+Test(kernels_paths, greatest_is_the_first_of_equals)
+{
+    enum { N = 4133 };
+    static float x[N];
+    static const uint32_t places[][2] = {{0, 4132},    {15, 16},     {1023, 1024}, {1024, 1025},
+                                         {2047, 4096}, {3000, 4131}, {4127, 4128}, {4131, 4132}};
+    for (uint32_t p = 0; p < PATHS; p++) {
+        const struct cm_path *path = cm_path_choose(names[p]);
+        for (uint32_t i = 0; path != NULL && i < sizeof(places) / sizeof(places[0]); i++) {
+            floats_fill(x, N, 1.0f);
+            x[places[i][0]] = x[places[i][1]] = 2.0f;
+            cr_assert_eq(path->greatest(x, N), places[i][0], "%s, %u", path->name, i);
+            x[places[i][0]] = 0.0f;
+            cr_assert_eq(path->greatest(x, N), places[i][1], "%s, %u", path->name, i);
+        }
+        for (uint32_t i = 0; i < N; i++) {
+            x[i] = -INFINITY;
+        }
+        cr_assert(path == NULL || path->greatest(x, N) == 0);
+    }
+}
+
 /* ------------------------------------------------------------------ matrices */
 
 #define KIND(kind) kind,
