@@ -19,6 +19,7 @@
 #define CM_PROMPT_TOKENS    512u           /* the same in class P, where unpacking weighs more */
 #define CM_LOW_RANK_COLUMNS 256u           /* of an adapter's A that one work item takes */
 #define CM_LOW_RANK_TOKENS  16u            /* the most of them that it serves */
+#define CM_FETCH_BLOCKS     16u            /* read ahead of a product while its input is made */
 #define CM_TAKES            4u /* pieces in which a thread takes its own share of a phase */
 
 /* Padded rows of a matrix, columns of a vector. */

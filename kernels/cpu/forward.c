@@ -174,6 +174,19 @@ static void shrink(struct run *run, enum cm_site site, struct input *input)
     cm_pool_barrier(run->worker);
 }
 
+/* A matrix from this row tile on, for whom does something else before he multiplies. */
+static void tile_fetch(const struct cm_matrix *matrix, uint32_t tile)
+{
+    const struct cm_tile_shape shape = cm_tile_shape(matrix->kind);
+    const size_t at = (size_t)tile * matrix->blocks;
+    for (uint32_t i = 0; i < CM_FETCH_BLOCKS * shape.quant_bytes; i += 64) {
+        __builtin_prefetch(matrix->quants + at * shape.quant_bytes + i);
+    }
+    for (uint32_t i = 0; i < CM_FETCH_BLOCKS * shape.scale_bytes; i += 64) {
+        __builtin_prefetch(matrix->scales + at * shape.scale_bytes + i);
+    }
+}
+
 /* Work items are `unit` row tiles × a block of tokens of one class. Adapters add to a part before
  * it is finished. */
 static void multiply(struct run *run, enum cm_site site, const struct cm_matrix *matrix,
@@ -186,6 +199,9 @@ static void multiply(struct run *run, enum cm_site site, const struct cm_matrix 
     uint32_t first, last;
     cm_pool_phase(run->worker, (matrix->row_tiles + unit - 1) / unit * blocks);
     while (cm_pool_take(run->worker, &first, &last)) {
+        if (input->row != NULL) {
+            tile_fetch(matrix, first / blocks * unit);
+        }
         input_fill(run, input);
         for (uint32_t i = first; i < last; i++) {
             const uint32_t tile = i / blocks * unit, block = i % blocks;
