@@ -187,22 +187,27 @@ def test_a_wrong_longrope_in_gguf_is_refused(build, tmp_path, monkeypatch, chang
     assert caught.value.returncode == 4 and says in said and len(said.strip().splitlines()) == 1
 
 
-YARN = json.loads((TESTS / "golden" / "engine" / "yarn.json").read_text())["cases"]
+CASES = [(kind, case) for kind in ("yarn", "longrope") for case in json.loads(
+    (TESTS / "golden" / "engine" / f"{kind}.json").read_text())["cases"]]
 
 
-@pytest.mark.parametrize("case", YARN, ids=range(len(YARN)))
-def test_yarn_is_transformers(build, tmp_path, case):
-    """Of one layer: what is sealed, beside the figures of its own function."""
+@pytest.mark.parametrize("kind,case", CASES, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(CASES)])
+def test_scaled_rope_is_transformers(build, tmp_path, kind, case):
+    """Of one layer: what is sealed, beside the figures of its own functions."""
     head = case["head_dim"] or case["hidden_size"] // case["num_attention_heads"]
     with tiny_family.reshaped("llama", num_hidden_layers=1, head_dim=head,
                               rope_theta=case["rope_theta"],
                               max_position_embeddings=case["max_position_embeddings"]):
         tiny_family.write_directory(tmp_path / "model", "llama",
-                                    scaling={"rope_type": "yarn"} | case["rope_scaling"])
+                                    scaling={"rope_type": kind} | case["rope_scaling"])
     manifest = opened(seal(build, tmp_path / "model", tmp_path)).manifest
     plain = case["rope_theta"] ** (-2 * numpy.arange(head // 2) / head)
     factors = manifest.rope_factors if len(manifest.rope_factors) else numpy.ones(head // 2)
     assert numpy.allclose(plain / factors, case["inverse"], rtol=3e-7, atol=0)
+    if kind == "longrope" and manifest.shape["context_max"] > case["rope_scaling"]["original_max_position_embeddings"]:
+        assert numpy.allclose(plain / manifest.long_factors, case["inverse_long"], rtol=3e-7, atol=0)
+    else:
+        assert not len(manifest.long_factors)
     scale = manifest.decoder[7] if manifest.decoder and manifest.decoder[7] else head ** -0.5
     assert numpy.isclose(scale * head ** 0.5, case["attention"] ** 2, rtol=3e-7, atol=0)
 
