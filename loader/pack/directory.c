@@ -328,7 +328,7 @@ static enum cm_status factors_read(const json_t *scaling, const char *key, uint3
                              key, count);
 }
 
-/* The context that the model was trained on stands beside rope_scaling, or within. */
+/* The context that the model was trained on stands beside rope_scaling, which counts, or within. */
 static enum cm_status long_read(const json_t *config, const json_t *scaling, struct cm_plan *plan,
                                 struct cm_error *err)
 {
@@ -345,9 +345,9 @@ static enum cm_status long_read(const json_t *config, const json_t *scaling, str
         }
     }
     enum cm_status status =
-        number_read(config, original, true, 1u << 22, &m->rope_long_context, err);
+        number_read(scaling, original, true, 1u << 22, &m->rope_long_context, err);
     if (status == CM_OK) {
-        status = number_read(scaling, original, true, 1u << 22, &m->rope_long_context, err);
+        status = number_read(config, original, true, 1u << 22, &m->rope_long_context, err);
     }
     if (status == CM_OK) {
         status = real_read(scaling, "factor", &factor, err);

@@ -145,6 +145,17 @@ def test_longrope(build, tmp_path, family):
                     for folder in folders}) == 1
 
 
+@pytest.mark.parametrize("beside,within,counts", [(100, 128, 100), (None, 128, 128), (100, None, 100)])
+def test_longropes_context_as_transformers_finds_it(build, tmp_path, beside, within, counts):
+    scaling = tiny_family.LONG | {"original_max_position_embeddings": within}
+    with tiny_family.reshaped("llama", original_max_position_embeddings=beside):
+        tiny_family.write_directory(tmp_path / "model", "llama", scaling=scaling)
+    manifest = opened(seal(build, tmp_path / "model", tmp_path)).manifest
+    assert manifest.long_context == counts
+    factor = (1 + numpy.log(512 / counts) / numpy.log(counts)) ** 0.5
+    assert numpy.isclose(manifest.decoder[7] * 24 ** 0.5, factor ** 2, rtol=3e-7, atol=0)
+
+
 class Changed(gguf.GGUFWriter):
     """Leaves tensors out, or puts other values or keys in."""
     change: dict = {}
