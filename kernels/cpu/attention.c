@@ -32,20 +32,10 @@ static uint32_t least(uint32_t a, uint32_t b)
     return a < b ? a : b;
 }
 
-static uint32_t seen(const struct work *w, uint32_t row)
-{
-    return row_seen(w->a, row);
-}
-
-static uint32_t begin(const struct work *w, uint32_t row)
-{
-    return row_begin(w->a, row);
-}
-
 /* The first page of a chunk that some row sees. */
 static uint32_t page_first(const struct work *w, uint32_t first)
 {
-    return begin(w, 0) > first ? begin(w, 0) / PAGE * PAGE : first;
+    return row_begin(w->a, 0) > first ? row_begin(w->a, 0) / PAGE * PAGE : first;
 }
 
 /* K or V of one page. Few rows read halfs as they are kept, and the page after it ahead: pages lie
@@ -158,7 +148,8 @@ static uint32_t within(uint32_t position, uint32_t page)
 INLINE lanes scaled_weights(const struct work *w, uint32_t row, uint32_t page, uint32_t at,
                             const float *weights, lanes scales)
 {
-    const uint32_t end = within(seen(w, row), page), start = within(begin(w, row), page);
+    const uint32_t end = within(row_seen(w->a, row), page),
+                   start = within(row_begin(w->a, row), page);
     lanes e = lanes_mul(lanes_load(weights + (size_t)row * CHUNK + at), scales);
     e = lanes_first(e, end > at ? end - at : 0, 0.0f);
     return start > at ? lanes_after(e, start - at, 0.0f) : e;
@@ -192,20 +183,12 @@ INLINE void page_blend(const struct work *w, uint32_t row, uint32_t count, struc
     }
 }
 
-/* Scores of `count` rows for the 32 positions of a page; with int8 V, what becomes of them. */
+/* Scores of `count` rows for the 32 positions of a page of floats or halfs. */
 INLINE void page_scores(const struct work *w, uint32_t row, uint32_t count, struct source from,
                         float *to)
 {
     lanes low[LANES_SCORE_ROWS], high[LANES_SCORE_ROWS];
     const float *query[LANES_SCORE_ROWS];
-    if (from.form == KEY_BYTES) {
-        page_dots(w, row, count, from, to);
-        return;
-    }
-    if (from.form == VALUE_BYTES) {
-        page_blend(w, row, count, from, to);
-        return;
-    }
     for (uint32_t r = 0; r < count; r++) {
         low[r] = high[r] = lanes_set(0.0f);
         query[r] = row_query(w->a, row + r);
@@ -263,29 +246,42 @@ INLINE void page_values(const struct work *w, uint32_t row, uint32_t count, uint
     }
 }
 
+/* A page and `count` rows: K gives their scores, V of int8 adds what their weights make of it. */
+INLINE void page_take(const struct work *w, uint32_t row, uint32_t count, struct source from,
+                      float *to)
+{
+    if (from.form == KEY_BYTES) {
+        page_dots(w, row, count, from, to);
+    } else if (from.form == VALUE_BYTES) {
+        page_blend(w, row, count, from, to);
+    } else {
+        page_scores(w, row, count, from, to);
+    }
+}
+
 /* Constant counts keep all sums in registers. */
-INLINE void rows_scores(const struct work *w, uint32_t row, uint32_t count, struct source from,
-                        float *to)
+INLINE void rows_page(const struct work *w, uint32_t row, uint32_t count, struct source from,
+                      float *to)
 {
     switch (count) {
     case 1:
-        page_scores(w, row, 1, from, to);
+        page_take(w, row, 1, from, to);
         return;
     case 2:
-        page_scores(w, row, 2, from, to);
+        page_take(w, row, 2, from, to);
         return;
 #if LANES_SCORE_ROWS > 2
     case 3:
-        page_scores(w, row, 3, from, to);
+        page_take(w, row, 3, from, to);
         return;
     case 4:
-        page_scores(w, row, 4, from, to);
+        page_take(w, row, 4, from, to);
         return;
     case 5:
-        page_scores(w, row, 5, from, to);
+        page_take(w, row, 5, from, to);
         return;
     default:
-        page_scores(w, row, 6, from, to);
+        page_take(w, row, 6, from, to);
 #endif
     }
 }
@@ -328,16 +324,16 @@ static const uint8_t *next_of(const struct work *w, uint32_t t, uint32_t first, 
     if (!values) {
         return position_page(a, first, a->v_offset);
     }
-    return position_page(a, last < seen(w, w->rows - 1) ? last : t, a->k_offset);
+    return position_page(a, last < row_seen(w->a, w->rows - 1) ? last : t, a->k_offset);
 }
 
 /* All rows that see something of the page at position t: their scores, or int8 V. */
-INLINE void page_rows(const struct work *w, uint32_t t, struct source from, float *to)
+INLINE void page_run(const struct work *w, uint32_t t, struct source from, float *to)
 {
     for (uint32_t row = 0; row < w->rows; row += LANES_SCORE_ROWS) {
         uint32_t count = least(LANES_SCORE_ROWS, w->rows - row);
-        if (seen(w, row + count - 1) > t && begin(w, row) < t + PAGE) {
-            rows_scores(w, row, count, from, to);
+        if (row_seen(w->a, row + count - 1) > t && row_begin(w->a, row) < t + PAGE) {
+            rows_page(w, row, count, from, to);
         }
     }
 }
@@ -352,14 +348,14 @@ static void chunk_scores(const struct work *w, uint32_t first, uint32_t last)
         float *to = w->scores + (t - first);
         if (a->kv_kind == CM_KV_INT8) {
             from.form = KEY_BYTES;
-            page_rows(w, t, from, to);
+            page_run(w, t, from, to);
         } else if (w->rows <= LANES_SCORE_ROWS) {
             from.form = HALFS;
-            rows_scores(w, 0, w->rows, from, to);
+            rows_page(w, 0, w->rows, from, to);
         } else {
             from.form = FLOATS;
             page_floats(halfs_of(from.page), w->page, a->head_width * PAGE);
-            page_rows(w, t, from, to);
+            page_run(w, t, from, to);
         }
     }
 }
@@ -368,8 +364,9 @@ static void chunk_scores(const struct work *w, uint32_t first, uint32_t last)
 static void chunk_weights(const struct work *w, uint32_t first)
 {
     for (uint32_t row = 0; row < w->rows; row++) {
-        uint32_t end = seen(w, row), count = end > first ? least(end - first, CHUNK) : 0;
-        uint32_t hidden = begin(w, row) > first ? least(begin(w, row) - first, CHUNK) : 0;
+        uint32_t end = row_seen(w->a, row), count = end > first ? least(end - first, CHUNK) : 0;
+        uint32_t hidden =
+            row_begin(w->a, row) > first ? least(row_begin(w->a, row) - first, CHUNK) : 0;
         const uint32_t start = hidden / LANES * LANES;
         float *scores = w->scores + (size_t)row * CHUNK;
         lanes most = lanes_set(-INFINITY), sum = lanes_set(0.0f);
@@ -400,17 +397,18 @@ static void chunk_weights(const struct work *w, uint32_t first)
 INLINE void block_values(const struct work *w, uint32_t row, uint32_t count, uint32_t column,
                          uint32_t vectors, struct source from, const float *weights, uint32_t page)
 {
-    uint32_t end = within(seen(w, row), page), start = within(begin(w, row + count - 1), page);
+    uint32_t end = within(row_seen(w->a, row), page),
+             start = within(row_begin(w->a, row + count - 1), page);
     start = least(start, end);
     for (uint32_t r = row; r < row + count; r++) {
-        uint32_t own = within(begin(w, r), page);
+        uint32_t own = within(row_begin(w->a, r), page);
         if (own < start) {
             rows_values(w, r, 1, column, vectors, from, weights, own, start);
         }
     }
     rows_values(w, row, count, column, vectors, from, weights, start, end);
     for (uint32_t r = row; r < row + count; r++) {
-        uint32_t own = within(begin(w, r), page), last = within(seen(w, r), page);
+        uint32_t own = within(row_begin(w->a, r), page), last = within(row_seen(w->a, r), page);
         if (last > end) {
             rows_values(w, r, 1, column, vectors, from, weights, own > end ? own : end, last);
         }
@@ -450,7 +448,7 @@ static void chunk_values(const struct work *w, uint32_t first, uint32_t last)
         float *weights = w->scores + (t - first);
         if (a->kv_kind == CM_KV_INT8) {
             from.form = VALUE_BYTES;
-            page_rows(w, t, from, weights);
+            page_run(w, t, from, weights);
         } else if (w->rows <= LANES_VALUE_ROWS) {
             from.form = HALFS;
             page_values_all(w, from, weights, t);
@@ -504,7 +502,7 @@ static void work_lay(struct work *w, const struct cm_attention *a)
 
 static void chunk_run(const struct work *w, uint32_t first)
 {
-    uint32_t last = least(first + CHUNK, seen(w, w->rows - 1));
+    uint32_t last = least(first + CHUNK, row_seen(w->a, w->rows - 1));
     chunk_scores(w, first, last);
     chunk_weights(w, first);
     chunk_values(w, first, last);
@@ -514,17 +512,17 @@ void LANES_NAME(attend)(const struct cm_attention *a)
 {
     struct work w;
     work_lay(&w, a);
-    for (uint32_t first = begin(&w, 0) / CHUNK * CHUNK; first < seen(&w, w.rows - 1);
+    for (uint32_t first = row_begin(w.a, 0) / CHUNK * CHUNK; first < row_seen(w.a, w.rows - 1);
          first += CHUNK) {
         chunk_run(&w, first);
         for (uint32_t row = 0; row < w.rows; row++) {
             const float *part = w.part + (size_t)row * w.padded;
             float *whole = w.whole + (size_t)row * w.padded;
-            if (first == begin(&w, row) / CHUNK * CHUNK) {
+            if (first == row_begin(w.a, row) / CHUNK * CHUNK) {
                 memcpy(whole, part, w.padded * sizeof(float));
                 w.most[row] = w.tops[row];
                 w.total[row] = w.sums[row];
-            } else if (seen(&w, row) > first && first > begin(&w, row)) {
+            } else if (row_seen(w.a, row) > first && first > row_begin(w.a, row)) {
                 row_merge(&w.most[row], &w.total[row], whole, w.tops[row], w.sums[row], part,
                           w.padded);
             }
@@ -541,7 +539,7 @@ void LANES_NAME(attend_chunk)(const struct cm_attention *a, uint32_t chunk, floa
 {
     struct work w;
     work_lay(&w, a);
-    if (begin(&w, 0) >= (chunk + 1) * CHUNK) {
+    if (row_begin(w.a, 0) >= (chunk + 1) * CHUNK) {
         return; /* the window hides it */
     }
     chunk_run(&w, chunk * CHUNK);
@@ -558,7 +556,7 @@ void LANES_NAME(attend_merge)(const struct cm_attention *a, uint32_t chunks, flo
     const uint32_t padded = cm_padded(a->head_width, LANES);
     const size_t row_floats = padded + LANES, chunk_floats = a->group * row_floats;
     const struct work w = {.a = a};
-    const uint32_t first = begin(&w, 0) / CHUNK;
+    const uint32_t first = row_begin(w.a, 0) / CHUNK;
     for (uint32_t row = 0; row < a->group; row++) {
         float *whole = partials + first * chunk_floats + row * row_floats;
         for (uint32_t c = 1; c < chunks - first; c++) {
