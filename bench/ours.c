@@ -3,7 +3,6 @@
 #include "bench/arm.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 
 #include "tests/engine/open.h"
 

@@ -31,7 +31,6 @@ enum cm_kv_kind { CM_KV_FP16, CM_KV_INT8, CM_KV_KIND_COUNT };
 #define CM_STEP_ENTRIES_MAX  64u
 #define CM_STEP_BYTES_MAX    6144u /* released bytes of one entry in one step */
 #define CM_STEP_VERDICTS_MAX 8u
-#define CM_DEVICE_TAG_BYTES  16u
 
 struct cm_device;
 

@@ -12,12 +12,6 @@
 #define RUN_BYTES   256u /* ASCII bytes between two looks at that; two view bytes each at most */
 _Static_assert(SINK_BYTES + 2 * RUN_BYTES + CM_VIEW_LOOK_BACK <= CM_VIEW_RING, "the ring holds it");
 
-const char *cm_view_name(enum cm_view view)
-{
-    static const char *const names[] = {"folded", "words", "squeezed"};
-    return names[view];
-}
-
 /* ------------------------------------------------------------------ into the rings */
 
 static void sink(struct cm_views *views, enum cm_view view)

@@ -17,7 +17,6 @@
 #include <stdint.h>
 
 enum cm_view { CM_VIEW_FOLDED, CM_VIEW_WORDS, CM_VIEW_SQUEEZED, CM_VIEW_COUNT };
-const char *cm_view_name(enum cm_view view);
 
 #define CM_VIEW_RING      2048u
 #define CM_VIEW_LOOK_BACK 1024u /* bytes before the new ones that the map still knows */

@@ -2,7 +2,6 @@
 #include "loader/evidence/trust.h"
 
 #include <openssl/evp.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 

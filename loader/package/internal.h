@@ -11,7 +11,6 @@
 #define CM_SLOTS_MAC_OFFSET  32704u
 #define CM_SLOTS_SUM_OFFSET  32736u
 #define CM_SHARD_BYTES       (64ull << 30)
-#define CM_SHARDS_MAX        64u
 #define CM_AEAD_TAG_BYTES    16u
 #define CM_AEAD_NONCE_BYTES  12u
 #define CM_AEAD_KEY_BYTES    36u /* key ‖ nonce prefix */

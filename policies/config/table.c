@@ -2,7 +2,6 @@
 #include "policies/config/config.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "runtime/base/hex.h"

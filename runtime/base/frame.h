@@ -53,7 +53,7 @@ enum cm_role {
     CM_ROLE_ANY_CHILD = 2 | 4 | 8 | 16,
 };
 
-enum cm_phase { CM_PHASE_START = 1, CM_PHASE_SERVE = 2, CM_PHASE_DRAIN = 4, CM_PHASE_ALL = 7 };
+enum cm_phase { CM_PHASE_START = 1, CM_PHASE_SERVE = 2, CM_PHASE_DRAIN = 4 };
 
 enum cm_frame_type {
     CM_FRAME_CONFIG = 1,     /* S -> child: the role's configuration; first frame of all */

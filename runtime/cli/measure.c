@@ -1,7 +1,6 @@
 /* casemate measure: what a start would measure, without starting. The owner signs states from it.
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>

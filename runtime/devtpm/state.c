@@ -2,7 +2,6 @@
 #include "runtime/devtpm/state.h"
 
 #include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 

@@ -1,5 +1,4 @@
 /* The control channel to the supervisor. */
-#include <errno.h>
 #include <string.h>
 #include <unistd.h>
 

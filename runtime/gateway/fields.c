@@ -2,7 +2,6 @@
  *
  * Ranges are those of the OpenAI specification, and of vLLM for its extensions. A field that would
  * change the reply and cannot be honoured is refused, never dropped in silence. */
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
 

@@ -3,7 +3,6 @@
  * The worker is treated as hostile: each record's type, size, order and text is checked. One that
  * breaks the rules is not listened to again; the requests under way end, readiness falls with
  * `worker_protocol`, and everything waits for the supervisor to bring fresh rings. */
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>

@@ -1,5 +1,4 @@
 /* The only writer of HTTP replies. */
-#include <stdio.h>
 #include <time.h>
 
 #include "runtime/gateway/gateway_internal.h"

@@ -1,7 +1,6 @@
 /* From JSON to a wire record. What each field means stands in fields.c. */
 #include "runtime/gateway/request.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>

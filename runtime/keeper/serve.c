@@ -4,10 +4,8 @@
 
 #include <errno.h>
 #include <malloc.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #define RATE_WINDOW_US 60000000ull /* at most 8 hand-outs a minute: a crash loop gains nothing */
 #define HEAP_BYTES     (4 << 20)   /* TPM commands and quotes take some ten KiB */

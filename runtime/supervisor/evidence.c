@@ -1,6 +1,5 @@
 /* The service's own evidence: asked for at start and again and again; without it nothing is ready.
  * Quotes for clients are passed on between gateway and keeper, one at a time. */
-#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 

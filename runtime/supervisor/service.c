@@ -2,14 +2,12 @@
  *
  * Nothing here remembers a plan: after every event `reconcile` looks at which role is absent, which
  * may come, and asks for what it needs. Start and replacement are the same code. */
-#include <errno.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
 #include <sys/signalfd.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "runtime/supervisor/supervisor_internal.h"

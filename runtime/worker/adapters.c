@@ -8,11 +8,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include "runtime/base/clock.h"
 #include "runtime/base/hex.h"
-#include "runtime/base/sealed.h"
 #include "runtime/worker/bind.h"
 #include "runtime/worker/worker.h"
 

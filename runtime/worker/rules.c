@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include "runtime/base/guard_pack.h"
-#include "runtime/base/sealed.h"
 #include "runtime/worker/worker.h"
 
 #define RULES_WAIT_MS 10000

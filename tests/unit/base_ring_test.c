@@ -1,6 +1,5 @@
 /* Rings between two sides that do not trust each other. */
 #include <criterion/criterion.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>

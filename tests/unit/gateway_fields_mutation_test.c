@@ -2,7 +2,6 @@
  * is accepted gives a record within the wire's bounds; what is refused, an error that is JSON. */
 #include <criterion/criterion.h>
 #include <event2/buffer.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 

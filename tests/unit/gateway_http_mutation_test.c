@@ -5,7 +5,6 @@
 #include <ctype.h>
 #include <locale.h>
 #include <regex.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>

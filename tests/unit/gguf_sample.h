@@ -2,7 +2,6 @@
 #ifndef CASEMATE_TESTS_GGUF_SAMPLE_H
 #define CASEMATE_TESTS_GGUF_SAMPLE_H
 
-#include <fcntl.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,7 +1,6 @@
 /* The automata against their reference, in a few seconds (`./run guard` is the long form), and what
  * no reference shows: room that runs out, packs that lie, wiping. */
 #include <criterion/criterion.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 

@@ -2,7 +2,6 @@
  * late or never comes. Either the right key or a stable cause; and the TPM is as good as before. */
 #include "tests/unit/tpm_scene.h"
 
-#include <poll.h>
 #include <pthread.h>
 
 #define RESPONSES 52u /* more than an unseal has: the rest shows that nothing was counted wrong */
