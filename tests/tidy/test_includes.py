@@ -1,4 +1,4 @@
-"""Who may include whom: the table of docs/architecture.md, enforced, and tested itself."""
+"""Who may include whom: "May include" of each folder's page, enforced, and tested itself."""
 import pathlib
 import re
 
