@@ -15,7 +15,7 @@ import time
 import openai
 import pytest
 
-from node import no_bug
+from node import no_bug, wait
 
 KEYS = {name: f"cm-{i:016x}-{secrets.token_urlsafe(32)}"
         for i, name in enumerate(("alice", "bob", "late"), 1)}
@@ -56,10 +56,7 @@ class Gateway:
                 return event
 
     def until(self, condition, seconds: float = 10):
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "it does not come about"
-            time.sleep(0.02)
+        wait(condition, seconds)
 
     def say(self, command: str):
         """A command to the supervisor's double; what was told before it is done is dropped."""
