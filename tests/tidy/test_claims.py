@@ -44,6 +44,16 @@ def test_each_promise_of_the_front_page_is_shown(repo):
         assert [page for page in pages if not (repo / page).exists()] == [], promise
 
 
+def test_numbers_of_the_front_page_are_those_of_the_tables(repo):
+    page = (repo / "README.md").read_text()
+    calls = dict(re.findall(r"^### (\w+)(?:-serve)?: (\d+) calls$", (repo / "docs/sandbox.md").read_text(), re.MULTILINE))
+    told = page.partition("system calls left: ")[2].partition(" |")[0]
+    assert dict(re.findall(r"(\w+) (\d+)", told)) == {role: calls[role] for role in
+                                                      ("gateway", "keeper", "worker", "supervisor")}
+    rows = (repo / "tests/escape/attempts.c").read_text().partition("struct attempt attempts[] = {")[2]
+    assert f"{rows.count('ROW(')} attempts to get out" in page
+
+
 def test_a_planted_fault_is_found(repo):
     assert unlinked(["a", "b", "c", "because"]) and not unlinked(["a", "b", "c", "`test_way.py`"])
     assert missing("test_way.py::test_nothing_of_that", repo / "tests")
