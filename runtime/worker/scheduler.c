@@ -551,9 +551,30 @@ static uint32_t part_end(const struct request *r)
     return r->computed < r->prompt_count && end > r->prompt_count ? r->prompt_count : end;
 }
 
-/* Decodes first, so that replies go on; prompts fill the rest. Among each, the first admitted goes
- * first: however small a step is, the oldest prompt gets what decodes leave, and while it waits no
- * later one becomes a decode, so nobody starves. */
+/* From the order of admission to the order in which prompts are computed: each tenant's first, then
+ * each one's second, and so on. Who asks for little waits for one prompt of another tenant, not for
+ * all of them; the oldest of all stays the first. */
+static void prompts_order(struct request **list, uint32_t count)
+{
+    uint32_t turns[CM_STEP_ENTRIES_MAX];
+    for (uint32_t i = 0; i < count; i++) {
+        struct request *r = list[i];
+        uint32_t turn = 0, at = i;
+        for (uint32_t k = 0; k < i && !decodes(r); k++) {
+            turn += !decodes(list[k]) && list[k]->of.tenant == r->of.tenant;
+        }
+        for (; at > 0 && turns[at - 1] > turn; at--) {
+            list[at] = list[at - 1];
+            turns[at] = turns[at - 1];
+        }
+        list[at] = r;
+        turns[at] = turn;
+    }
+}
+
+/* Decodes first, so that replies go on; prompts fill the rest, in the order of tenants' turns, of
+ * which the first admitted goes first: however small a step is, the oldest prompt gets what decodes
+ * leave, and while it waits no later one becomes a decode, so nobody starves. */
 static uint32_t batch_make(struct cm_scheduler *s, uint32_t *ret_decode_tokens,
                            uint32_t *ret_prompt_tokens)
 {
@@ -564,6 +585,7 @@ static uint32_t batch_make(struct cm_scheduler *s, uint32_t *ret_decode_tokens,
             (void)page_ensure(s, running[i]);
         }
     }
+    prompts_order(running, running_count);
     uint32_t most = s->limits.step_tokens_max;
     for (uint32_t turn = 0; turn < 2; turn++) {
         for (uint32_t i = 0; i < running_count; i++) {

@@ -571,6 +571,24 @@ Test(worker_scheduler, tenants_take_turns)
     }
 }
 
+/* All slots but one are another tenant's, and their prompts come first by admission. */
+Test(worker_scheduler, a_small_prompt_waits_for_one_large_one_of_another_tenant)
+{
+    const struct cm_scheduler_limits limits = {4, 20, PAGES_MANY, CONTEXT, 16, true, false};
+    scene_begin(&limits);
+    for (uint32_t i = 0; i < 3; i++) {
+        submit(&(struct ask){170, 3, 10 + i, 9});
+    }
+    cr_assert_eq(cm_scheduler_step(scene.scheduler, &err), CM_OK);
+    const uint64_t small = submit(&(struct ask){3, 3, 2, 4});
+    run_to_end();
+    for (uint64_t id = 2; id <= 3; id++) {
+        cr_assert_lt(scene.replies[1].done_step, scene.replies[id].done_step);
+        cr_assert_lt(scene.replies[small].done_step, scene.replies[id].done_step);
+    }
+    scene_end();
+}
+
 /* The latest loses its pages, the earliest gets them back: equal requests end as they came. */
 Test(worker_scheduler, preemption_keeps_the_order)
 { /* without the cache: these requests are equal to the last token, and would share every page */
