@@ -2,7 +2,6 @@
 #ifndef CASEMATE_KERNELS_CPU_INTERNAL_H
 #define CASEMATE_KERNELS_CPU_INTERNAL_H
 
-#include <pthread.h>
 #include <stdatomic.h>
 
 #include "kernels/device.h"
@@ -277,8 +276,6 @@ void cm_plain_bf16_gemm(const struct cm_matrix *matrix, const struct cm_activati
 /* ---------------------------------------------------------------- threads */
 
 struct cm_pool;
-/* Out of the program; in it; with units that it has taken and not finished. */
-enum cm_worker_stage { CM_WORKER_OUT, CM_WORKER_IN, CM_WORKER_HOLDS };
 struct cm_worker { /* one thread in a program */
     _Alignas(64) struct cm_pool *pool;
     uint32_t index;
@@ -286,17 +283,15 @@ struct cm_worker { /* one thread in a program */
     uint32_t count; /* units of this phase */
     uint32_t taken; /* by this thread */
     uint32_t victim;
-    pthread_t thread;
     _Atomic int core; /* that it computes on; -1: none */
-    _Atomic enum cm_worker_stage stage;
 };
 typedef void (*cm_pool_program)(void *context, struct cm_worker *worker);
 CM_MUST_USE enum cm_status cm_pool_new(uint32_t threads, struct cm_pool **ret_pool,
                                        struct cm_error *err);
 void cm_pool_free(struct cm_pool *pool);
-/* The caller (number 0) and the other threads run the program once; returns when all have. The
- * caller is the thread that made the pool. A thread that comes late may take no part, so work is
- * shared by phase and take alone, never by a count of threads. */
+/* The caller (number 0) and the other threads run the program once; returns when all have. A thread
+ * that comes late may take no part in it, and one that keeps coming late is left out for a while,
+ * so work is shared by phase and take alone, never by a count of threads. */
 void cm_pool_run(struct cm_pool *pool, cm_pool_program program, void *context);
 /* In a program. All threads come through the same phases: phase(count), take until false, barrier.
  * Each unit 0 .. count-1 is taken once, and none of the next phase's before all are finished. What

@@ -35,15 +35,22 @@
 #define SPIN_PHASE_NS 50000u
 #define SPIN_STEP_NS  150000u
 
-/* A core half stolen: the thread on it loses the core for the scheduler's slice, mostly with units
- * in its hands, and the others wait for it. One of them brings it to its own core and sleeps.
- * A thread whose time of computing has not grown for STILL_NS is not on any core. */
-#define STILL_NS 20000u
-static const struct timespec look_again = {0, 250000};
+/* A core half stolen: the thread on it loses the core for the scheduler's slice, mostly with a
+ * chunk in its hands, and all others wait. Once such waits (over LATE_NS each) have taken
+ * LATE_NS_MIN and a quarter of the time, at most WINDOW_NS, or a helper has found no core of its
+ * own, programs run with a thread less, which no longer meets the thief; later all threads are
+ * tried again, each time after twice as long. */
+#define LATE_NS     100000u
+#define LATE_NS_MIN 2000000u
+#define WINDOW_NS   16000000u
+#define REST_NS     20000000u
+#define REST_NS_MAX 160000000u
 
-/* A helper without a core of its own can only slow another thread down. It asks again, unless the
- * program is over by then. */
-static const struct timespec retry = {0, 8000000};
+/* A helper that was woken on the core of another of our threads can only slow that one down. While
+ * a thief is about, one that was kept waiting for its core would likely lose it again within the
+ * step. Both ask again after RETRY_NS: a long step is worth it. */
+#define JOIN_NS  1000000u
+#define RETRY_NS 8000000u
 
 /* A word that threads wait on. */
 struct gate {
@@ -57,6 +64,12 @@ struct cursor {
     _Alignas(64) _Atomic uint64_t at;
 };
 
+/* When to run with fewer threads. Kept by the caller's thread. */
+struct pace {
+    uint64_t window_ns; /* run time since the window began */
+    uint64_t rest_ns, rest_until_ns;
+};
+
 #define MEMBERS_OPEN 0x80000000u
 
 struct cm_pool {
@@ -66,13 +79,19 @@ struct cm_pool {
     _Alignas(64) _Atomic uint32_t members;  /* helpers inside the program, MEMBERS_OPEN: join */
     struct gate left;                       /* programs whose last helper left after the caller */
     _Atomic uint32_t ending;
+    _Alignas(64) _Atomic uint64_t late_ns; /* of this window, all threads */
+    _Atomic uint32_t crowded;              /* in this program a helper found no core of its own */
     _Alignas(64) cm_pool_program program;
     void *context;
+    uint64_t begun_ns;    /* of the running program */
     uint32_t first_phase; /* of the running program */
+    uint32_t active;      /* threads that it may have */
+    bool wary;            /* a thread was left out lately */
     uint32_t threads;
-    cpu_set_t cores; /* that all of them may use */
+    struct pace pace;
     struct cursor cursors[CM_THREADS_MAX];
     struct cm_worker workers[CM_THREADS_MAX];
+    pthread_t ids[CM_THREADS_MAX];
 };
 
 static void gate_sleep(struct gate *gate, uint32_t value, const struct timespec *timeout)
@@ -84,8 +103,8 @@ static void gate_sleep(struct gate *gate, uint32_t value, const struct timespec 
     atomic_fetch_sub(&gate->sleepers, 1);
 }
 
-/* Spin until the gate's word differs from value. False: it does not, so far. */
-static bool gate_spin(const struct gate *gate, uint32_t value, uint64_t spin_ns)
+/* Wait until the gate's word differs from value. Returns for how long, 0 if it was short. */
+static uint64_t gate_wait(struct gate *gate, uint32_t value, uint64_t spin_ns)
 {
     uint64_t begun = 0;
     for (uint32_t i = 1; atomic_load_explicit(&gate->word, memory_order_acquire) == value; i++) {
@@ -95,11 +114,12 @@ static bool gate_spin(const struct gate *gate, uint32_t value, uint64_t spin_ns)
         }
         uint64_t now = cm_clock_ns();
         begun = begun == 0 ? now : begun;
-        if (now >= begun + spin_ns) {
-            return false;
+        if (now < begun + spin_ns) {
+            continue;
         }
+        gate_sleep(gate, value, NULL);
     }
-    return true;
+    return begun == 0 ? 0 : cm_clock_ns() - begun;
 }
 
 static void gate_open(struct gate *gate)
@@ -107,109 +127,6 @@ static void gate_open(struct gate *gate)
     atomic_fetch_add(&gate->word, 1);
     if (atomic_load(&gate->sleepers) != 0) {
         syscall(SYS_futex, &gate->word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
-    }
-}
-
-/* What the thread has computed since it began. */
-static uint64_t ran_ns(pthread_t thread)
-{
-    clockid_t clock;
-    struct timespec ran = {0, 0};
-    if (pthread_getcpuclockid(thread, &clock) == 0) {
-        clock_gettime(clock, &ran);
-    }
-    return (uint64_t)ran.tv_sec * 1000000000u + (uint64_t)ran.tv_nsec;
-}
-
-/* Have a thread run on one of these cores now. It keeps its right to all of them. */
-static bool thread_move(struct cm_worker *worker, const cpu_set_t *cores)
-{
-    const cpu_set_t *all = &worker->pool->cores;
-    cpu_set_t some;
-    CPU_AND(&some, all, cores);
-    return CPU_COUNT(&some) > 0 &&
-           pthread_setaffinity_np(worker->thread, sizeof(some), &some) == 0 &&
-           pthread_setaffinity_np(worker->thread, sizeof(*all), all) == 0;
-}
-
-/* Have a thread go to a core that no other thread of the program computes on. False: there is none.
- */
-static bool core_change(struct cm_worker *worker)
-{
-    struct cm_pool *pool = worker->pool;
-    cpu_set_t cores;
-    memset(&cores, 0xff, sizeof(cores));
-    for (uint32_t i = 0; i < pool->threads; i++) {
-        const int core = atomic_load_explicit(&pool->workers[i].core, memory_order_relaxed);
-        if (i != worker->index && core >= 0) {
-            CPU_CLR((size_t)core, &cores);
-        }
-    }
-    if (!thread_move(worker, &cores)) {
-        return false;
-    }
-    atomic_store_explicit(&worker->core, -1, memory_order_relaxed); /* until it runs there */
-    return true;
-}
-
-/* Put the late thread on this thread's core, which will be free for it. */
-static bool thread_bring(struct cm_worker *late)
-{
-    const int core = sched_getcpu();
-    cpu_set_t cores;
-    CPU_ZERO(&cores);
-    CPU_SET((size_t)core, &cores);
-    if (core < 0 || !thread_move(late, &cores)) {
-        return false;
-    }
-    atomic_store_explicit(&late->core, core, memory_order_relaxed);
-    return true;
-}
-
-static bool thread_still(const struct cm_worker *worker)
-{
-    const uint64_t ran = ran_ns(worker->thread), end = cm_clock_ns() + STILL_NS;
-    while (cm_clock_ns() < end) {
-        _mm_pause();
-    }
-    return ran_ns(worker->thread) == ran;
-}
-
-/* A thread of this stage at least, on another core, that is not computing though it could. */
-static struct cm_worker *late_find(const struct cm_worker *worker, enum cm_worker_stage stage)
-{
-    struct cm_pool *pool = worker->pool;
-    const int core = sched_getcpu();
-    for (uint32_t i = 0; i < pool->threads; i++) {
-        struct cm_worker *late = &pool->workers[i];
-        if (late != worker && atomic_load_explicit(&late->core, memory_order_relaxed) != core &&
-            atomic_load_explicit(&late->stage, memory_order_relaxed) >= stage &&
-            thread_still(late) &&
-            atomic_load_explicit(&late->stage, memory_order_relaxed) >= stage) {
-            return late;
-        }
-    }
-    return NULL;
-}
-
-/* Wait until the gate's word differs from value: others, who are in this stage, will open it. Of
- * two threads on one core the helper with the higher number is sent away after that. */
-static void gate_await(struct cm_worker *worker, struct gate *gate, uint32_t value,
-                       enum cm_worker_stage stage)
-{
-    struct cm_worker *other = NULL;
-    if (gate_spin(gate, value, SPIN_PHASE_NS)) {
-        return;
-    }
-    while (atomic_load_explicit(&gate->word, memory_order_acquire) == value) {
-        struct cm_worker *late = late_find(worker, stage);
-        if (late != NULL && thread_bring(late)) {
-            other = late->index > worker->index ? late : worker;
-        }
-        gate_sleep(gate, value, &look_again);
-    }
-    if (other != NULL) {
-        core_change(other);
     }
 }
 
@@ -233,13 +150,15 @@ void cm_pool_barrier(struct cm_worker *worker)
         return;
     }
     bool last = worker->taken > 0 && units_finish(worker);
-    atomic_store_explicit(&worker->stage, CM_WORKER_IN, memory_order_relaxed);
     uint32_t phase = worker->phase++;
     if (last) {
         gate_open(&pool->phase);
         return;
     }
-    gate_await(worker, &pool->phase, phase, CM_WORKER_HOLDS);
+    uint64_t waited = gate_wait(&pool->phase, phase, SPIN_PHASE_NS);
+    if (waited > LATE_NS) {
+        atomic_fetch_add_explicit(&pool->late_ns, waited, memory_order_relaxed);
+    }
 }
 
 static uint32_t share(uint32_t count, uint32_t part, uint32_t parts)
@@ -259,8 +178,8 @@ static bool range_take(struct cm_worker *worker, uint32_t owner, uint32_t want, 
                        uint32_t *ret_last)
 {
     _Atomic uint64_t *cursor = &worker->pool->cursors[owner].at;
-    const uint32_t start = share(worker->count, owner, worker->pool->threads);
-    const uint32_t end = share(worker->count, owner + 1, worker->pool->threads);
+    const uint32_t start = share(worker->count, owner, worker->pool->active);
+    const uint32_t end = share(worker->count, owner + 1, worker->pool->active);
     uint64_t at = atomic_load_explicit(cursor, memory_order_acquire);
     uint32_t first, last;
     do {
@@ -274,7 +193,6 @@ static bool range_take(struct cm_worker *worker, uint32_t owner, uint32_t want, 
                                                     (uint64_t)worker->phase << 32 | last,
                                                     memory_order_acq_rel, memory_order_acquire));
     worker->taken += last - first;
-    atomic_store_explicit(&worker->stage, CM_WORKER_HOLDS, memory_order_relaxed);
     *ret_first = first;
     *ret_last = last;
     return true;
@@ -283,7 +201,7 @@ static bool range_take(struct cm_worker *worker, uint32_t owner, uint32_t want, 
 /* Own units first, in the order of memory; then those that another thread has not come to. */
 bool cm_pool_take(struct cm_worker *worker, uint32_t *ret_first, uint32_t *ret_last)
 {
-    uint32_t threads = worker->pool->threads;
+    uint32_t threads = worker->pool->active;
     uint32_t want = worker->count / (threads * CM_TAKES);
     if (range_take(worker, worker->index, want > 1 ? want : 1, ret_first, ret_last)) {
         return true;
@@ -304,78 +222,55 @@ static void program_run(struct cm_pool *pool, struct cm_worker *worker)
     atomic_store_explicit(&worker->core, -1, memory_order_relaxed);
 }
 
-/* Has this member a core of its own? */
+/* Has this member a core of its own, and likely for long enough? */
 static bool member_fits(struct cm_pool *pool, const struct cm_worker *worker)
 {
+    const uint64_t age = cm_clock_ns() - pool->begun_ns;
     const int core = sched_getcpu();
     bool own = true;
     for (uint32_t i = 0; core >= 0 && i < worker->index; i++) {
         own = own && atomic_load_explicit(&pool->workers[i].core, memory_order_relaxed) != core;
     }
-    return own;
+    if (!own) {
+        atomic_store_explicit(&pool->crowded, 1, memory_order_relaxed);
+    }
+    return own && (!pool->wary || age <= JOIN_NS || age >= RETRY_NS);
 }
 
-/* Become a member of the program that runs. False: it is over. */
-static bool member_enter(struct cm_pool *pool)
+/* Run the program as a member of it. False: it goes on without this thread for now. */
+static bool program_join(struct cm_pool *pool, struct cm_worker *worker)
 {
     uint32_t members = atomic_load(&pool->members);
     do {
         if ((members & MEMBERS_OPEN) == 0) {
-            return false;
+            return true; /* it is over */
         }
     } while (!atomic_compare_exchange_weak(&pool->members, &members, members + 1));
-    return true;
-}
-
-/* Run the program as a member of it. False: it goes on without this thread for now. The stage is
- * told before and after: who waits for members finds each of them. */
-static bool program_join(struct cm_pool *pool, struct cm_worker *worker)
-{
-    bool done = true;
-    atomic_store_explicit(&worker->stage, CM_WORKER_IN, memory_order_relaxed);
-    if (member_enter(pool)) {
-        done = member_fits(pool, worker);
-        if (done) {
-            program_run(pool, worker);
-        }
-        if (atomic_fetch_sub(&pool->members, 1) == 1) {
-            gate_open(&pool->left);
-        }
+    const bool wanted = worker->index < pool->active;
+    const bool fits = wanted && member_fits(pool, worker);
+    if (fits) {
+        program_run(pool, worker);
     }
-    atomic_store_explicit(&worker->stage, CM_WORKER_OUT, memory_order_relaxed);
-    return done;
-}
-
-/* The caller may have lost its core between two programs: then none would begin. If it only waits
- * for work, this does nothing to it. */
-static void caller_look(const struct cm_worker *worker)
-{
-    struct cm_worker *caller = &worker->pool->workers[0];
-    if (worker->index == 1 && thread_still(caller)) {
-        thread_bring(caller);
+    if (atomic_fetch_sub(&pool->members, 1) == 1) {
+        gate_open(&pool->left);
     }
+    return fits || !wanted;
 }
 
 static void *helper_main(void *argument)
 {
+    static const struct timespec retry = {0, RETRY_NS};
     struct cm_worker *worker = argument;
     struct cm_pool *pool = worker->pool;
     struct gate *start = &pool->start[worker->index];
     for (uint32_t round = 0;;) {
-        if (!gate_spin(start, round, SPIN_STEP_NS)) {
-            caller_look(worker);
-        }
-        while (atomic_load_explicit(&start->word, memory_order_acquire) == round) {
-            gate_sleep(start, round, NULL);
-        }
+        gate_wait(start, round, SPIN_STEP_NS);
         round = atomic_load(&start->word);
         if (atomic_load_explicit(&pool->ending, memory_order_acquire) != 0) {
             return NULL;
         }
         while (!program_join(pool, worker) && atomic_load(&start->word) == round) {
-            if (!core_change(worker)) {
-                gate_sleep(start, round, &retry);
-            }
+            gate_sleep(start, round, &retry);
         }
     }
 }
@@ -392,17 +287,14 @@ enum cm_status cm_pool_new(uint32_t threads, struct cm_pool **ret_pool, struct c
     for (uint32_t i = 0; i < threads; i++) {
         pool->workers[i] = (struct cm_worker){.pool = pool, .index = i, .core = -1};
     }
-    if (sched_getaffinity(0, sizeof(pool->cores), &pool->cores) != 0) {
-        CPU_ZERO(&pool->cores); /* more than a set holds: nobody is moved */
-    }
-    pool->workers[0].thread = pthread_self();
     pool->threads = 1;
+    pool->pace.rest_ns = REST_NS;
     /* Signals belong to the role's own thread. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int failed = 0;
     for (uint32_t i = 1; failed == 0 && i < threads; i++) {
-        failed = pthread_create(&pool->workers[i].thread, NULL, helper_main, &pool->workers[i]);
+        failed = pthread_create(&pool->ids[i], NULL, helper_main, &pool->workers[i]);
         pool->threads += failed == 0;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -422,34 +314,66 @@ void cm_pool_free(struct cm_pool *pool)
     atomic_store_explicit(&pool->ending, 1, memory_order_release);
     for (uint32_t i = 1; i < pool->threads; i++) {
         gate_open(&pool->start[i]);
-        pthread_join(pool->workers[i].thread, NULL);
+        pthread_join(pool->ids[i], NULL);
     }
     free(pool);
+}
+
+/* How many threads the next program gets. */
+static uint32_t pace_choose(struct cm_pool *pool, uint64_t now)
+{
+    return pool->threads > 1 && now < pool->pace.rest_until_ns ? pool->threads - 1 : pool->threads;
+}
+
+static void pace_keep(struct cm_pool *pool, uint64_t took)
+{
+    struct pace *pace = &pool->pace;
+    if (pool->active < pool->threads || pool->threads == 1) {
+        return;
+    }
+    /* What each waiting thread lost; a long step's phases may end unevenly without any thief. */
+    uint64_t late =
+        atomic_load_explicit(&pool->late_ns, memory_order_relaxed) / (pool->threads - 1);
+    pace->window_ns += took;
+    bool slow = (late >= LATE_NS_MIN && late >= pace->window_ns / 4) ||
+                atomic_load_explicit(&pool->crowded, memory_order_relaxed) != 0;
+    if (!slow && pace->window_ns < WINDOW_NS) {
+        return;
+    }
+    if (slow) {
+        pace->rest_until_ns = cm_clock_ns() + pace->rest_ns;
+        pace->rest_ns = pace->rest_ns < REST_NS_MAX ? 2 * pace->rest_ns : REST_NS_MAX;
+    } else {
+        pace->rest_ns = REST_NS;
+    }
+    pace->window_ns = 0;
+    atomic_store_explicit(&pool->late_ns, 0, memory_order_relaxed);
 }
 
 void cm_pool_run(struct cm_pool *pool, cm_pool_program program, void *context)
 {
     const uint32_t left = atomic_load(&pool->left.word);
-    struct cm_worker *caller = &pool->workers[0];
-    CM_ASSERT(pthread_equal(caller->thread, pthread_self()));
+    pool->begun_ns = cm_clock_ns();
     pool->program = program;
     pool->context = context;
+    pool->active = pace_choose(pool, pool->begun_ns);
+    pool->wary = pool->pace.rest_ns > REST_NS;
     pool->first_phase = atomic_load(&pool->phase.word);
-    atomic_store_explicit(&caller->stage, CM_WORKER_IN, memory_order_relaxed);
-    atomic_store_explicit(&caller->core, sched_getcpu(), memory_order_relaxed);
-    for (uint32_t i = 0; i < pool->threads; i++) {
+    atomic_store_explicit(&pool->workers[0].core, sched_getcpu(), memory_order_relaxed);
+    atomic_store_explicit(&pool->crowded, 0, memory_order_relaxed);
+    for (uint32_t i = 0; i < pool->active; i++) {
         atomic_store_explicit(&pool->cursors[i].at, (uint64_t)(pool->first_phase - 1) << 32,
                               memory_order_relaxed);
     }
     atomic_store(&pool->members, MEMBERS_OPEN);
-    for (uint32_t i = 1; i < pool->threads; i++) {
+    for (uint32_t i = 1; i < pool->active; i++) {
         gate_open(&pool->start[i]);
     }
-    program_run(pool, caller);
+    program_run(pool, &pool->workers[0]);
     if (atomic_fetch_and(&pool->members, ~MEMBERS_OPEN) != MEMBERS_OPEN) {
-        gate_await(caller, &pool->left, left, CM_WORKER_IN);
+        gate_wait(&pool->left, left, SPIN_PHASE_NS);
     }
-    atomic_store_explicit(&caller->stage, CM_WORKER_OUT, memory_order_relaxed);
+    pace_keep(pool, cm_clock_ns() - pool->begun_ns);
 }
 
 uint32_t cm_pool_threads(const struct cm_pool *pool)
