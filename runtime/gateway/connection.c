@@ -208,26 +208,27 @@ static void on_raw(evutil_socket_t fd, short what, void *context)
     }
 }
 
-/* At the cap the connection that has been idle longest gives way; without one, nobody does. */
+/* At the cap the connection that has been without a whole head for longest gives way, idle, silent
+ * or slow: who holds sockets alone cannot keep out who sends requests. While each has a request, a
+ * new one is refused. */
 static bool room_make(struct gateway *gateway)
 {
-    struct connection *idle = NULL;
+    struct connection *longest = NULL;
     struct connection *at;
     if (gateway->connection_count < gateway->config.connections_max) {
         return true;
     }
     TAILQ_FOREACH(at, &gateway->connections, entry)
     {
-        if (at->state == CONNECTION_HEAD && at->served > 0 &&
-            evbuffer_get_length(bufferevent_get_input(at->tls)) == 0 &&
-            (idle == NULL || at->deadline_ms < idle->deadline_ms)) {
-            idle = at;
+        if ((at->state == CONNECTION_PEEK || at->state == CONNECTION_HEAD) &&
+            (longest == NULL || at->deadline_ms < longest->deadline_ms)) {
+            longest = at;
         }
     }
-    if (idle != NULL) {
-        connection_close(idle, CM_END_CLIENT);
+    if (longest != NULL) {
+        connection_close(longest, CM_END_CLIENT);
     }
-    return idle != NULL;
+    return longest != NULL;
 }
 
 static void connection_refuse(struct gateway *gateway, int fd, struct event *raw,

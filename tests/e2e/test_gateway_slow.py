@@ -193,27 +193,48 @@ def test_an_unfinished_body_never_reaches_the_worker(gateway):
     assert gateway.event("generate")["parts"] == [[2, b"echo all is well".hex()]]
 
 
-def test_at_the_limit_of_connections_idle_ones_give_way(own):
-    gateway = own(connections_max=4, header_timeout_ms=5000)
+def test_at_the_limit_of_connections_those_without_a_request_give_way(own):
+    gateway = own(connections_max=4, header_timeout_ms=20000)
     gateway.until(lambda: gateway.figure("casemate_connections") == 1)
-    held = [gateway.plain() for _ in range(3)]
-    with gateway.connect() as busy:
+    with contextlib.ExitStack() as stack:
+        busy = stack.enter_context(gateway.connect())
         busy.send(post(chat("hang")))
         gateway.event("generate")
-        with gateway.plain() as one_more:
-            assert one_more.recv(1) == b"", "over the limit, and nobody is idle"
-        held.pop().close()
-        held.pop().close()
-        gateway.until(lambda: gateway.figure("casemate_connections") == 3)
-        idle = []
-        for _ in range(2):
-            idle.append(gateway.connect())
-            idle[-1].send(head("GET", "/livez"))
-            assert idle[-1].reply().status == 200
+        silent = stack.enter_context(gateway.plain())
+        slow = stack.enter_context(gateway.connect())
+        slow.send(head("GET", "/livez")[:-2])
+        idle = stack.enter_context(gateway.connect())
+        idle.send(head("GET", "/livez"))
+        assert idle.reply().status == 200
+        for gone in (silent.recv, lambda size: slow.sock.recv(size)):
+            one = stack.enter_context(gateway.connect())
+            one.send(head("GET", "/livez"))
+            assert one.reply().status == 200
+            assert gone(1) == b"", "who is without a request for longest gives way"
+        idle.send(head("GET", "/livez"))
+        assert idle.reply().status == 200
         gateway.well()
-        assert idle[0].closed(), "the one that was idle for longest gives way"
-        idle[1].send(head("GET", "/livez"))
-        assert idle[1].reply().status == 200
-    for client in idle:
-        client.sock.close()
-    held[0].close()
+
+
+def test_over_the_limit_while_each_connection_has_a_request(own):
+    gateway = own(connections_max=4)
+    gateway.until(lambda: gateway.figure("casemate_connections") == 1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            busy = stack.enter_context(gateway.connect())
+            busy.send(post(chat("hang")))
+            gateway.event("generate")
+        with gateway.plain() as one_more:
+            assert one_more.recv(1) == b""
+    gateway.well()
+
+
+def test_sockets_that_send_nothing_keep_nobody_out(own):
+    gateway = own(connections_max=16, header_timeout_ms=20000)
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            for _ in range(20):
+                stack.enter_context(gateway.plain())
+            with gateway.connect() as client:
+                client.send(head("GET", "/livez"))
+                assert client.reply().status == 200
