@@ -46,6 +46,10 @@ static enum cm_status integer_read(const char *name, const json_t *value, int64_
         return type_refuse(error, name, "an integer");
     }
     json_int_t number = json_integer_value(value);
+    if (number != least && least == most) {
+        return cm_api_error_field(error, 400, "invalid_value", name, "'%s' can only be %lld.", name,
+                                  (long long)least);
+    }
     if (number < least || number > most) {
         return cm_api_error_field(error, 400, "invalid_value", name,
                                   "'%s' must be between %lld and %lld.", name, (long long)least,

@@ -355,7 +355,8 @@ static void refusal_fill(const struct flight *flight, const struct cm_wire_refus
                          refused->prompt_tokens, refused->limit);
         return;
     case CM_REFUSAL_QUEUE:
-        cm_api_error_set(ret_error, 429, "queue_full", "The queue is full.");
+        cm_api_error_set(ret_error, 429, "queue_full",
+                         "The queue is full. Try again after as many seconds as Retry-After says.");
         ret_error->retry_after_s = RETRY_QUEUE_S;
         return;
     case CM_REFUSAL_INPUT:

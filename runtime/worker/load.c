@@ -142,9 +142,11 @@ static enum cm_status limits_make(struct cm_worker *worker, struct cm_device_res
     }
     uint64_t pages = config->kv_pages != 0 ? config->kv_pages : config->kv_bytes / page;
     if (pages == 0) {
-        return cm_error_set(err, CM_E_CONFIG, "CM-WRK-KV",
-                            "kv_bytes %llu is less than one KV page of this model (%llu bytes)",
-                            (unsigned long long)config->kv_bytes, (unsigned long long)page);
+        return cm_error_set(
+            err, CM_E_CONFIG, "CM-WRK-KV",
+            "kv_bytes %llu is less than one KV page of this model (%llu bytes): give at "
+            "least that",
+            (unsigned long long)config->kv_bytes, (unsigned long long)page);
     }
     ret_reserve->kv_pages = (uint32_t)(pages < 1u << 24 ? pages : 1u << 24);
     worker->limits = (struct cm_scheduler_limits){.sequences_max = config->sequences_max,
