@@ -159,14 +159,6 @@ static void *load_main(void *argument)
     return NULL;
 }
 
-/* Ciphertext is of use once, but a worker that is replaced reads it again, at memory speed if it is
- * still cached. It is dropped where keeping it would cost others: above an eighth of the memory. */
-static bool too_large_to_keep(uint64_t bytes)
-{
-    struct sysinfo facts;
-    return sysinfo(&facts) != 0 || bytes > (uint64_t)facts.totalram * facts.mem_unit / 8;
-}
-
 enum cm_status cm_stream_run(const struct cm_stream_source *source, struct cm_device *device,
                              const struct cm_stream_options *options,
                              struct cm_stream_times *ret_times, struct cm_error *err)
@@ -177,7 +169,7 @@ enum cm_status cm_stream_run(const struct cm_stream_source *source, struct cm_de
                         .segments = (source->payload_bytes + source->segment_bytes - 1) /
                                     source->segment_bytes,
                         .threads = options->threads < THREADS_MAX ? options->threads : THREADS_MAX,
-                        .drop_behind = too_large_to_keep(source->payload_bytes),
+                        .drop_behind = source->payload_bytes > source->keep_bytes_max,
                         .caller = pthread_self(),
                         .note = PTHREAD_MUTEX_INITIALIZER};
     pthread_t helpers[THREADS_MAX];
@@ -226,6 +218,14 @@ static enum cm_status package_decrypt(void *context, uint64_t index, const uint8
     return cm_package_segment_decrypt(context, index, ciphertext, bytes, plaintext, err);
 }
 
+/* Ciphertext is of use once, but a worker that is replaced reads it again, at memory speed if it is
+ * still cached. It is dropped where keeping it would cost others: above an eighth of the memory. */
+static uint64_t keep_bytes_max(void)
+{
+    struct sysinfo facts;
+    return sysinfo(&facts) == 0 ? (uint64_t)facts.totalram * facts.mem_unit / 8 : 0;
+}
+
 void cm_stream_package_source(const struct cm_package *package, int fd,
                               struct cm_stream_source *ret_source)
 {
@@ -234,6 +234,7 @@ void cm_stream_package_source(const struct cm_package *package, int fd,
                                             .payload_offset = core->payload_offset,
                                             .payload_bytes = core->payload_bytes,
                                             .segment_bytes = core->segment_bytes,
+                                            .keep_bytes_max = keep_bytes_max(),
                                             .read = pread,
                                             .verify = package_verify,
                                             .decrypt = package_decrypt,

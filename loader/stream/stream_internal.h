@@ -11,6 +11,7 @@ struct cm_stream_source {
     int fd;
     uint64_t payload_offset, payload_bytes;
     uint64_t segment_bytes;
+    uint64_t keep_bytes_max; /* a payload above it leaves the page cache behind the load */
     ssize_t (*read)(int fd, void *bytes, size_t size, off_t offset); /* pread */
     /* Both NULL: the payload is not encrypted. They see whole segments from `first` on. */
     enum cm_status (*verify)(void *context, uint64_t first, uint64_t count,

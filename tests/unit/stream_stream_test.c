@@ -1,6 +1,9 @@
 /* Loading under faults: every way a file, a disk or a device can fail ends with a wiped device and
  * the fault's own name; what reads slowly or in pieces loads all the same. */
 #include <errno.h>
+#include <linux/magic.h>
+#include <sys/mman.h>
+#include <sys/vfs.h>
 
 #include "kernels/cpu/cpu_internal.h"
 #include "loader/stream/stream_internal.h"
@@ -92,6 +95,44 @@ Test(stream, loads_every_size_on_any_number_of_threads)
             end();
         }
     }
+    sample_done(&sample);
+}
+
+/* Pages of the payload in the page cache. */
+static size_t pages_cached(void)
+{
+    static unsigned char cached[PAYLOAD_LARGE / 4096];
+    const size_t count = (size_t)source.payload_bytes / 4096;
+    size_t sum = 0;
+    void *map =
+        mmap(NULL, source.payload_bytes, PROT_READ, MAP_SHARED, fd, (off_t)source.payload_offset);
+    cr_assert_neq(map, MAP_FAILED);
+    cr_assert_eq(mincore(map, source.payload_bytes, cached), 0);
+    cr_assert_eq(munmap(map, source.payload_bytes), 0);
+    for (size_t i = 0; i < count; i++) {
+        sum += cached[i] & 1u;
+    }
+    return sum;
+}
+
+Test(stream, a_payload_too_large_to_keep_leaves_the_page_cache)
+{
+    struct statfs facts;
+    begin(PAYLOAD_LARGE);
+    cr_assert_eq(fstatfs(fd, &facts), 0);
+    if (facts.f_type == TMPFS_MAGIC) {
+        cr_skip_test("a file of tmpfs lives in the page cache");
+    }
+    cr_assert_eq(fdatasync(fd), 0); /* what is not written yet stays */
+    cr_assert_eq(load(2), CM_OK, "%s", err.text);
+    cr_assert_gt(pages_cached(), PAYLOAD_LARGE / 4096 / 4 * 3, "within the bound it stays");
+    end();
+    begin(PAYLOAD_LARGE);
+    cr_assert_eq(fdatasync(fd), 0);
+    source.keep_bytes_max = PAYLOAD_LARGE - 1;
+    cr_assert_eq(load(2), CM_OK, "%s", err.text);
+    cr_assert_lt(pages_cached(), PAYLOAD_LARGE / 4096 / 4);
+    end();
     sample_done(&sample);
 }
 
