@@ -158,4 +158,8 @@ CM_MUST_USE enum cm_status cm_config_point_read(const char *path,
                                                 uint8_t ret_point[static CM_PUBLIC_KEY_BYTES],
                                                 struct cm_error *err);
 
+/* Nobody but its owner may write into the state folder. Fails: CONFIG; SYSTEM if it
+ * cannot be looked at. */
+CM_MUST_USE enum cm_status cm_config_state_check(const char *path, struct cm_error *err);
+
 #endif

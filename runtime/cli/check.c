@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "loader/package/package.h"
@@ -96,21 +95,6 @@ static enum cm_status file_check(const char *path, enum cm_status kind, struct c
                         strerrordesc_np(errno));
 }
 
-/* Who may write there decides which keys are let in. */
-static enum cm_status folder_check(const char *path, struct cm_error *err)
-{
-    struct stat facts;
-    if (stat(path, &facts) != 0) {
-        return cm_error_errno(err, errno, "CM-CLI-STATE", "cannot look at %s", path);
-    }
-    if ((facts.st_mode & S_IWOTH) != 0) {
-        return cm_error_set(err, CM_E_CONFIG, "CM-CLI-STATE",
-                            "%s has mode %04o, everybody may write there: chmod 700 %s", path,
-                            facts.st_mode & 07777, path);
-    }
-    return CM_OK;
-}
-
 static void files_check(struct report *report, const struct cm_configuration *configuration)
 {
     static struct cm_policy_list list;
@@ -136,7 +120,7 @@ static void files_check(struct report *report, const struct cm_configuration *co
     snprintf(path, sizeof(path), "%s/enrolment.bin", configuration->state);
     report_add(report, "enrolment", path, file_check(path, CM_E_CONFIG, &err), &err);
     report_add(report, "state folder", configuration->state,
-               folder_check(configuration->state, &err), &err);
+               cm_config_state_check(configuration->state, &err), &err);
     if (!cm_config_tpm_development(configuration->tpm)) {
         status = file_check(configuration->tpm, CM_E_TPM, &err);
         report_add(report, "tpm", configuration->tpm, status, &err);

@@ -19,6 +19,10 @@ static enum cm_status state_open(struct service *service, struct cm_error *err)
 {
     char path[CM_CONFIG_TEXT_BYTES + 16];
     snprintf(path, sizeof(path), "%s/run", service->state_path);
+    enum cm_status status = cm_config_state_check(service->state_path, err);
+    if (status != CM_OK) {
+        return status;
+    }
     if (mkdir(path, 0755) != 0 && errno != EEXIST) {
         return cm_error_errno(err, errno, "CM-SUP-STATE",
                               "cannot make %s; `casemate init --state DIR` makes the folder", path);

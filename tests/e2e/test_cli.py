@@ -240,12 +240,18 @@ def test_check_of_a_busy_address(casemate, node):
                                    "127.0.0.1:0").stdout
 
 
-def test_check_of_a_folder_that_everybody_may_write(casemate, node):
-    os.chmod(node, 0o777)
-    done = run(casemate, "check", "--state", node)
-    assert "FAILED state folder" in done.stdout and f"chmod 700 {node}" in done.stdout
-    os.chmod(node, 0o755)
-    assert "ok     state folder" in run(casemate, "check", "--state", node).stdout
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_state_folder_that_others_may_write(casemate, node, command):
+    """`serve` goes on to the next thing that is missing: this node has no package."""
+    def said():
+        done = run(casemate, command, "--state", node)
+        return done.stdout + done.stderr
+    for mode in (0o777, 0o770, 0o1702):
+        node.chmod(mode)
+        assert f"mode {mode:04o}" in said() and f"chmod 700 {node}" in said()
+    for mode in (0o755, 0o700):
+        node.chmod(mode)
+        assert "chmod" not in said()
 
 
 def test_words_that_are_no_options_are_named(casemate, node, tmp_path):
