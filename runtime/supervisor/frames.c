@@ -96,12 +96,12 @@ void ready_check(struct service *service)
         return;
     }
     state_reason_set(service, "");
+    state_send(service, true); /* before anybody else hears of it, and asks */
     status_write(service, now);
     if (!service->announced) {
         announce(service);
         service->announced = true;
     }
-    state_send(service, true);
 }
 
 static void on_ready(struct service *service, struct child *child)

@@ -1,5 +1,6 @@
 """The supervisor against doubles of the roles: order of start, descriptors, replacement, failure,
 drain and stop. The doubles (tests/harness/role_double.c) write what they see into `events`."""
+import contextlib
 import json
 import os
 import re
@@ -44,10 +45,10 @@ class Service:
     def mode(self, role, word):
         (self.bin / f"{role}.mode").write_text(word)
 
-    def start(self, *more):
+    def start(self, *more, stdout=subprocess.PIPE):
         self.process = subprocess.Popen(
             [self.bin / "casemate", "serve", "--config", self.state / "casemate.yaml", *more],
-            stdout=subprocess.PIPE, stderr=open(self.errors, "wb"),
+            stdout=stdout, stderr=open(self.errors, "wb"),
             env={**os.environ, **UNCONFINED})
         return self
 
@@ -135,6 +136,22 @@ def test_start_with_exact_descriptors(service):
     assert '{"role":"double","event":"hello"}\n' in service.log()
     assert service.stop() == 0
     assert service.process.stdout.read().decode().startswith("casemate: ready: model model.cmp")
+
+
+def test_the_gateway_hears_that_it_is_ready_before_anybody_who_may_ask(service):
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, bytes(4096))
+    os.set_blocking(write, True)
+    service.start(stdout=write)  # no room for the line that says so
+    os.close(write)
+    service.until(lambda: service.seen("gateway .* state ready=1"))
+    while b"casemate: ready: " not in os.read(read, 4096):
+        pass
+    assert service.stop() == 0
+    os.close(read)
 
 
 def test_state_follows_the_load_and_loaded_reaches_the_keeper(service):
