@@ -158,12 +158,18 @@ def load_rows(part: dict) -> list[Row]:
 
 
 def start_rows(part: dict) -> list[Row]:
-    moments = part["moments_ms"]
-    last = moments["first token, without the TPM"]
-    way = ", ".join(f"{name} {ms['median']:.0f}" for name, ms in
-                    sorted(moments.items(), key=lambda item: item[1]["median"]) if name.endswith(" role_ready"))
-    return [Row("start, warm file, to the first token, TPM out", last["median"], 60,
-                f"{show(last, 'ms')}; {way}", unit="ms", at_most=True)]
+    rows = []
+    for arm, name in (("moments_ms", "start, warm file, to the first token, TPM out"),
+                      ("moments_swtpm_ms", "the same, with a TPM that runs already (swtpm)")):
+        if arm not in part:
+            continue  # a result of before that arm
+        moments = part[arm]
+        last = moments["first token, without the TPM"]
+        way = ", ".join(f"{name} {ms['median']:.0f}" for name, ms in
+                        sorted(moments.items(), key=lambda item: item[1]["median"]) if name.endswith(" role_ready"))
+        rows.append(Row(name, last["median"], 60, f"{show(last, 'ms')}; TPM commands "
+                        f"{moments['TPM commands']['median']:.0f}; {way}", unit="ms", at_most=True))
+    return rows
 
 
 def service_rows(part: dict) -> list[Row]:

@@ -339,8 +339,9 @@ class Bench:
 
     def start(self) -> dict:
         """From exec to the first token, moment by moment."""
-        node = self.node(self.options.build / "bin", "started")
-        return start.measure(node, node.key("bench"), self.options.rounds)
+        folder = self.folder / "started"
+        folder.mkdir()
+        return start.measure(self.options.build / "bin", self.options.model, folder, self.options.rounds)
 
     def guard(self) -> dict:
         """Decode with the output guard and without; the filter alone, with ten times the rules."""

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
 import arms  # noqa: E402
 import node as nodes  # noqa: E402
+import swtpm as tpms  # noqa: E402
 
 ARENA_BYTES = 512 << 20
 SKIPPED = ("tpm_command", "loading", "key_page", "keys")
@@ -92,13 +93,29 @@ def one(node: nodes.Node, key: str) -> dict[str, float]:
     return found
 
 
-def measure(node: nodes.Node, key: str, rounds: int) -> dict:
-    """The first start warms up."""
-    every = [one(node, key) for _ in range(rounds + 1)][1:]
+def summary(every: list[dict[str, float]]) -> dict:
     shared = [name for name in every[0] if all(name in found for found in every)]
     moments = {name: arms.spread([found[name] for found in every]) for name in shared}
     moments["first token, without the TPM"] = arms.spread([f[FIRST_TOKEN] - f[TPM] for f in every])
-    return {"moments_ms": moments}
+    return moments
+
+
+def measure(programs: pathlib.Path, model: pathlib.Path, folder: pathlib.Path, rounds: int) -> dict:
+    """In turns: a node that starts the development TPM with itself, and one whose TPM runs already, as a
+    machine's does. The first start of each warms up."""
+    tpm = tpms.Swtpm(folder / "swtpm").start()
+    try:
+        arms_made = {}
+        for arm, where in (("moments_ms", "development"), ("moments_swtpm_ms", tpm.path)):
+            node = nodes.Node(programs, folder / arm, folder / "owner")
+            node.make(model, "bench", tpm=where)
+            arms_made[arm] = node, node.key("bench"), []
+        for _ in range(rounds + 1):
+            for node, key, every in arms_made.values():
+                every.append(one(node, key))
+    finally:
+        tpm.stop()
+    return {arm: summary(every[1:]) for arm, (_, _, every) in arms_made.items()}
 
 
 def main() -> int:
@@ -108,11 +125,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="casemate-start-") as name:
-        node = nodes.Node(options.build / "bin", pathlib.Path(name) / "node", pathlib.Path(name) / "owner")
-        node.make(options.model, "bench")
-        found = measure(node, node.key("bench"), options.rounds)["moments_ms"]
-    for what, ms in sorted(found.items(), key=lambda item: item[1]["median"]):
-        print(f"{ms['median']:8.1f}  [{ms['least']:.1f} … {ms['greatest']:.1f}]  {what}")
+        arms_found = measure(options.build / "bin", options.model, pathlib.Path(name), options.rounds)
+    for arm, found in arms_found.items():
+        print(arm)
+        for what, ms in sorted(found.items(), key=lambda item: item[1]["median"]):
+            print(f"{ms['median']:8.1f}  [{ms['least']:.1f} … {ms['greatest']:.1f}]  {what}")
     return 0
 
 
