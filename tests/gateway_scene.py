@@ -1,5 +1,5 @@
-"""The gateway alone, between raw TLS clients and a scripted worker (harness/gateway_harness.c): what the tests
-of it, `e2e/test_gateway_*.py`, share."""
+"""The gateway alone, between raw TLS clients and a scripted worker (harness/gateway/): what the tests of it,
+`e2e/test_gateway_*.py`, share."""
 import contextlib
 import json
 import pathlib
