@@ -59,8 +59,8 @@ def dump(out, kind, split, chat, system, raw, kinds, merges=(), ranks=(), whole=
     offsets = [0]
     for token in raw:
         offsets.append(offsets[-1] + len(token))
-    out.write_bytes(struct.pack("<6I", kind, split, chat, len(raw), len(merges) // 2, len(system)) +
-                    system.encode() + struct.pack("<I", whole) + struct.pack(f"<{len(offsets)}I", *offsets) + b"".join(raw) +
+    out.write_bytes(struct.pack("<7I", kind, split, chat, len(raw), len(merges) // 2, len(system), whole) +
+                    system.encode() + struct.pack(f"<{len(offsets)}I", *offsets) + b"".join(raw) +
                     bytes(kinds) + struct.pack(f"<{len(merges)}I", *merges) +
                     struct.pack(f"<{len(ranks)}I", *ranks))
     return out
