@@ -54,7 +54,7 @@ static enum cm_status copy_seal(int source, const char *name, int *ret_fd, struc
         moved = sendfile(fd, source, &offset, (size_t)(facts.st_size - offset));
     }
     /* A file that shrank meanwhile is sealed as it was read: its digest is then unknown. */
-    if (moved < 0 || fcntl(fd, F_ADD_SEALS, CM_SEALS_ALL) != 0) {
+    if (moved < 0 || cm_memfd_seal(fd) != 0) {
         goto failed;
     }
     *ret_fd = fd;

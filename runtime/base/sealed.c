@@ -6,6 +6,17 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#define SEAL_TRIES 8 /* each waits in the kernel for some 0.1 s */
+
+int cm_memfd_seal(int fd)
+{
+    int result = fcntl(fd, F_ADD_SEALS, CM_SEALS_ALL);
+    for (int i = 1; i < SEAL_TRIES && result != 0 && errno == EBUSY; i++) {
+        result = fcntl(fd, F_ADD_SEALS, CM_SEALS_ALL);
+    }
+    return result;
+}
+
 int cm_memfd_sealed(const char *name, const void *bytes, size_t size)
 {
     int fd = memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING);
@@ -17,7 +28,7 @@ int cm_memfd_sealed(const char *name, const void *bytes, size_t size)
         }
         used += put > 0 ? (size_t)put : 0;
     }
-    if (fd >= 0 && (used < size || fcntl(fd, F_ADD_SEALS, CM_SEALS_ALL) != 0)) {
+    if (fd >= 0 && (used < size || cm_memfd_seal(fd) != 0)) {
         int error_number = errno;
         close(fd);
         errno = error_number;
