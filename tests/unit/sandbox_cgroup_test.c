@@ -21,6 +21,23 @@ static void folder_make(const char *name, const char *file, const char *text)
     fclose(out);
 }
 
+/* An empty tree of groups; returns the path of its leaf, which folder_make makes. */
+static const char *tree_begin(void)
+{
+    static char leaf[sizeof(root) + 4];
+    snprintf(root, sizeof(root), "/tmp/casemate-cgroup-XXXXXX");
+    cr_assert_not_null(mkdtemp(root));
+    snprintf(leaf, sizeof(leaf), "%s/a/b", root);
+    return leaf;
+}
+
+static void tree_end(void)
+{
+    char command[sizeof(root) + 8];
+    snprintf(command, sizeof(command), "rm -rf %s", root);
+    cr_assert_eq(system(command), 0);
+}
+
 Test(sandbox_cgroup, the_least_limit_of_a_group_and_those_above_it_holds)
 {
     static const struct {
@@ -35,17 +52,13 @@ Test(sandbox_cgroup, the_least_limit_of_a_group_and_those_above_it_holds)
         {"max\n", "\n", "0\n", 0},
     };
     for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
-        char leaf[128], command[128];
-        snprintf(root, sizeof(root), "/tmp/casemate-cgroup-XXXXXX");
-        cr_assert_not_null(mkdtemp(root));
+        const char *leaf = tree_begin();
         folder_make("", "memory.max", rows[i].top);
         folder_make("/a", "memory.max", rows[i].middle);
         folder_make("/a/b", "memory.max", rows[i].leaf);
-        snprintf(leaf, sizeof(leaf), "%s/a/b", root);
         cr_assert_eq(cm_cgroup_least(leaf, "memory.max"), rows[i].least, "row %zu", i);
         cr_assert_eq(cm_cgroup_least(leaf, "memory.none"), UINT64_MAX);
-        snprintf(command, sizeof(command), "rm -rf %s", root);
-        cr_assert_eq(system(command), 0);
+        tree_end();
     }
     cr_assert_eq(cm_cgroup_least("", "memory.max"), UINT64_MAX);
     cr_assert_gt(cm_cgroup_memory_limit(), 1ull << 20);
@@ -71,19 +84,15 @@ Test(sandbox_cgroup, the_least_quota_of_a_group_and_those_above_it_holds)
         {"", "", "", "10000\n", 1},
     };
     for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
-        char leaf[128], command[128];
-        snprintf(root, sizeof(root), "/tmp/casemate-cgroup-XXXXXX");
-        cr_assert_not_null(mkdtemp(root));
+        const char *leaf = tree_begin();
         folder_make("", "cpu.max", rows[i].top);
         folder_make("/a", "cpu.max", rows[i].middle);
         folder_make("/a", "cpu.cfs_quota_us", rows[i].quota);
         folder_make("/a", "cpu.cfs_period_us", "50000\n");
         folder_make("/a/b", "cpu.max", rows[i].leaf);
-        snprintf(leaf, sizeof(leaf), "%s/a/b", root);
         cr_expect_eq(cm_cgroup_least_cpus(leaf), rows[i].cpus, "row %zu: %u", i,
                      cm_cgroup_least_cpus(leaf));
-        snprintf(command, sizeof(command), "rm -rf %s", root);
-        cr_assert_eq(system(command), 0);
+        tree_end();
     }
     cr_assert_eq(cm_cgroup_least_cpus(""), 0u);
 }
